@@ -1,0 +1,150 @@
+"""The driver: asks, issues, submits, records, tells; and scores the reference models and the final front.
+
+It owns no state that the ledger does not hold: a killed run starts here again and goes on where the record ends.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from evomerge.assemble import PROPOSERS, Plan
+from evomerge.errors import EvoMergeError
+from evomerge.front.front import front_of, maximized, violation
+from evomerge.ledger.ledger import Ledger
+from evomerge.proposers.proposer import Problem, Proposer
+from evomerge.records import Measurement, Observation, Recipe, Split, Trial
+from evomerge.stages import Stage
+from evomerge.workers.inline import InlinePool
+
+NUM_SCALARS = 11  # the grid of the best single scalar: 0, 0.1, ..., 1
+
+
+class Watcher(Protocol):
+    """Shows a person how far the run is."""
+
+    def phase(self, title: str, total: int, done: int) -> None:
+        """Begin a phase of ``total`` evaluations, of which ``done`` are in the ledger."""
+
+    def advance(self, trial: Trial | None) -> None:
+        """One evaluation finished; a search trial is handed over."""
+
+
+class Driver:
+    """Runs the stages of one plan against one ledger."""
+
+    def __init__(self, plan: Plan, ledger: Ledger, pool: InlinePool, hashes: Mapping[str, str], watcher: Watcher) -> None:
+        self.plan, self.ledger, self.pool, self.hashes, self.watcher = plan, ledger, pool, hashes, watcher
+
+    def run(self, stages: Sequence[Stage], seed: int) -> None:
+        """Score the references, run every stage, and score the front once on the test items."""
+        references = reference_recipes(self.plan)
+        self._measure("reference models", references, "search")
+        total = sum(stage.num_evaluations for stage in stages)
+        self.watcher.phase("search", total, sum(trial.order is not None for trial in self.ledger.trials()))
+        for number, stage in enumerate(stages):
+            self._run_stage(number, stage, seed)
+        self._score_front(references)
+
+    def _run_stage(self, number: int, stage: Stage, seed: int) -> None:
+        trials = self.ledger.trials()
+        mine = [trial for trial in trials if trial.stage == number]
+        proposer, pending = self._rebuild(number, stage, seed, trials)
+        for trial in pending.values():
+            self.pool.submit(trial.number, trial.candidate, "search")
+        num_issued = len(mine)
+        while True:
+            while pending_room := min(self.pool.num_free, stage.num_evaluations - num_issued):
+                asked = proposer.ask(pending_room, [trial.candidate for trial in pending.values()])
+                if not asked:
+                    break
+                for candidate in asked:
+                    trial = self.ledger.issue(number, num_issued, candidate)
+                    self.pool.submit(trial.number, candidate, "search")
+                    pending[trial.number] = trial
+                    num_issued += 1
+            if not pending:
+                return
+            key, outcome = next(self.pool.results())
+            trial = self._record(pending.pop(key), outcome)
+            proposer.tell(self._observe(trial))
+            self.watcher.advance(trial)
+
+    def _rebuild(
+        self, number: int, stage: Stage, seed: int, trials: Sequence[Trial]
+    ) -> tuple[Proposer, dict[int, Trial]]:
+        """Make the stage's proposer and replay its record; return it with the trials that never finished."""
+        finished = sorted((trial for trial in trials if trial.order is not None), key=lambda trial: trial.order or 0)
+        problem = Problem(
+            start_D=self.plan.space.start,
+            num_objectives=len(self.plan.objectives),
+            seed=(seed, number),
+            history=tuple(self._observe(trial) for trial in finished if trial.stage < number),
+        )
+        proposer = PROPOSERS[stage.proposer](problem, stage.options)  # type: ignore[call-arg]
+        results = [trial for trial in finished if trial.stage == number]
+        for trial in (trial for trial in trials if trial.stage == number):
+            while results and (results[0].order or 0) < trial.known:
+                proposer.tell(self._observe(results.pop(0)))
+            proposer.recall(trial.candidate)
+        for trial in results:
+            proposer.tell(self._observe(trial))
+        return proposer, {trial.number: trial for trial in trials if trial.stage == number and trial.order is None}
+
+    def _record(self, trial: Trial, outcome: Measurement | EvoMergeError) -> Trial:
+        if not isinstance(outcome, Measurement):
+            return self.ledger.record(trial, str(outcome), None)
+        point = outcome.arrival.point if outcome.arrival else trial.candidate.point
+        return self.ledger.record(trial, outcome, self.plan.recipe(point).fingerprint(self.hashes))
+
+    def _observe(self, trial: Trial) -> Observation:
+        measurement = trial.measurement
+        return Observation(
+            index=trial.index,
+            point=np.array(trial.point),
+            values_M=maximized(measurement, self.plan.objectives) if measurement else None,
+            violation=violation(measurement, self.plan.objectives) if measurement else 0.0,
+            arrival=measurement.arrival if measurement else None,
+        )
+
+    def _score_front(self, references: Mapping[str, Recipe]) -> None:
+        """Score the front's members and the references beside it on the test items."""
+        subjects = {name: recipe for name, recipe in references.items() if not name.startswith("scalar:")}
+        best = best_scalar(self.ledger.measurements("search"), self.plan)
+        subjects[best] = references[best]
+        for trial in front_of(self.ledger.trials(), self.plan.objectives):
+            subjects[f"trial:{trial.number}"] = self.plan.recipe(trial.point)
+        if subjects.keys() - self.ledger.measurements("test").keys():
+            self.ledger.touch_test_items()
+        self._measure("test items", subjects, "test")
+
+    def _measure(self, title: str, subjects: Mapping[str, Recipe], split: Split) -> None:
+        """Score what the ledger does not hold yet; a reference model that fails ends the run."""
+        missing = [name for name in subjects if name not in self.ledger.measurements(split)]
+        self.watcher.phase(title, len(subjects), len(subjects) - len(missing))
+        for name in missing:
+            self.pool.submit(0, subjects[name], split)
+            _, outcome = next(self.pool.results())
+            if not isinstance(outcome, Measurement):
+                raise EvoMergeError(f"{name} cannot be scored on the {split} items: {outcome}")
+            self.ledger.measure(name, outcome)
+            self.watcher.advance(None)
+
+
+def reference_recipes(plan: Plan) -> dict[str, Recipe]:
+    """Return the models that a merge must beat: base, experts, uniform average, and one scalar for all experts."""
+    num_experts = len(plan.experts)
+    recipes = {"base": plan.task_arithmetic([0.0] * num_experts)}
+    for k, name in enumerate(plan.experts):
+        recipes[f"expert:{name}"] = plan.task_arithmetic([float(k == other) for other in range(num_experts)])
+    recipes["uniform"] = plan.task_arithmetic([1 / num_experts] * num_experts)
+    for step in range(NUM_SCALARS):
+        scalar = step / (NUM_SCALARS - 1)
+        recipes[f"scalar:{scalar:g}"] = plan.task_arithmetic([scalar] * num_experts)
+    return recipes
+
+
+def best_scalar(measurements: Mapping[str, Measurement], plan: Plan) -> str:
+    """Return the name of the single-scalar reference with the best mean over objectives on search items."""
+    scalars = [name for name in measurements if name.startswith("scalar:")]
+    return max(scalars, key=lambda name: float(maximized(measurements[name], plan.objectives).mean()))

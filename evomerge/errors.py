@@ -1,0 +1,56 @@
+"""The one error tree.
+
+    EvoMergeError            anything evomerge raises on purpose; exit status 1: the failure is ours
+    ├── InputError           a mistake in what the user gave; exit status 2
+    │   ├── CampaignError    the campaign or recipe file
+    │   ├── CheckpointError  a base or expert: missing, extra, mismatched or non-finite tensors
+    │   ├── DataError        evaluation data
+    │   └── RunError         a run that cannot be opened, resumed or picked from
+    └── CandidateError       one candidate failed; it becomes a failed trial and the campaign goes on
+
+Every message is one line: what, expected, found, what to do.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class EvoMergeError(Exception):
+    """Base of every error that evomerge raises on purpose."""
+
+    exit_status = 1
+
+
+class InputError(EvoMergeError):
+    """A mistake in what the user gave: a file, an option, a checkpoint, data."""
+
+    exit_status = 2
+
+
+class CampaignError(InputError):
+    """A campaign or recipe file says something that cannot be done."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint cannot be read, or does not fit the base."""
+
+
+class DataError(InputError):
+    """Evaluation data cannot be read or does not hold what a campaign asks for."""
+
+
+class RunError(InputError):
+    """A run cannot be opened or resumed, or holds no such trial."""
+
+
+class CandidateError(EvoMergeError):
+    """One candidate could not be scored; the reason is recorded in its trial."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest known name, else the list of what is known."""
+    known = sorted(known)
+    close = get_close_matches(name, known, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known: {', '.join(known)}" if known else ""

@@ -1,0 +1,110 @@
+"""Image classification on local data: one safetensors file a task.
+
+    <task>.safetensors   pixel_values (N, channels, height, width), labels (N,), sources (N,)
+                         and optionally head.weight (C, H), head.bias (C,): a frozen head outside the merge
+
+With a head, the model is an encoder and its pooled output is the feature that the head sees; without one, the model's
+own logits count.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, linear
+
+from evomerge.errors import DataError
+from evomerge.evaluators.evaluator import ItemScores
+from evomerge.records import Direction, Items, Options
+
+
+class ClassificationOptions(Options):
+    """data: the folder of the task files; batch_size: images a forward."""
+
+    data: str
+    batch_size: int = 512
+
+
+class ClassificationEvaluator:
+    """Accuracy and cross-entropy (nats) of image classifiers that share an encoder.
+
+    Raises: DataError for a missing or malformed file, or a label that the head does not have.
+    """
+
+    losses = frozenset({"ce", "entropy"})
+
+    def __init__(self, options: ClassificationOptions, tasks: Sequence[str], folder: Path) -> None:
+        self.batch_size = options.batch_size
+        self._data = {task: _read_task(folder / options.data, task) for task in tasks}
+        self.sources: Mapping[str, Sequence[int | str]] = {
+            task: tensors["sources"].tolist() for task, tensors in self._data.items()
+        }
+
+    def metrics(self, task: str) -> Mapping[str, Direction]:  # noqa: ARG002
+        """Every task reports the same."""
+        return {"accuracy": "max", "loss": "min"}
+
+    def score(self, model: nn.Module, task: str, items: Items) -> ItemScores:
+        """Accuracy (0 or 1) and cross-entropy of each item."""
+        hits, losses = [], []
+        with torch.inference_mode():
+            for batch in torch.from_numpy(items).split(self.batch_size):
+                labels = self._data[task]["labels"][batch]
+                logits = self._logits(model, task, batch).float().cpu()
+                hits.append(logits.argmax(-1) == labels)
+                losses.append(cross_entropy(logits, labels, reduction="none"))
+        return {
+            "accuracy": torch.cat(hits).float().numpy(),
+            "loss": torch.cat(losses).numpy(),
+        }
+
+    def loss(self, model: nn.Module, task: str, items: Items, name: str) -> Tensor:
+        """Mean cross-entropy with the labels, or mean entropy of the prediction (no labels needed)."""
+        batch = torch.from_numpy(items)
+        logits = self._logits(model, task, batch).float()
+        if name == "ce":
+            return cross_entropy(logits, self._data[task]["labels"][batch].to(logits.device))
+        return torch.distributions.Categorical(logits=logits).entropy().mean()
+
+    def _logits(self, model: nn.Module, task: str, batch: Tensor) -> Tensor:
+        tensors = self._data[task]
+        parameter = next(model.parameters())
+        output = model(pixel_values=tensors["pixel_values"][batch].to(parameter.device, parameter.dtype))
+        if "head.weight" not in tensors:
+            if getattr(output, "logits", None) is None:
+                raise DataError(f"task {task}: the model has no classifier and the data no head.weight; give one of them")
+            logits: Tensor = output.logits
+            return logits
+        features = getattr(output, "pooler_output", None)
+        if features is None:
+            features = output.last_hidden_state[:, 0]
+        head = (tensors["head.weight"].to(features), tensors["head.bias"].to(features))
+        return linear(features, *head)
+
+
+def _read_task(folder: Path, task: str) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    path = folder / f"{task}.safetensors"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.safetensors"))) or "none"
+        raise DataError(f"task {task}: expected the file {path}, found none; tasks there: {known}")
+    try:
+        tensors = load_file(path)
+    except Exception as error:  # the reader's own exception class is not exported
+        raise DataError(f"task {task}: {path} cannot be read ({error})") from error
+    if missing := {"pixel_values", "labels", "sources"} - tensors.keys():
+        raise DataError(f"task {task}: {path} misses {', '.join(sorted(missing))}; found {', '.join(sorted(tensors))}")
+    counts = {name: len(tensors[name]) for name in ("pixel_values", "labels", "sources")}
+    if len(set(counts.values())) != 1:
+        raise DataError(f"task {task}: {path}: expected as many labels and sources as images, found {counts}")
+    if "head.weight" in tensors:
+        tensors.setdefault("head.bias", torch.zeros(len(tensors["head.weight"])))
+        highest, classes = int(tensors["labels"].max()), len(tensors["head.weight"])
+        if highest >= classes:
+            raise DataError(f"task {task}: {path}: label {highest}, but the head has {classes} classes")
+    if not np.isfinite(float(tensors["pixel_values"].sum())):
+        raise DataError(f"task {task}: {path}: pixel_values hold a NaN or an infinity")
+    return tensors

@@ -1,0 +1,34 @@
+"""What an evaluator is: it scores the items asked for and decides nothing.
+
+Built once a campaign; all that does not depend on the weights (files, tokens, batches) is kept.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from evomerge.records import Direction, Items
+
+ItemScores = dict[str, npt.NDArray[np.float32]]
+"""Metric -> one score an item, in the order of the items asked for."""
+
+
+class Evaluator(Protocol):
+    """Scores a model on the items of named tasks."""
+
+    sources: Mapping[str, Sequence[int | str]]
+    """Task -> the source of each of its items; items of one source never part in a split."""
+    losses: frozenset[str]
+    """Names of the differentiable losses: ``ce`` (of the right answer), ``entropy`` (of the prediction)."""
+
+    def metrics(self, task: str) -> Mapping[str, Direction]:
+        """Return the metrics that ``score`` reports for a task, and which way is better."""
+
+    def score(self, model: nn.Module, task: str, items: Items) -> ItemScores:
+        """Score the items; every metric of the task, float32, one number an item."""
+
+    def loss(self, model: nn.Module, task: str, items: Items, name: str) -> Tensor:
+        """Return the mean of a named loss over the items, in nats, differentiable in the model's parameters."""

@@ -1,0 +1,42 @@
+"""The front of a run: the trials that no other trial dominates, floors and ceilings kept.
+
+Shape letters: N trials, M objectives.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from evomerge.front.pareto import hypervolume, non_dominated
+from evomerge.records import Floats, Measurement, Objective, Trial
+
+
+def maximized(measurement: Measurement, objectives: Sequence[Objective]) -> Floats:
+    """Return the objectives' values (M,), larger is better."""
+    return np.array([objective.sign * measurement.scores[objective.name].value for objective in objectives])
+
+
+def violation(measurement: Measurement, objectives: Sequence[Objective]) -> float:
+    """Return by how much floors and ceilings are missed, summed; 0 if all are kept."""
+    return sum(objective.violation(measurement.scores[objective.name].value) for objective in objectives)
+
+
+def front_of(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
+    """Return the non-dominated trials among those that finished and keep every floor and ceiling, best first in the
+    first objective. Picking happens on search values.
+    """
+    measured = [trial for trial in trials if trial.measurement and not violation(trial.measurement, objectives)]
+    if not measured:
+        return []
+    values_NM = np.array([maximized(trial.measurement, objectives) for trial in measured if trial.measurement])
+    members = np.flatnonzero(non_dominated(values_NM))
+    return [measured[i] for i in sorted(members, key=lambda i: tuple(-values_NM[i]))]
+
+
+def front_hypervolume(trials: Sequence[Trial], objectives: Sequence[Objective], reference: Measurement) -> float:
+    """Return the hypervolume of the trials' front above the reference model's values (the base, unless said otherwise)."""
+    members = front_of(trials, objectives)
+    if not members:
+        return 0.0
+    values_NM = np.array([maximized(trial.measurement, objectives) for trial in members if trial.measurement])
+    return hypervolume(values_NM, maximized(reference, objectives))

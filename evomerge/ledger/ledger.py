@@ -1,0 +1,241 @@
+"""The ledger: the durable record of a run, an SQLite file in WAL mode.
+
+A trial is committed twice: when it is issued, before a worker sees it, and when it has finished, in one transaction
+with its scores, per-item scores and fate, before the proposer is told. Proposers are folds over this record (see
+``proposers/proposer.py``), so it holds their state too: each trial says which results were known when it was proposed,
+and carries its proposer's memo. Only the driver writes; any number of readers may look on.
+"""
+
+import json
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sqlalchemy import Connection, create_engine, event, func, insert, select, update
+from sqlalchemy.exc import DatabaseError
+
+from evomerge.errors import RunError
+from evomerge.ledger import tables
+from evomerge.records import Arrival, Candidate, Descent, Measurement, Score, Split, Trial
+
+FILE_NAME = "ledger.sqlite"
+
+
+class Ledger:
+    """One run's record. Raises: RunError for a file that is no ledger, or of another schema."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE_NAME
+        self._engine = create_engine(f"sqlite:///{self.path}")
+        event.listen(self._engine, "connect", _configure)
+
+    @classmethod
+    def create(cls, folder: Path, campaign: Mapping[str, Any], facts: Mapping[str, Any]) -> "Ledger":
+        """Start an empty ledger for a campaign, with the facts that readers need (both JSON)."""
+        ledger = cls(folder)
+        with ledger._engine.begin() as connection:
+            tables.metadata.create_all(connection)
+            connection.execute(
+                insert(tables.run).values(
+                    id=1,
+                    schema_version=tables.SCHEMA_VERSION,
+                    created=time.time(),
+                    campaign=json.dumps(campaign),
+                    facts=json.dumps(facts),
+                    num_test_touches=0,
+                )
+            )
+        return ledger
+
+    @classmethod
+    def open(cls, folder: Path) -> "Ledger":
+        """Open an existing ledger."""
+        ledger = cls(folder)
+        if not ledger.path.is_file():
+            raise RunError(f"{folder}: expected a run folder with {FILE_NAME}, found none; runs start with evomerge search")
+        try:
+            with ledger._engine.connect() as connection:
+                version = connection.execute(select(tables.run.c.schema_version)).scalar_one()
+        except DatabaseError as error:
+            raise RunError(f"{ledger.path} is not a readable ledger ({error.orig})") from error
+        if version != tables.SCHEMA_VERSION:
+            raise RunError(
+                f"{ledger.path}: schema {version}, this evomerge reads {tables.SCHEMA_VERSION}; use the version that wrote it"
+            )
+        return ledger
+
+    def close(self) -> None:
+        """Release the file."""
+        self._engine.dispose()
+
+    def campaign(self) -> dict[str, Any]:
+        """Return the campaign as last run."""
+        return self._json(tables.run.c.campaign)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the facts that the run was created with."""
+        return self._json(tables.run.c.facts)
+
+    def update_campaign(self, campaign: Mapping[str, Any]) -> None:
+        """Note a campaign that differs in its budget or workers."""
+        with self._engine.begin() as connection:
+            connection.execute(update(tables.run).values(campaign=json.dumps(campaign)))
+
+    def issue(self, stage: int, index: int, candidate: Candidate) -> Trial:
+        """Commit a candidate before it is submitted, with the number of results known by now."""
+        with self._engine.begin() as connection:
+            number = _next(connection, tables.trials.c.number)
+            known = _next(connection, tables.trials.c.finish_order)
+            connection.execute(
+                insert(tables.trials).values(
+                    number=number,
+                    stage=stage,
+                    stage_index=index,
+                    candidate=json.dumps(asdict(candidate)),
+                    known=known,
+                    issued=time.time(),
+                )
+            )
+        return Trial(number=number, stage=stage, index=index, candidate=candidate, known=known)
+
+    def record(self, trial: Trial, outcome: Measurement | str, fingerprint: str | None) -> Trial:
+        """Commit a trial's fate, a measurement or the reason for failing, in one transaction; return it finished."""
+        measurement = outcome if isinstance(outcome, Measurement) else None
+        failure = outcome if isinstance(outcome, str) else None
+        with self._engine.begin() as connection:
+            order = _next(connection, tables.trials.c.finish_order)
+            connection.execute(
+                update(tables.trials)
+                .where(tables.trials.c.number == trial.number)
+                .values(finish_order=order, finished=time.time(), fingerprint=fingerprint, failure=failure)
+            )
+            if measurement is not None:
+                _insert(connection, f"trial:{trial.number}", measurement)
+        return replace(trial, order=order, measurement=measurement, failure=failure)
+
+    def trials(self) -> list[Trial]:
+        """Return all trials in the order of issue, with their search measurements."""
+        with self._engine.connect() as connection:
+            rows = connection.execute(select(tables.trials).order_by(tables.trials.c.number)).all()
+            measured = _read(connection, "search")
+        return [
+            Trial(
+                number=row.number,
+                stage=row.stage,
+                index=row.stage_index,
+                candidate=_candidate(json.loads(row.candidate)),
+                known=row.known,
+                order=row.finish_order,
+                measurement=measured.get(f"trial:{row.number}"),
+                failure=row.failure,
+            )
+            for row in rows
+        ]
+
+    def measure(self, subject: str, measurement: Measurement) -> None:
+        """Commit a measurement that is no trial: a reference model's, or test scores."""
+        with self._engine.begin() as connection:
+            _insert(connection, subject, measurement)
+
+    def measurements(self, split: Split) -> dict[str, Measurement]:
+        """Return subject -> measurement on a split, trials and references alike."""
+        with self._engine.connect() as connection:
+            return _read(connection, split)
+
+    def touch_test_items(self) -> None:
+        """Note that the test items are about to be used."""
+        with self._engine.begin() as connection:
+            connection.execute(update(tables.run).values(num_test_touches=tables.run.c.num_test_touches + 1))
+
+    def num_test_touches(self) -> int:
+        """How many times a front was scored on the test items; more than once is disclosed."""
+        with self._engine.connect() as connection:
+            return int(connection.execute(select(tables.run.c.num_test_touches)).scalar_one())
+
+
+    def _json(self, column: Any) -> dict[str, Any]:
+        with self._engine.connect() as connection:
+            data: dict[str, Any] = json.loads(connection.execute(select(column)).scalar_one())
+        return data
+
+
+def _configure(connection: Any, _: object) -> None:
+    """WAL lets readers look on; FULL makes a commit survive a power cut."""
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _next(connection: Connection, column: Any) -> int:
+    """Return the next free number of a dense sequence that starts at 0."""
+    highest = connection.execute(select(func.max(column))).scalar()
+    return 0 if highest is None else int(highest) + 1
+
+
+def _insert(connection: Connection, subject: str, measurement: Measurement) -> None:
+    connection.execute(
+        insert(tables.measurements).values(
+            subject=subject,
+            split=measurement.split,
+            cost=measurement.cost,
+            seconds=json.dumps(dict(measurement.seconds)),
+            weights=measurement.weights,
+            arrival=json.dumps(asdict(measurement.arrival)) if measurement.arrival else None,
+        )
+    )
+    connection.execute(
+        insert(tables.scores),
+        [
+            {
+                "subject": subject,
+                "split": measurement.split,
+                "objective": objective,
+                "value": score.value,
+                "stderr": score.stderr,
+                "items": zlib.compress(score.items.astype("<f4").tobytes()),
+            }
+            for objective, score in measurement.scores.items()
+        ],
+    )
+
+
+def _read(connection: Connection, split: Split) -> dict[str, Measurement]:
+    rows = connection.execute(select(tables.scores).where(tables.scores.c.split == split)).all()
+    scores: dict[str, dict[str, Score]] = {}
+    for row in rows:
+        items = np.frombuffer(zlib.decompress(row.items), dtype="<f4")
+        scores.setdefault(row.subject, {})[row.objective] = Score(value=row.value, stderr=row.stderr, items=items)
+    rows = connection.execute(select(tables.measurements).where(tables.measurements.c.split == split)).all()
+    return {
+        row.subject: Measurement(
+            split=split,
+            scores=scores.get(row.subject, {}),
+            cost=row.cost,
+            seconds=json.loads(row.seconds),
+            weights=row.weights,
+            arrival=_arrival(json.loads(row.arrival)) if row.arrival else None,
+        )
+        for row in rows
+    }
+
+
+def _candidate(data: dict[str, Any]) -> Candidate:
+    descent = data["descent"]
+    return Candidate(
+        point=tuple(data["point"]),
+        descent=None if descent is None else Descent(**{key: _frozen(value) for key, value in descent.items()}),
+        memo=data["memo"],
+    )
+
+
+def _arrival(data: dict[str, Any]) -> Arrival:
+    return Arrival(**{key: _frozen(value) for key, value in data.items()})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

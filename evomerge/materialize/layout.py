@@ -1,0 +1,64 @@
+"""The flat layout: where each tensor lies in a buffer that holds a whole checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evomerge.operators.kernels import BLOCK
+from evomerge.records import TensorIndex
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Every tensor starts on a block of 1,024 elements; the padding is zero.
+
+    segments are the tensors' elements without padding; block_segment (B,) says which tensor a block belongs to.
+    """
+
+    tensors: TensorIndex
+    segments: tuple[slice, ...]
+    block_segment: Tensor
+
+    @classmethod
+    def of(cls, tensors: TensorIndex) -> "Layout":
+        """Lay the tensors out in their order."""
+        segments, num_blocks = [], []
+        start = 0
+        for tensor in tensors:
+            segments.append(slice(start, start + tensor.num_elements))
+            num_blocks.append(-(-tensor.num_elements // BLOCK))
+            start += num_blocks[-1] * BLOCK
+        block_segment = torch.arange(len(tensors)).repeat_interleave(torch.tensor(num_blocks))
+        return cls(tensors, tuple(segments), block_segment)
+
+    @property
+    def num_padded(self) -> int:
+        """Number of elements of a buffer, padding included (P)."""
+        return len(self.block_segment) * BLOCK
+
+    @torch.no_grad()
+    def flatten(self, named: Mapping[str, Tensor], out_P: Tensor) -> None:
+        """Copy the named tensors to their places."""
+        for tensor, segment in zip(self.tensors, self.segments, strict=True):
+            out_P[segment].copy_(named[tensor.name].reshape(-1))
+
+    def views(self, buffer_P: Tensor) -> dict[str, Tensor]:
+        """Return each tensor as a view of the buffer."""
+        return {
+            tensor.name: buffer_P[segment].view(tensor.shape)
+            for tensor, segment in zip(self.tensors, self.segments, strict=True)
+        }
+
+    def spread(self, group_of: Mapping[str, int], matrix_KG: Tensor) -> Tensor:
+        """Return (K, S) from (K, G): each tensor takes its group's column."""
+        columns = torch.tensor([group_of[tensor.name] for tensor in self.tensors])
+        return matrix_KG[:, columns]
+
+    def first_non_finite(self, buffer_P: Tensor) -> str | None:
+        """Name the first tensor that holds a NaN or an infinity, or None."""
+        if bool(torch.isfinite(buffer_P.sum(dtype=torch.float64))):
+            return None  # one pass, no temporaries; a sum of finite weights cannot overflow in float64
+        pairs = zip(self.tensors, self.segments, strict=True)
+        return next((tensor.name for tensor, place in pairs if not bool(buffer_P[place].isfinite().all())), None)

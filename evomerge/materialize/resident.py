@@ -1,0 +1,157 @@
+"""The resident model: a transformers model whose parameters are views of one flat buffer that candidates overwrite.
+
+Names and shapes are transformers' own (its loader converts old file names), so that every architecture it can load can
+be merged. A dtype-changing ``.to``, ``resize_token_embeddings`` or a deepcopy would break the views: ``check_views``
+notices.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evomerge.errors import CheckpointError, EvoMergeError
+from evomerge.materialize.checkpoint import Checkpoint
+from evomerge.materialize.layout import Layout
+from evomerge.records import TensorIndex, TensorInfo
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' own progress bars and advice while it loads or saves; ours say what happens."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def model_class(checkpoint: Checkpoint) -> Any:
+    """Return the class that the checkpoint's configuration names. Raises: CheckpointError if transformers has none."""
+    import transformers
+
+    names = checkpoint.config.get("architectures") or ["AutoModel"]
+    found = getattr(transformers, names[0], None)
+    if found is None:
+        raise CheckpointError(
+            f"{checkpoint.name}: config.json names the architecture {names[0]!r}, which transformers "
+            f"{transformers.__version__} does not have (code from the hub is not run)"
+        )
+    return found
+
+
+def empty_model(checkpoint: Checkpoint) -> nn.Module:
+    """Build the model without memory (meta device): names, shapes and ties only."""
+    from transformers import AutoConfig
+
+    with quiet_transformers(), torch.device("meta"):
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+        model: nn.Module = model_class(checkpoint)(config)
+    return model
+
+
+def tied_names(model: nn.Module) -> frozenset[str]:
+    """Names that share the storage of another parameter and may or may not be in a checkpoint's files."""
+    return frozenset(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def load_model(checkpoint: Checkpoint, dtype: str) -> nn.Module:
+    """Load a checkpoint on the CPU; every tensor must be found and used. Raises: CheckpointError otherwise."""
+    with quiet_transformers():
+        model, report = model_class(checkpoint).from_pretrained(
+            checkpoint.folder,
+            dtype=DTYPES[dtype],
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, report.get(what) or ())):
+            raise CheckpointError(
+                f"{checkpoint.name}: {what.split('_', maxsplit=1)[0]} tensors for {type(model).__name__}: "
+                f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}; save the checkpoint again with "
+                "save_pretrained of that class"
+            )
+    loaded: nn.Module = model.eval()
+    return loaded
+
+
+def merged_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and persistent floating buffer, tied ones once, in the model's order.
+
+    Raises: CheckpointError if they are not all of one dtype.
+    """
+    persistent = model.state_dict(keep_vars=True)
+    named = dict(model.named_parameters())
+    named |= {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if name in persistent and buffer.is_floating_point() and name not in named
+    }
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in named.values()}
+    if len(dtypes) > 1:
+        raise CheckpointError(
+            f"{type(model).__name__} keeps tensors in {' and '.join(sorted(dtypes))}; expected one dtype: "
+            "merge in float32 (dtype: float32)"
+        )
+    return named
+
+
+def tensor_index(model: nn.Module) -> TensorIndex:
+    """List what is merged, in the model's order."""
+    return tuple(TensorInfo(name, tuple(tensor.shape)) for name, tensor in merged_tensors(model).items())
+
+
+class ResidentModel:
+    """A model in memory that candidates overwrite in place.
+
+    ``module`` is the live model; ``out_P`` the flat buffer behind its parameters.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self.module = module.to(device)
+        named = merged_tensors(self.module)
+        self.layout = Layout.of(tensor_index(self.module))
+        first = next(iter(named.values()))
+        self.out_P = torch.zeros(self.layout.num_padded, dtype=first.dtype, device=device)
+        self.layout.flatten(named, self.out_P)
+        self._views = self.layout.views(self.out_P)
+        for name, tensor in named.items():
+            tensor.requires_grad_(False)
+            tensor.data = self._views[name]
+        self._tensors = named
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable tensors by name."""
+        return {name: tensor for name, tensor in self._tensors.items() if isinstance(tensor, nn.Parameter)}
+
+    def check_views(self) -> None:
+        """Raise EvoMergeError if something replaced the model's tensors, so that it no longer shows the merge."""
+        for name, tensor in merged_tensors(self.module).items():
+            if tensor.data_ptr() != self._views[name].data_ptr():
+                raise EvoMergeError(
+                    f"{name} no longer lies in the merge buffer: the evaluator must not cast, resize or replace the "
+                    "resident model's tensors"
+                )
+
+    def save(self, folder: Path) -> None:
+        """Write the model as a Hugging Face checkpoint (safetensors and configuration)."""
+        with quiet_transformers():
+            self.module.save_pretrained(folder)  # type: ignore[operator]
+        config = json.loads((folder / "config.json").read_text())
+        if not config.get("architectures"):
+            config["architectures"] = [type(self.module).__name__]
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

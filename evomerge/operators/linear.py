@@ -1,0 +1,88 @@
+"""Linear combinations of checkpoints: model soups and task arithmetic."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from evomerge.errors import CandidateError
+from evomerge.operators.kernels import lincomb
+from evomerge.operators.operator import Values
+from evomerge.records import Options, ParameterSpec
+
+
+class _Lincomb:
+    """What linear rules share: one kernel and nothing to prepare."""
+
+    differentiable: ClassVar[bool] = True
+
+    def prepare(
+        self,
+        base_P: Tensor,  # noqa: ARG002
+        experts_KP: Tensor,  # noqa: ARG002
+        segments: Sequence[slice],  # noqa: ARG002
+        values: Values,  # noqa: ARG002
+        earlier: Any | None,  # noqa: ARG002
+    ) -> None:
+        """Nothing to prepare: base and experts are the cache."""
+
+    def merge(self, out_P: Tensor, base_P: Tensor, experts_KP: Tensor, weights_KB: Tensor, state: None) -> None:  # noqa: ARG002
+        """Launch ``lincomb``."""
+        lincomb(out_P, base_P, experts_KP, weights_KB)
+
+
+class TaskArithmetic(_Lincomb):
+    """theta = base + sum_k c_k (expert_k - base).
+
+    Reference: Ilharco et al. 2023, arxiv.org/abs/2212.04089. 0.3 is the paper's usual coefficient for eight tasks.
+    """
+
+    name: ClassVar[str] = "task_arithmetic"
+
+    options_type: ClassVar[type[Options]] = Options
+
+    def __init__(self, options: Options | None = None) -> None:
+        self.options = options or Options()
+        self.parameters = (
+            ParameterSpec(name="coefficient", meaning="weight of a task vector", default=0.3, low=-0.2, high=1.2),
+        )
+
+    def weights(self, values: Values) -> Tensor:
+        """The coefficients are the weights; the base counts once."""
+        coefficients_KS = values["coefficient"]
+        return torch.cat([torch.ones_like(coefficients_KS[:1]), coefficients_KS])
+
+
+class LinearOptions(Options):
+    """normalize: divide by the sum of the weights."""
+
+    normalize: bool = True
+
+
+class Linear(_Lincomb):
+    """theta = sum_k w_k expert_k, divided by sum_k w_k if ``normalize``; the base does not take part.
+
+    Reference: Wortsman et al. 2022 (model soups), arxiv.org/abs/2203.05482. A sum of weights that vanishes is a
+    failed candidate here; other tools divide by it.
+    """
+
+    name: ClassVar[str] = "linear"
+
+    options_type: ClassVar[type[Options]] = LinearOptions
+
+    def __init__(self, options: LinearOptions | None = None) -> None:
+        self.options = options or LinearOptions()
+        self.parameters = (
+            ParameterSpec(name="coefficient", meaning="weight of an expert", default=1.0, low=0.0, high=1.0),
+        )
+
+    def weights(self, values: Values) -> Tensor:
+        """In terms of task vectors: sum_k w_k expert_k = (sum_k w_k) base + sum_k w_k tau_k."""
+        coefficients_KS = values["coefficient"]
+        sum_1S = coefficients_KS.sum(0, keepdim=True)
+        if not self.options.normalize:
+            return torch.cat([sum_1S, coefficients_KS])
+        if bool((sum_1S.abs() < 1e-8).any()):
+            raise CandidateError("linear: the coefficients of a tensor sum to zero and cannot be normalized")
+        return torch.cat([torch.ones_like(sum_1S), coefficients_KS / sum_1S])

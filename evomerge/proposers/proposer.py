@@ -1,0 +1,53 @@
+"""What a proposer is: ask/tell search over [0, 1]^D, all objectives maximized.
+
+A proposer is a fold over its stage's record: what it asks next depends on the problem, the candidates that it asked
+before and the results that it was told since, in their order, and on nothing else (no clock, no global random state;
+randomness derives from the seed and the index of the ask). So there is no state to save beside the ledger: a resumed
+run builds the proposer anew and feeds it the record, with ``recall`` in place of ``ask``.
+
+Shape letters: D dimensions, M objectives.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from evomerge.records import Candidate, Floats, Observation, Options
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """What a search is about. history are the results of earlier stages, in the order in which they came."""
+
+    start_D: Floats
+    num_objectives: int
+    seed: tuple[int, ...]
+    history: tuple[Observation, ...] = ()
+
+    @property
+    def num_dimensions(self) -> int:
+        """Length of a point."""
+        return len(self.start_D)
+
+    def rng(self, index: int) -> np.random.Generator:
+        """Return the generator of the ``index``-th ask (or generation)."""
+        return np.random.default_rng([*self.seed, index])
+
+
+class Proposer(Protocol):
+    """One search algorithm."""
+
+    name: ClassVar[str]
+    options_type: ClassVar[type[Options]]
+    needs_gradients: ClassVar[bool]
+
+    def ask(self, n: int, pending: Sequence[Candidate]) -> list[Candidate]:
+        """Return up to ``n`` candidates; fewer, or none, where it must wait for a pending result."""
+
+    def tell(self, observation: Observation) -> None:
+        """Take one result; they come one by one and in any order."""
+
+    def recall(self, candidate: Candidate) -> None:
+        """Take back a candidate that was asked before the run was interrupted, in the order of asking."""

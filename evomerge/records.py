@@ -1,0 +1,223 @@
+"""The records that travel between the parts; all frozen, none knows who made it.
+
+Objectives are maximized everywhere inside (``Observation``); measurements keep the user's own sign.
+Shape letters: K experts, G groups, D dimensions of the space, M objectives.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
+
+Floats = npt.NDArray[np.float64]
+Items = npt.NDArray[np.int64]
+Direction = Literal["max", "min"]
+Split = Literal["adapt", "search", "test"]
+
+
+class Options(BaseModel):
+    """Frozen options, strictly read: an unknown key or a wrong type is an error that names its path."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Name and shape of one trainable tensor of the model."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Number of elements; 1 for a scalar."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+
+TensorIndex = tuple[TensorInfo, ...]
+"""Every merged tensor, in the order in which the model holds them (embeddings first, head last)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterSpec:
+    """One parameter of an operator: what it may be, where to search it, what it is when nobody says.
+
+    minimum..maximum is the range in which the operator is defined; low..high the range that is searched by default.
+    A structural parameter is part of the operator's preparation; changing a cheap one only re-launches the kernel.
+    """
+
+    name: str
+    meaning: str
+    default: float
+    low: float
+    high: float
+    minimum: float = float("-inf")
+    maximum: float = float("inf")
+    per_expert: bool = True
+    structural: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """An operator with every coefficient resolved: all that is needed to rebuild a merged model.
+
+    groups maps a group to its tensors; together they hold every merged tensor once. values maps a parameter to its
+    (K, G) numbers, experts and groups in the order of their mappings; a parameter of the whole merge has one row.
+    """
+
+    operator: str
+    options: Mapping[str, Any]
+    base: str
+    experts: Mapping[str, str]
+    dtype: str
+    groups: Mapping[str, tuple[str, ...]]
+    values: Mapping[str, tuple[tuple[float, ...], ...]]
+
+    def fingerprint(self, hashes: Mapping[str, str]) -> str:
+        """Return 16 hex digits of the merge itself: ``hashes`` maps each checkpoint's path to the hash of its tensors."""
+        merge = {
+            "operator": self.operator,
+            "options": dict(self.options),
+            "base": hashes[self.base],
+            "experts": [hashes[path] for path in self.experts.values()],
+            "dtype": self.dtype,
+            "groups": list(self.groups.values()),
+            "values": dict(self.values),
+        }
+        return digest(merge)[:16]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Descent:
+    """Gradient steps on the adapt items, done in one worker: start at a candidate's point, score where they end.
+
+    first_moment and second_moment are Adam's, in the units of the coefficients, () before the first step.
+    """
+
+    loss: str
+    steps: int
+    learning_rate: float
+    batch_size: int
+    seed: tuple[int, ...]
+    steps_before: int = 0
+    first_moment: tuple[float, ...] = ()
+    second_moment: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """An immutable point of a space, in [0, 1]^D, and what is to be done with it.
+
+    memo is the proposer's own note (JSON), kept in the ledger and handed back by ``recall`` when a run resumes.
+    """
+
+    point: tuple[float, ...]
+    descent: Descent | None = None
+    memo: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objective:
+    """A metric of a task that the campaign makes as large or as small as it can, within floor and ceiling."""
+
+    name: str
+    task: str
+    metric: str
+    direction: Direction
+    floor: float | None = None
+    ceiling: float | None = None
+
+    @property
+    def sign(self) -> int:
+        """+1 if larger is better, else -1."""
+        return 1 if self.direction == "max" else -1
+
+    def violation(self, value: float) -> float:
+        """Return by how much ``value`` misses the floor or ceiling; 0 where it keeps both."""
+        below = max(0.0, self.floor - value) if self.floor is not None else 0.0
+        above = max(0.0, value - self.ceiling) if self.ceiling is not None else 0.0
+        return max(below, above)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """One objective's mean over items in the user's sign, its standard error, and the items' own scores (float32)."""
+
+    value: float
+    stderr: float
+    items: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrival:
+    """Where a descent ended: its point, Adam's moments, and the loss at each step."""
+
+    point: tuple[float, ...]
+    first_moment: tuple[float, ...]
+    second_moment: tuple[float, ...]
+    losses: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What one candidate scored on one split.
+
+    cost is in full-evaluation equivalents (a forward over all search items of all tasks = 1, with backward = 3);
+    seconds says where the time went. weights is the hash of the merged tensors where it was asked for.
+    """
+
+    split: Split
+    scores: Mapping[str, Score]
+    cost: float
+    seconds: Mapping[str, float]
+    weights: str | None = None
+    arrival: Arrival | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """A candidate, or a reference model's recipe, with its fate: a measurement, a reason for failing, or neither yet.
+
+    number counts all trials of a run, index those of its stage. known is how many results of the run the proposer had
+    been told when it proposed this one; order is this result's place in the sequence of results.
+    """
+
+    number: int
+    stage: int
+    index: int
+    candidate: Candidate
+    known: int
+    order: int | None = None
+    measurement: Measurement | None = None
+    failure: str | None = None
+
+    @property
+    def point(self) -> tuple[float, ...]:
+        """The point that was scored: where the descent ended, if there was one."""
+        arrival = self.measurement.arrival if self.measurement else None
+        return arrival.point if arrival else self.candidate.point
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """What a proposer is told of a trial of its stage: all values maximized, None if the trial failed.
+
+    index is the trial's place among the proposer's own asks. violation sums how far floors and ceilings are missed.
+    """
+
+    index: int
+    point: Floats
+    values_M: Floats | None
+    violation: float = 0.0
+    arrival: Arrival | None = None
+
+
+def digest(data: Any) -> str:
+    """Return the SHA-256 of ``data``'s canonical JSON."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()

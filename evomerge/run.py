@@ -1,0 +1,212 @@
+"""A run: one campaign's folder, opened, started or resumed, and picked from."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from evomerge.campaign import Campaign
+from evomerge.errors import RunError, did_you_mean
+from evomerge.front.front import front_hypervolume, front_of, maximized
+from evomerge.front.pick import knee, prefer
+from evomerge.ledger.ledger import FILE_NAME, Ledger
+from evomerge.records import Measurement, Objective, Trial
+
+if TYPE_CHECKING:
+    from evomerge.assemble import Plan
+    from evomerge.driver import Watcher
+    from evomerge.scorer import Scorer
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run holds, read from its ledger; a campaign may be driving it meanwhile."""
+
+    folder: Path
+    campaign: Campaign
+    objectives: tuple[Objective, ...]
+    facts: Mapping[str, Any]
+    ledger: Ledger
+
+    @classmethod
+    def open(cls, location: str | Path) -> "Run":
+        """Open a run by its folder, or by its name under runs/. Raises: RunError."""
+        folder = Path(location)
+        if not (folder / FILE_NAME).is_file() and (Path("runs") / folder / FILE_NAME).is_file():
+            folder = Path("runs") / folder
+        ledger = Ledger.open(folder)
+        facts = ledger.facts()
+        objectives = tuple(Objective(**objective) for objective in facts["objectives"])
+        campaign = Campaign.model_validate_json(_dump(ledger.campaign()))
+        return cls(folder, campaign, objectives, facts, ledger)
+
+    @cached_property
+    def trials(self) -> list[Trial]:
+        """All trials so far, in the order of issue."""
+        return self.ledger.trials()
+
+    @cached_property
+    def searched(self) -> dict[str, Measurement]:
+        """Subject (``trial:N`` or a reference model) -> measurement on search items."""
+        return self.ledger.measurements("search")
+
+    @cached_property
+    def tested(self) -> dict[str, Measurement]:
+        """Subject -> measurement on test items; empty until the search has ended."""
+        return self.ledger.measurements("test")
+
+    @cached_property
+    def front(self) -> list[Trial]:
+        """The front on search values."""
+        return front_of(self.trials, self.objectives)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the budget is spent and the front scored on the test items."""
+        num_finished = sum(trial.order is not None for trial in self.trials)
+        members = {f"trial:{trial.number}" for trial in self.front}
+        return num_finished >= self.campaign.budget.evaluations and bool(self.tested) and members <= self.tested.keys()
+
+    @property
+    def references(self) -> list[str]:
+        """The reference models that were scored on the test items: base, experts, uniform, the best scalar."""
+        return [subject for subject in self.tested if not subject.startswith("trial:")]
+
+    def hypervolume(self) -> float:
+        """Of the front's search values above the base's."""
+        return front_hypervolume(self.trials, self.objectives, self.searched["base"])
+
+    def pick(
+        self, *, trial: int | None = None, at_knee: bool = False, preference: Mapping[str, float] | None = None
+    ) -> Trial:
+        """Return one trial: by number, the front's knee, or the member that serves a preference best.
+
+        A preference weighs objectives; one that it leaves out counts 1. Picking uses search values.
+        Raises: RunError if there is no such trial, it failed, or the front is empty.
+        """
+        if (trial is not None) + at_knee + (preference is not None) != 1:
+            raise RunError("pick one model: --trial N, --knee, or --prefer NAME=WEIGHT,...")
+        if trial is not None:
+            return self._trial(trial)
+        if not self.front:
+            raise RunError(f"{self.folder}: no trial has finished within the floors and ceilings; there is no front yet")
+        values_NM = np.array([maximized(member.measurement, self.objectives) for member in self.front if member.measurement])
+        if at_knee:
+            return self.front[knee(values_NM)]
+        assert preference is not None
+        names = [objective.name for objective in self.objectives]
+        for name, weight in preference.items():
+            if name not in names:
+                raise RunError(f"--prefer: no objective {name!r}{did_you_mean(name, names)}")
+            if not (np.isfinite(weight) and weight >= 0):
+                raise RunError(f"--prefer: {name}: expected a weight of 0 or more, found {weight:g}")
+        weights_M = np.array([preference.get(name, 1.0) for name in names])
+        if not weights_M.any():
+            raise RunError("--prefer: all weights are 0; give at least one objective a positive weight")
+        return self.front[prefer(values_NM, weights_M)]
+
+    def _trial(self, number: int) -> Trial:
+        if not 0 <= number < len(self.trials):
+            raise RunError(f"{self.folder}: no trial {number}; there are trials 0 to {len(self.trials) - 1}")
+        found = self.trials[number]
+        if found.measurement is None:
+            raise RunError(f"trial {number} has no scores: {found.failure or 'it has not finished'}; pick another")
+        return found
+
+
+def search(
+    campaign: Campaign,
+    folder: Path,
+    *,
+    watcher: "Watcher",
+    loading: Callable[[str], None] = lambda _: None,
+) -> Run:
+    """Start the campaign's run in ``folder``, resume it, or find it finished; return it finished.
+
+    Raises: RunError if the folder holds another campaign's run, or another process drives it.
+    """
+    from evomerge.assemble import make_plan
+    from evomerge.driver import Driver
+    from evomerge.scorer import Scorer
+    from evomerge.stages import make_stages
+    from evomerge.workers.inline import InlinePool
+
+    with _driving(folder):
+        started = (folder / FILE_NAME).is_file()
+        if started:
+            run = Run.open(folder)
+            _require_same_meaning(run, campaign)
+            if run.is_finished and campaign.budget.evaluations <= len(run.trials):
+                return run
+        plan = make_plan(campaign)
+        stages = make_stages(campaign, plan)
+        scorer = Scorer(plan, loading)
+        dumped = campaign.model_dump(mode="json")
+        if started:
+            _require_same_hashes(run, scorer)
+            run.ledger.update_campaign(dumped)
+            ledger = run.ledger
+        else:
+            ledger = Ledger.create(folder, dumped, _facts(plan, scorer))
+        Driver(plan, ledger, InlinePool(scorer), scorer.materializer.hashes, watcher).run(stages, campaign.seed)
+        ledger.close()
+    return Run.open(folder)
+
+
+@contextmanager
+def _driving(folder: Path) -> Iterator[None]:
+    """Let one process drive a run; the lock goes with the process, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "driver.lock")
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunError(f"{folder}: another process is driving this run; wait for it, or look on with evomerge front") from error
+    except OSError as error:
+        raise RunError(f"{folder}: cannot write a run there ({error.strerror}); choose another place with --run") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _facts(plan: "Plan", scorer: "Scorer") -> dict[str, Any]:
+    """What readers of a run need and the campaign file does not say."""
+    return {
+        "objectives": [asdict(objective) for objective in plan.objectives],
+        "dimensions": [dimension.name for dimension in plan.space.dimensions],
+        "hashes": scorer.materializer.hashes,
+        "num_items": {task: {split: len(items) for split, items in of.items()} for task, of in plan.splits.items()},
+    }
+
+
+def _require_same_meaning(run: Run, campaign: Campaign) -> None:
+    before, now = run.campaign.meaning(), campaign.meaning()
+    differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if differing:
+        raise RunError(
+            f"{run.folder} holds a run of a campaign that differs in {', '.join(differing)}; its scores do not compare: "
+            "rename this campaign, or give another place with --run"
+        )
+    if campaign.budget.evaluations < len(run.trials):
+        raise RunError(
+            f"budget.evaluations: {campaign.budget.evaluations}, but {run.folder} holds {len(run.trials)} trials already; "
+            "a budget can only grow"
+        )
+
+
+def _require_same_hashes(run: Run, scorer: "Scorer") -> None:
+    for folder, found in scorer.materializer.hashes.items():
+        if run.facts["hashes"].get(folder) not in (None, found):
+            raise RunError(f"{folder}: the checkpoint has changed since {run.folder} began; its scores do not compare: use --run")
+
+
+def _dump(data: Mapping[str, Any]) -> str:
+    import json
+
+    return json.dumps(data)

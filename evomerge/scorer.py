@@ -1,0 +1,146 @@
+"""The scorer: owns the resident model; subject -> recipe -> merged model -> measurement.
+
+Shape letters: D dimensions of the space.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+
+from evomerge.assemble import Plan
+from evomerge.errors import CandidateError, EvoMergeError
+from evomerge.materialize.materializer import Materializer
+from evomerge.operators.linear import TaskArithmetic
+from evomerge.operators.operator import Operator
+from evomerge.records import Arrival, Candidate, Floats, Measurement, Recipe, Score, Split
+
+BACKWARD_COST = 3.0  # forward + backward, in forwards
+ADAM = (0.9, 0.999, 1e-8)
+
+
+class Scorer:
+    """Scores candidates and recipes of one plan."""
+
+    def __init__(self, plan: Plan, progress: Callable[[str], None] = lambda _: None) -> None:
+        self.plan = plan
+        self.materializer = Materializer(
+            plan.base, list(plan.experts.values()), dtype=plan.dtype, device=plan.device, progress=progress
+        )
+        self._operators: dict[str, Operator] = {TaskArithmetic.name: TaskArithmetic(), plan.operator.name: plan.operator}
+        self._num_search_items = sum(len(splits["search"]) for splits in plan.splits.values())
+
+    def score(self, subject: Candidate | Recipe, split: Split) -> Measurement:
+        """Build the merge and score it on all items of a split; a descent comes first.
+
+        Raises: CandidateError if the candidate fails, whatever the reason: the campaign goes on.
+        """
+        try:
+            return self._score(subject, split)
+        except EvoMergeError:
+            raise
+        except Exception as error:  # a user's model or data can raise anything; it is one candidate's fate
+            raise CandidateError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+
+    def _score(self, subject: Candidate | Recipe, split: Split) -> Measurement:
+        clock = _Clock()
+        arrival, cost = None, 0.0
+        if isinstance(subject, Candidate) and subject.descent is not None:
+            arrival, cost = self._descend(subject)
+            clock.lap("descend")
+        if isinstance(subject, Candidate):
+            subject = self.plan.recipe(arrival.point if arrival else subject.point)
+        self.materializer.build(self._operators[subject.operator], subject)
+        clock.lap("materialize")
+        scores, num_items = self._evaluate(split)
+        clock.lap("evaluate")
+        return Measurement(
+            split=split,
+            scores=scores,
+            cost=cost + num_items / self._num_search_items,
+            seconds=clock.seconds,
+            weights=self.materializer.weights_hash() if split == "test" else None,
+            arrival=arrival,
+        )
+
+    def _evaluate(self, split: Split) -> tuple[dict[str, Score], int]:
+        """Score the resident model; every task once, whatever the number of its metrics."""
+        by_task = {}
+        for task, splits in self.plan.splits.items():
+            by_task[task] = self.plan.evaluator.score(self.materializer.resident.module, task, splits[split])
+        scores = {}
+        for objective in self.plan.objectives:
+            items = by_task[objective.task][objective.metric]
+            if not np.isfinite(items).all():
+                flawed = int((~np.isfinite(items)).sum())
+                raise CandidateError(f"{objective.name}: {flawed} of {len(items)} items have no finite {objective.metric}")
+            scores[objective.name] = score_of(items)
+        return scores, sum(len(splits[split]) for splits in self.plan.splits.values())
+
+    def _descend(self, candidate: Candidate) -> tuple[Arrival, float]:
+        """Follow Adam on minibatches of the adapt items; return where it ended, and its cost.
+
+        The loss is the sum over tasks; coefficients are projected into their ranges after every step.
+        """
+        descent = candidate.descent
+        assert descent is not None
+        plan, model = self.plan, self.materializer.resident.module
+        if not plan.operator.differentiable:
+            raise CandidateError(f"{plan.operator.name} has no gradient in its coefficients")
+        point_D = np.array(candidate.point)
+        moments: list[Floats] = [
+            np.array(moment) if moment else np.zeros(len(point_D))
+            for moment in (descent.first_moment, descent.second_moment)
+        ]
+        losses: list[float] = []
+        num_items = 0
+        for step in range(1, descent.steps + 1):
+            rng = np.random.default_rng([*descent.seed, step])
+            batches = {
+                task: np.sort(rng.choice(splits["adapt"], min(descent.batch_size, len(splits["adapt"])), replace=False))
+                for task, splits in plan.splits.items()
+            }
+            num_items += sum(map(len, batches.values()))
+            terms = [partial(plan.evaluator.loss, model, task, items, descent.loss) for task, items in batches.items()]
+            loss, gradients = self.materializer.gradient(plan.operator, plan.recipe(point_D), terms)
+            losses.append(loss)
+            step_D = _adam(plan.space.pull_back(gradients), moments, descent.steps_before + step)
+            point_D = np.clip(point_D - descent.learning_rate * step_D / plan.space.spans_D, 0.0, 1.0)
+        arrival = Arrival(
+            point=tuple(point_D.tolist()),
+            first_moment=tuple(moments[0].tolist()),
+            second_moment=tuple(moments[1].tolist()),
+            losses=tuple(losses),
+        )
+        return arrival, BACKWARD_COST * num_items / self._num_search_items
+
+
+def score_of(items: "np.typing.NDArray[np.float32]") -> Score:
+    """Return the mean over items and its standard error (sample deviation over the root of their number)."""
+    exact = items.astype(np.float64)
+    return Score(value=float(exact.mean()), stderr=float(exact.std(ddof=1) / np.sqrt(len(exact))), items=items)
+
+
+def _adam(gradient_D: Floats, moments: list[Floats], step: int) -> Floats:
+    """Update the moments in place and return Adam's unit step (Kingma and Ba 2015, algorithm 1)."""
+    first, second, epsilon = ADAM
+    moments[0] = first * moments[0] + (1 - first) * gradient_D
+    moments[1] = second * moments[1] + (1 - second) * gradient_D**2
+    return moments[0] / (1 - first**step) / (np.sqrt(moments[1] / (1 - second**step)) + epsilon)
+
+
+class _Clock:
+    """Seconds by part; waits for the GPU where there is one."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[part] = now - self._last
+        self._last = now

@@ -1,0 +1,49 @@
+"""The inline pool: one worker, in this process, with nothing to start.
+
+A pool runs any scorer: an object with ``score(subject, split) -> Measurement``.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Protocol
+
+from evomerge.errors import CandidateError
+from evomerge.records import Candidate, Measurement, Recipe, Split
+
+Subject = Candidate | Recipe
+Outcome = Measurement | CandidateError
+
+
+class Scorer(Protocol):
+    """Owns a resident model and scores what it is given. Raises: CandidateError for a candidate that fails."""
+
+    def score(self, subject: Subject, split: Split) -> Measurement:
+        """Build the merge and score it on a split."""
+
+
+class InlinePool:
+    """Scores one subject at a time, when its result is asked for."""
+
+    num_slots = 1
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer = scorer
+        self._queue: deque[tuple[int, Subject, Split]] = deque()
+
+    @property
+    def num_free(self) -> int:
+        """How many subjects can be submitted without waiting for a result."""
+        return self.num_slots - len(self._queue)
+
+    def submit(self, key: int, subject: Subject, split: Split) -> None:
+        """Hand a subject to the worker; ``key`` comes back with its outcome."""
+        self._queue.append((key, subject, split))
+
+    def results(self) -> Iterator[tuple[int, Outcome]]:
+        """Yield (key, outcome) in the order in which they finish, until nothing is left."""
+        while self._queue:
+            key, subject, split = self._queue.popleft()
+            try:
+                yield key, self.scorer.score(subject, split)
+            except CandidateError as error:
+                yield key, error
