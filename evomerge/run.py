@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from evomerge.campaign import Campaign
 from evomerge.errors import RunError, did_you_mean
+from evomerge.front.compare import paired_difference
 from evomerge.front.front import front_hypervolume, front_of, maximized
 from evomerge.front.pick import knee, prefer
 from evomerge.ledger.ledger import FILE_NAME, Ledger
@@ -42,7 +43,7 @@ class Run:
         ledger = Ledger.open(folder)
         facts = ledger.facts()
         objectives = tuple(Objective(**objective) for objective in facts["objectives"])
-        campaign = Campaign.model_validate_json(_dump(ledger.campaign()))
+        campaign = Campaign.model_validate(ledger.campaign(), strict=False)
         return cls(folder, campaign, objectives, facts, ledger)
 
     @cached_property
@@ -76,6 +77,15 @@ class Run:
     def references(self) -> list[str]:
         """The reference models that were scored on the test items: base, experts, uniform, the best scalar."""
         return [subject for subject in self.tested if not subject.startswith("trial:")]
+
+    @property
+    def best_scalar(self) -> str:
+        """Name of the best single-scalar task arithmetic, chosen on search items."""
+        return next(subject for subject in self.references if subject.startswith("scalar:"))
+
+    def gain(self, subject: str, over: str) -> tuple[float, float]:
+        """Return the paired difference of two subjects' mean test scores over objectives, and its standard error."""
+        return paired_difference(self.tested[subject], self.tested[over], self.objectives, self.facts["test_sources"])
 
     def hypervolume(self) -> float:
         """Of the front's search values above the base's."""
@@ -148,7 +158,7 @@ def search(
         scorer = Scorer(plan, loading)
         dumped = campaign.model_dump(mode="json")
         if started:
-            _require_same_hashes(run, scorer)
+            same_checkpoints(run, scorer.materializer.hashes)
             run.ledger.update_campaign(dumped)
             ledger = run.ledger
         else:
@@ -181,7 +191,9 @@ def _facts(plan: "Plan", scorer: "Scorer") -> dict[str, Any]:
         "objectives": [asdict(objective) for objective in plan.objectives],
         "dimensions": [dimension.name for dimension in plan.space.dimensions],
         "hashes": scorer.materializer.hashes,
-        "num_items": {task: {split: len(items) for split, items in of.items()} for task, of in plan.splits.items()},
+        "test_sources": {
+            task: [plan.evaluator.sources[task][item] for item in splits["test"]] for task, splits in plan.splits.items()
+        },
     }
 
 
@@ -200,13 +212,8 @@ def _require_same_meaning(run: Run, campaign: Campaign) -> None:
         )
 
 
-def _require_same_hashes(run: Run, scorer: "Scorer") -> None:
-    for folder, found in scorer.materializer.hashes.items():
+def same_checkpoints(run: Run, hashes: Mapping[str, str]) -> None:
+    """Raise RunError if a checkpoint's tensors are no longer those that the run began with."""
+    for folder, found in hashes.items():
         if run.facts["hashes"].get(folder) not in (None, found):
             raise RunError(f"{folder}: the checkpoint has changed since {run.folder} began; its scores do not compare: use --run")
-
-
-def _dump(data: Mapping[str, Any]) -> str:
-    import json
-
-    return json.dumps(data)

@@ -48,7 +48,7 @@ class Materializer:
                 expert = load_model(checkpoint, dtype)
                 self.layout.flatten(merged_tensors(expert), buffer_P)
             self._require_finite(checkpoint, buffer_P)
-            self.hashes[str(checkpoint.folder)] = _sha256(buffer_P)
+            self.hashes[str(checkpoint.folder)] = sha256(buffer_P)
         self._block_segment = self.layout.block_segment.to(device)
         self._built: tuple[Operator, Recipe] | None = None
         self._state: tuple[Operator, Mapping[str, Tensor], Any] | None = None
@@ -102,7 +102,7 @@ class Materializer:
 
     def weights_hash(self) -> str:
         """SHA-256 of the merged tensors as they are: what is exported must have the same."""
-        return _sha256(self.out_P)
+        return sha256(self.out_P)
 
     def _spread(self, recipe: Recipe) -> dict[str, Tensor]:
         group_of = _group_of(recipe)
@@ -165,5 +165,6 @@ def _group_of(recipe: Recipe) -> dict[str, int]:
     return {name: g for g, names in enumerate(recipe.groups.values()) for name in names}
 
 
-def _sha256(buffer_P: Tensor) -> str:
+def sha256(buffer_P: Tensor) -> str:
+    """Return the hash of a flat buffer's bytes."""
     return hashlib.sha256(buffer_P.cpu().view(torch.uint8).numpy()).hexdigest()

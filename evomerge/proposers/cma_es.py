@@ -5,6 +5,7 @@ before the next: with several workers, ``ask`` returns nothing while results of 
 Beyond 100 dimensions the covariance is diagonal (Ros and Hansen 2008): its cost grows linearly.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -66,7 +67,9 @@ class CmaEs:
         self._num_asked += 1
 
     def _make(self, options: CmaEsOptions) -> Any:
-        import cma
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it would like matplotlib, for plots that we do not make
+            import cma
 
         told = [observation for observation in self.problem.history if observation.values_M is not None]
         best = max(told, key=lambda observation: float(observation.values_M.mean()) - observation.violation, default=None)  # type: ignore[union-attr]

@@ -1,0 +1,70 @@
+"""What a campaign will do and cost, found out before anything expensive."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from evomerge.assemble import Plan, make_plan
+from evomerge.campaign import Campaign
+from evomerge.driver import reference_recipes
+from evomerge.errors import CandidateError, EvoMergeError
+from evomerge.records import Measurement
+from evomerge.scorer import BACKWARD_COST, Scorer
+from evomerge.stages import Stage, make_stages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckReport:
+    """The plan, its stages, the timed evaluation of the base, and what follows for the whole run."""
+
+    campaign: Campaign
+    plan: Plan
+    stages: list[Stage]
+    evaluation: Measurement
+    equivalents: float
+    """Full-evaluation equivalents of the search, descents included; references and the final test come on top."""
+    reference_evaluations: int
+
+    @property
+    def evaluation_s(self) -> float:
+        """Seconds of the timed evaluation: one candidate on all search items."""
+        return sum(self.evaluation.seconds.values())
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of the run, by that evaluation; proposing and the final test scores of the front not counted."""
+        return self.evaluation_s * (self.equivalents + self.reference_evaluations)
+
+
+def check_campaign(campaign: Campaign, loading: Callable[[str], None]) -> CheckReport:
+    """Make the plan, load the checkpoints and time one evaluation (the second: the first warms up).
+
+    Raises: InputError for whatever a run would stumble over; EvoMergeError if the base cannot be scored.
+    """
+    plan = make_plan(campaign)
+    stages = make_stages(campaign, plan)
+    scorer = Scorer(plan, loading)
+    recipes = reference_recipes(plan)
+    loading("and timing one evaluation")
+    try:
+        scorer.score(recipes["uniform"], "search")
+        evaluation = scorer.score(recipes["base"], "search")
+    except CandidateError as error:
+        raise EvoMergeError(f"the base cannot be scored: {error}") from error
+    return CheckReport(
+        campaign=campaign,
+        plan=plan,
+        stages=stages,
+        evaluation=evaluation,
+        equivalents=sum(stage.num_evaluations * (1 + _descent_cost(plan, stage)) for stage in stages),
+        reference_evaluations=len(recipes),
+    )
+
+
+def _descent_cost(plan: Plan, stage: Stage) -> float:
+    """Equivalents of the gradient steps that come before each evaluation of a stage."""
+    options = stage.options.model_dump()
+    if "steps" not in options:
+        return 0.0
+    num_items = sum(min(options["batch_size"], len(splits["adapt"])) for splits in plan.splits.values())
+    num_search = sum(len(splits["search"]) for splits in plan.splits.values())
+    return float(BACKWARD_COST * options["steps"] * num_items / num_search)

@@ -1,0 +1,160 @@
+"""The command line: parses words, calls, prints; no logic. Heavy imports wait until a command needs them."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow a shared machine down several times
+
+import typer
+
+from evomerge.errors import EvoMergeError, InputError
+
+app = typer.Typer(
+    help="Find the coefficients with which fine-tuned checkpoints of one base model should be merged.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+families_app = typer.Typer(help="Small real expert families to try things on.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(families_app, name="families")
+
+CampaignFile = Annotated[Path, typer.Argument(metavar="FILE", help="Campaign file (YAML).")]
+RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or its name under runs/.")]
+OutFolder = Annotated[Path, typer.Option("--out", help="New folder for the merged checkpoint.")]
+
+
+@app.command()
+def check(file: CampaignFile) -> None:
+    """Check a campaign before anything expensive: what is merged, searched and scored, and what it costs."""
+    from evomerge.campaign import read_campaign
+    from evomerge.check import check_campaign
+    from evomerge.report.terminal import Loading, print_check
+
+    with Loading() as loading:
+        report = check_campaign(read_campaign(file), loading)
+    print_check(file, report)
+
+
+@app.command()
+def search(
+    file: CampaignFile,
+    run: Annotated[Path | None, typer.Option(help="Folder of the run (default: runs/NAME).")] = None,
+) -> None:
+    """Run a campaign; the same command resumes it after an interruption, or extends it when the budget grew."""
+    from evomerge.campaign import read_campaign
+    from evomerge.report.terminal import Loading, print_finished
+    from evomerge.report.terminal import search as search_shown
+
+    campaign = read_campaign(file)
+    folder = run or Path("runs") / campaign.name
+    with Loading() as loading:
+        finished_before, result = search_shown(campaign, folder, loading)
+    print_finished(result, file, was_finished=finished_before)
+
+
+@app.command()
+def front(
+    run: RunFolder,
+    everything: Annotated[bool, typer.Option("--all", help="Show every model on the front.")] = False,
+) -> None:
+    """Show the front of a run beside base, experts, uniform average and best single coefficient."""
+    from evomerge.report.terminal import print_front
+    from evomerge.run import Run
+
+    print_front(Run.open(run), everything=everything)
+
+
+@app.command()
+def report(
+    run: RunFolder,
+    out: Annotated[Path | None, typer.Option(help="HTML file (default: report.html in the run's folder).")] = None,
+) -> None:
+    """Write a run's front, scores and coefficients to one HTML file that works offline."""
+    from evomerge.report.html import write_report
+    from evomerge.run import Run
+
+    opened = Run.open(run)
+    path = out or opened.folder / "report.html"
+    write_report(opened, path)
+    typer.echo(f"report   {path}  ({path.stat().st_size / 1e6:.1f} MB, works offline)")
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    out: OutFolder,
+    trial: Annotated[int | None, typer.Option(help="Export this trial.")] = None,
+    knee: Annotated[bool, typer.Option("--knee", help="Export the front's best balance.")] = False,
+    prefer: Annotated[str | None, typer.Option(help="Export what serves weights best: a=2,b=1 (others count 1).")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Load the export again and score it against the ledger.")] = False,
+) -> None:
+    """Write one model of a run as a Hugging Face checkpoint, with its recipe and model card."""
+    from evomerge.export import export_trial, parse_preference, verify_export
+    from evomerge.report.terminal import Loading, print_export, print_verification
+    from evomerge.run import Run
+
+    opened = Run.open(run)
+    preference = parse_preference(prefer) if prefer is not None else None
+    picked = opened.pick(trial=trial, at_knee=knee, preference=preference)
+    with Loading() as loading:
+        export_trial(opened, picked, out, loading)
+    print_export(opened, picked, out, verified=verify)
+    if verify:
+        with Loading() as loading:
+            rows = verify_export(opened, picked, out, loading)
+        print_verification(rows)
+
+
+@app.command()
+def merge(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")],
+    out: OutFolder,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+) -> None:
+    """Build one merged model from a recipe, without a search."""
+    from evomerge.export import merge_recipe
+    from evomerge.report.terminal import Loading
+
+    with Loading() as loading:
+        digest = merge_recipe(recipe, out, device, loading)
+    typer.echo(f"merged   {out}  (tensors {digest[:12]})")
+
+
+@families_app.command("make")
+def families_make(
+    name: Annotated[str, typer.Argument(help="digits, digits4, orders or text.")],
+    out: Annotated[Path, typer.Option(help="Folder of the family.")],
+) -> None:
+    """Train a family of experts on the CPU: base, experts, held-out items and a ready campaign file."""
+    from evomerge.report.terminal import make_family
+
+    make_family(name, out)
+
+
+@families_app.command("list")
+def families_list() -> None:
+    """List the families."""
+    from evomerge.families.family import FAMILIES
+
+    for name, family in FAMILIES.items():
+        typer.echo(f"{name:8} {family.description}")
+
+
+def main() -> None:
+    """Run a command; a mistake of the user's is one line and status 2, a failure of ours one line and status 1."""
+    try:
+        app()
+    except EvoMergeError as error:
+        message = " ".join(str(error).split())
+        typer.echo(f"evomerge: {'' if isinstance(error, InputError) else 'failed: '}{message}", err=True)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        typer.echo("\nevomerge: stopped; the same command goes on where this one ended", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""The recipe file: one merge, every coefficient written out.
+
+    operator: {name: task_arithmetic}
+    base: path or Hugging Face id
+    experts: {rot90: path, invert: path}
+    dtype: float32                        # optional: the base's
+    groups: layer                         # optional: as in a campaign's space; a written recipe lists its tensors
+    coefficient:                          # and the operator's other parameters; defaults where left out
+      rot90: 0.4
+      invert: {before: 0.1, layer0: 0.3, after: 0.2}
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from evomerge.assemble import OPERATORS, make_operator
+from evomerge.campaign import parse, read_yaml
+from evomerge.errors import CampaignError, did_you_mean
+from evomerge.materialize.checkpoint import Checkpoint, open_checkpoint, require_same_tensors
+from evomerge.materialize.resident import empty_model, tensor_index, tied_names
+from evomerge.operators.operator import Operator
+from evomerge.records import Floats, Options, ParameterSpec, Recipe
+from evomerge.space.groups import Groups, make_groups
+
+
+class RecipeSection(Options):
+    """The fixed part of a recipe file; the operator's parameters stand beside it."""
+
+    operator: dict[str, Any] = {"name": "task_arithmetic"}
+    base: str
+    experts: dict[str, str]
+    dtype: str = "auto"
+    groups: str | dict[str, str | list[str]] = "model"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadRecipe:
+    """A recipe with the checkpoints and the operator that it names."""
+
+    recipe: Recipe
+    base: Checkpoint
+    experts: tuple[Checkpoint, ...]
+    operator: Operator
+
+
+def read_recipe(path: Path) -> ReadRecipe:
+    """Read a recipe file and check it against its checkpoints. Raises: InputError that names the key."""
+    data = read_yaml(path)
+    fixed = {key: value for key, value in data.items() if key in RecipeSection.model_fields}
+    given = {key: value for key, value in data.items() if key not in fixed}
+    try:
+        section = parse(RecipeSection, fixed, "")
+        if section.operator.get("name") not in OPERATORS:
+            name = str(section.operator.get("name"))
+            raise CampaignError(f"operator.name: unknown operator {name!r}{did_you_mean(name, OPERATORS)}")
+        operator, inside = make_operator(section.operator)
+        if inside:
+            raise CampaignError(f"operator.{next(iter(inside))}: a recipe gives parameters beside operator, not inside it")
+        specs = {spec.name: spec for spec in operator.parameters}
+        if unknown := sorted(given.keys() - specs.keys()):
+            raise CampaignError(f"{unknown[0]}: unknown key{did_you_mean(unknown[0], [*specs, *RecipeSection.model_fields])}")
+        base, experts = _open(section, path.resolve().parent)
+        groups = make_groups(tensor_index(empty_model(base)), _grouping(section))
+        values = {name: _matrix(spec, given.get(name), list(experts), groups) for name, spec in specs.items()}
+    except CampaignError as error:
+        raise CampaignError(f"{path}: {error}") from error.__cause__
+    recipe = Recipe(
+        operator=operator.name,
+        options=operator.options.model_dump(),
+        base=str(base.folder),
+        experts={name: str(expert.folder) for name, expert in experts.items()},
+        dtype=base.dtype if section.dtype == "auto" else section.dtype,
+        groups=groups,
+        values={name: tuple(map(tuple, matrix.tolist())) for name, matrix in values.items()},
+    )
+    return ReadRecipe(recipe=recipe, base=base, experts=tuple(experts.values()), operator=operator)
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe file that ``read_recipe`` reads back to the same recipe."""
+    matrices = {
+        name: _named(dict(zip(recipe.experts, rows, strict=True)), recipe.groups) if len(rows) == len(recipe.experts) else
+        _number(rows[0], recipe.groups)
+        for name, rows in recipe.values.items()
+    }  # fmt: skip
+    data = {
+        "operator": {"name": recipe.operator, **recipe.options},
+        "base": recipe.base,
+        "experts": dict(recipe.experts),
+        "dtype": recipe.dtype,
+        **matrices,
+        "groups": {group: list(tensors) for group, tensors in recipe.groups.items()},
+    }
+    path.write_text(yaml.safe_dump(data, sort_keys=False, width=120))
+
+
+def _open(section: RecipeSection, folder: Path) -> tuple[Checkpoint, dict[str, Checkpoint]]:
+    base = open_checkpoint("base", section.base, relative_to=folder)
+    experts = {
+        name: open_checkpoint(f"expert {name}", location, relative_to=folder)
+        for name, location in section.experts.items()
+    }
+    tied = tied_names(empty_model(base))
+    for expert in experts.values():
+        require_same_tensors(base, expert, tied)
+    return base, experts
+
+
+def _grouping(section: RecipeSection) -> Any:
+    words = ("model", "layer", "module", "tensor")
+    if isinstance(section.groups, str) and section.groups not in words:
+        raise CampaignError(f"groups: expected {', '.join(words)} or a mapping, found {section.groups!r}")
+    return section.groups
+
+
+def _matrix(spec: ParameterSpec, given: Any, experts: list[str], groups: Groups) -> Floats:
+    """Return the (K, G) numbers of what the file says: a number, or by expert a number or numbers by group."""
+    if not spec.per_expert:
+        return np.array([_row(spec, spec.name, given, groups)])
+    if isinstance(given, Mapping):
+        if unknown := sorted(str(name) for name in given if name not in experts):
+            raise CampaignError(f"{spec.name}.{unknown[0]}: unknown expert{did_you_mean(unknown[0], experts)}")
+        if missing := [name for name in experts if name not in given]:
+            raise CampaignError(f"{spec.name}: no number for expert {missing[0]}; give every expert one (0 leaves it out)")
+        return np.array([_row(spec, f"{spec.name}.{name}", given[name], groups) for name in experts])
+    return np.array([_row(spec, spec.name, given, groups)] * len(experts))
+
+
+def _row(spec: ParameterSpec, where: str, given: Any, groups: Groups) -> list[float]:
+    if isinstance(given, Mapping):
+        if unknown := sorted(str(name) for name in given if name not in groups):
+            raise CampaignError(f"{where}.{unknown[0]}: unknown group{did_you_mean(unknown[0], groups)}")
+        if missing := [group for group in groups if group not in given]:
+            raise CampaignError(f"{where}: no number for group {missing[0]}")
+        return [number for group in groups for number in _row(spec, f"{where}.{group}", given[group], {group: ()})]
+    number = spec.default if given is None else given
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise CampaignError(f"{where}: expected a number, found {number!r}")
+    if not spec.minimum <= number <= spec.maximum:
+        raise CampaignError(f"{where}: expected a number in [{spec.minimum:g}, {spec.maximum:g}], found {number:g}")
+    return [float(number)] * len(groups)
+
+
+def _named(rows: Mapping[str, tuple[float, ...]], groups: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    return {name: _number(row, groups) for name, row in rows.items()}
+
+
+def _number(row: tuple[float, ...], groups: Mapping[str, tuple[str, ...]]) -> Any:
+    """One number where all groups agree, else one a group."""
+    return row[0] if len(set(row)) == 1 else dict(zip(groups, row, strict=True))

@@ -1,0 +1,291 @@
+"""What a person sees in the terminal: progress, tables, and what to type next; within 100 columns."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from evomerge.campaign import Campaign
+from evomerge.check import CheckReport
+from evomerge.errors import EvoMergeError
+from evomerge.export import Verification
+from evomerge.families.family import make
+from evomerge.front.front import front_hypervolume
+from evomerge.records import Measurement, Trial
+from evomerge.run import Run
+from evomerge.run import search as run_search
+from evomerge.splits import SPLITS
+
+NUM_ROWS = 12
+console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 100)
+
+
+def make_progress() -> Progress:
+    """Return a progress bar with counts, time spent and time left."""
+    return Progress(
+        TextColumn("{task.description:<16}"),
+        BarColumn(bar_width=14),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+    )
+
+
+class Loading:
+    """A status line that says which checkpoint is being loaded, until something better is shown."""
+
+    def __init__(self) -> None:
+        self._status = console.status("loading")
+
+    def __call__(self, name: str) -> None:
+        self._status.update(f"loading {name}")
+
+    def __enter__(self) -> "Loading":
+        self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Take the line away."""
+        self._status.stop()
+
+
+class SearchProgress:
+    """A bar a phase; beside the search's, the best of each objective and the hypervolume so far."""
+
+    def __init__(self, folder: Path, loading: Loading) -> None:
+        self.folder = folder
+        self.has_begun = False
+        self._loading, self._progress = loading, make_progress()
+        self._task: TaskID | None = None
+        self._trials: list[Trial] = []
+        self._run: Run | None = None
+
+    def __enter__(self) -> "SearchProgress":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def phase(self, title: str, total: int, done: int) -> None:
+        """Begin a bar; what an earlier process did counts as done."""
+        if not self.has_begun:
+            self.has_begun = True
+            self._loading.stop()
+            self._progress.start()
+        self._task = self._progress.add_task(title, total=total, completed=done, note="")
+        if title == "search":
+            self._run = Run.open(self.folder)
+            self._trials = [trial for trial in self._run.trials if trial.order is not None]
+            self._note()
+
+    def advance(self, trial: Trial | None) -> None:
+        """Move the bar by one."""
+        assert self._task is not None
+        if trial is not None:
+            self._trials.append(trial)
+            self._note()
+        self._progress.advance(self._task)
+
+    def _note(self) -> None:
+        measured = [trial.measurement for trial in self._trials if trial.measurement]
+        if not measured or self._run is None or self._task is None:
+            return
+        objectives = self._run.objectives
+        best = [
+            objective.sign * max(objective.sign * measurement.scores[objective.name].value for measurement in measured)
+            for objective in objectives
+        ]
+        volume = front_hypervolume(self._trials, objectives, self._run.searched["base"])
+        num_failed = len(self._trials) - len(measured)
+        failed = f" · {num_failed} failed" if num_failed else ""
+        shown = " ".join(f"{value:.2f}" for value in best[:4]) + (" ..." if len(best) > 4 else "")
+        self._progress.update(self._task, note=f"best {shown} · hv {volume:.2g}{failed}")
+
+
+def print_front(run: Run, *, everything: bool = False) -> None:
+    """Print the front beside the reference models: test values with standard errors where the search has ended."""
+    measured = run.tested or run.searched
+    split = "test" if run.tested else "search"
+    members = sorted(run.front, key=lambda trial: -_mean(run, f"trial:{trial.number}"))
+    shown = members if everything else members[:NUM_ROWS]
+    knee = run.pick(at_knee=True).number if run.front else None
+    if knee is not None and knee not in [trial.number for trial in shown]:
+        shown = [*shown[:-1], next(trial for trial in members if trial.number == knee)]
+    compact = len(run.objectives) > 5
+    table = Table(
+        title=f"{run.campaign.name}: {len(members)} models on the front, scores on {split} items",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("model", no_wrap=True)
+    for objective in run.objectives:
+        table.add_column(objective.name + (" ↓" if objective.direction == "min" else ""), justify="right", no_wrap=True)
+    table.add_column("mean", justify="right")
+    if run.tested:
+        table.add_column("over scalar", justify="right", no_wrap=True)
+    for subject in run.references if run.tested else [name for name in ("base", "uniform") if name in measured]:
+        table.add_row(subject, *_cells(run, measured, subject, compact=compact), style="dim")
+    table.add_section()
+    for trial in shown:
+        mark = " ◆ knee" if trial.number == knee else ""
+        table.add_row(f"trial {trial.number}{mark}", *_cells(run, measured, f"trial:{trial.number}", compact=compact))
+    console.print(table)
+    _print_notes(run, len(members) - len(shown), compact=compact)
+
+
+def search(campaign: Campaign, folder: Path, loading: Loading) -> tuple[bool, Run]:
+    """Run a campaign behind progress bars; return whether it had been finished before, and the run."""
+    progress = SearchProgress(folder, loading)
+    with progress:
+        run = run_search(campaign, folder, watcher=progress, loading=loading)
+    return not progress.has_begun, run
+
+
+def print_finished(run: Run, file: Path, *, was_finished: bool) -> None:
+    """Print the result of a search and what to type next."""
+    print_front(run)
+    if was_finished:
+        console.print(f"this campaign had finished: nothing was done; raise budget.evaluations in {file} to extend it")
+    console.print(f"run      {run.folder}")
+    for number, command in enumerate(("report {}", "export {} --knee --out merged --verify", "front {} --all")):
+        console.print(("next     " if number == 0 else "         ") + "evomerge " + command.format(run.folder))
+
+
+def print_export(run: Run, trial: Trial, out: Path, *, verified: bool) -> None:
+    """Say what was written where, and how to load it."""
+    console.print(f"export   {out}  (trial {trial.number} of {run.folder}; checkpoint, recipe.yaml, README.md)")
+    console.print(f'load     transformers.AutoModel.from_pretrained("{out}")')
+    if not verified:
+        console.print(f"next     evomerge export {run.folder} --trial {trial.number} --out {out}-again --verify")
+
+
+def print_verification(rows: Sequence[Verification]) -> None:
+    """Print re-scored against recorded numbers. Raises: EvoMergeError if any differs."""
+    table = Table(title="the exported model, loaded again and re-scored")
+    for column in ("split", "objective", "re-scored", "ledger", "items that changed"):
+        table.add_column(column, justify="left" if column in ("split", "objective") else "right")
+    for row in rows:
+        table.add_row(row.split, row.objective, repr(row.rescored), repr(row.recorded), str(row.num_changed_items))
+    console.print(table)
+    if any(row.rescored != row.recorded for row in rows):
+        raise EvoMergeError("the exported model does not score what the ledger says; rebuild it where the run was made")
+    console.print("equal to the last digit")
+
+
+def print_check(file: Path, report: CheckReport) -> None:
+    """Print what a campaign merges, searches, scores and costs."""
+    plan = report.plan
+    table = Table(title=f"{file}: ready to run", show_header=False)
+    table.add_row("merge", f"{len(plan.experts)} experts ({', '.join(plan.experts)}) by {plan.operator.name}")
+    table.add_row("model", f"{plan.num_parameters / 1e6:,.2f} M parameters in {len(plan.tensors)} tensors, {plan.dtype}, {plan.device}")
+    table.add_row("space", f"{len(plan.space)} dimensions over {len(plan.space.groups)} groups ({_some(list(plan.space.groups))})")
+    table.add_row("search", ", then ".join(f"{stage.proposer} {stage.num_evaluations}" for stage in report.stages))
+    table.add_row("memory", f"{plan.size_bytes / 1e6:,.1f} MB for base, experts and the merged model; activations come on top")
+    table.add_row("one evaluation", f"{_duration(report.evaluation_s)} (timed)")
+    table.add_row(
+        "whole run",
+        f"about {_duration(report.total_s)} for {report.equivalents:.0f} equivalents and "
+        f"{report.reference_evaluations} reference models; the front's test scores come on top",
+    )
+    console.print(table)
+    items = Table(title="items", show_edge=True)
+    for column in ("objective", "task", "metric", "adapt", "search", "test"):
+        items.add_column(column, justify="right" if column in plan.splits[plan.objectives[0].task] else "left")
+    for objective in plan.objectives:
+        counts = [str(len(plan.splits[objective.task][split])) for split in SPLITS]
+        items.add_row(objective.name, objective.task, f"{objective.metric} ({objective.direction})", *counts)
+    console.print(items)
+    console.print(f"next     evomerge search {file}")
+
+
+def make_family(name: str, out: Path) -> None:
+    """Train a family behind a progress bar, and show what its models score."""
+    with Progress(
+        TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        console=console,
+    ) as progress:  # fmt: skip
+        bar = progress.add_task(name, total=1.0)
+        family = make(name, out, progress=lambda text, share: progress.update(bar, description=text, completed=share))
+        progress.update(bar, completed=1.0)
+    table = Table(title=f"{name}: scores on held-out items ({', '.join(sorted(set(family.metrics.values())))})")
+    table.add_column("model")
+    for task in family.metrics:
+        table.add_column(task, justify="right")
+    for model, scores in family.scores.items():
+        table.add_row(model, *(f"{scores[task]:.3f}" for task in family.metrics))
+    console.print(table)
+    built = "was there already" if family.cached else f"{sum_seconds(family.seconds):.0f} CPU-seconds"
+    console.print(f"family   {out}  ({family.num_parameters / 1e6:.2f} M parameters, {built})")
+    for note in family.notes:
+        console.print(f"note     {note}")
+    shown = out / "campaign.yaml"
+    console.print(f"next     evomerge check {shown}\n         evomerge search {shown}")
+
+
+def sum_seconds(seconds: Mapping[str, float]) -> float:
+    """Return the total of a family's seconds by part."""
+    return seconds.get("total", sum(seconds.values()))
+
+
+def _duration(seconds: float) -> str:
+    """A time as people say it: 43 ms, 12 s, 3 min, 2.1 h."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, ..., {names[-1]}"
+
+
+def _print_notes(run: Run, num_hidden: int, *, compact: bool) -> None:
+    if num_hidden:
+        console.print(f"{num_hidden} more on the front: evomerge front {run.folder} --all")
+    reference = "the base's scores"
+    console.print(f"hypervolume {run.hypervolume():.4g} above {reference} on search items, by which the table is sorted and picks are made")
+    if run.tested:
+        console.print(f"over scalar: the mean's paired difference to {run.best_scalar}, the best single coefficient; ± one standard error")
+    failed = [trial for trial in run.trials if trial.failure]
+    if failed:
+        console.print(f"{len(failed)} of {len(run.trials)} trials failed; the last: {failed[-1].failure}")
+    if compact and run.tested:
+        worst = max(score.stderr for measurement in run.tested.values() for score in measurement.scores.values())
+        console.print(f"standard errors of single scores are at most {worst:.3f}")
+    if (touches := run.ledger.num_test_touches()) > 1:
+        console.print(f"the test items were used {touches} times: later fronts were chosen knowing more than the search items")
+
+
+def _cells(run: Run, measured: dict[str, Measurement], subject: str, *, compact: bool) -> list[str]:
+    """Return a row's scores with standard errors, their mean, and the paired gain over the best single scalar."""
+    scores = [measured[subject].scores[objective.name] for objective in run.objectives]
+    cells = [f"{score.value:.3f}" if compact else f"{score.value:.3f} ±{_short(score.stderr)}" for score in scores]
+    cells.append(f"{np.mean([score.value for score in scores]):.3f}")
+    if run.tested:
+        gain, error = run.gain(subject, run.best_scalar)
+        cells.append("" if subject == run.best_scalar else f"{gain:+.3f} ±{_short(error)}")
+    return cells
+
+
+def _short(error: float) -> str:
+    """An error below 1 without its leading zero."""
+    return f"{error:.3f}".removeprefix("0")
+
+
+def _mean(run: Run, subject: str) -> float:
+    """The order of the table: by search values, so that test values choose nothing."""
+    scores = run.searched[subject].scores
+    return float(np.mean([objective.sign * scores[objective.name].value for objective in run.objectives]))
