@@ -143,7 +143,7 @@ def make_operator(section: Mapping[str, Any]) -> tuple[Operator, dict[str, Any]]
         if key not in parameters:
             if key == "coefficient":
                 raise CampaignError("operator.coefficient: coefficients are given under space.coefficient")
-            raise CampaignError(f"operator.{key}: unknown key{did_you_mean(key, [*options, *parameters])}")
+            raise CampaignError(f"operator.{key}: unknown key{did_you_mean(key, [*operator_type.options_type.model_fields, *parameters])}")
     return operator, settings
 
 

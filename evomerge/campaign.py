@@ -167,8 +167,7 @@ def parse(section: type[Section], data: Any, where: str) -> Section:
     try:
         return section.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        steps = [step for step in first["loc"] if not _is_union_branch(step)]
+        first, steps = _deepest(error)
         path = _join(where, steps)
         if first["type"] == "extra_forbidden":
             known = _fields_at(section, steps[:-1])
@@ -272,6 +271,13 @@ def _join(where: str, steps: list[Any]) -> str:
     for step in steps:
         path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else str(step)
     return path or "the file"
+
+
+def _deepest(error: ValidationError) -> tuple[Any, list[Any]]:
+    """Return the first mistake and its path; of alternatives that all failed, the one that came farthest."""
+    found = [(mistake, [step for step in mistake["loc"] if not _is_union_branch(step)]) for mistake in error.errors()]
+    prefix = found[0][1]
+    return max((pair for pair in found if pair[1][: len(prefix)] == prefix), key=lambda pair: len(pair[1]))
 
 
 def _is_union_branch(step: Any) -> bool:

@@ -189,7 +189,7 @@ def _facts(plan: "Plan", scorer: "Scorer") -> dict[str, Any]:
     """What readers of a run need and the campaign file does not say."""
     return {
         "objectives": [asdict(objective) for objective in plan.objectives],
-        "dimensions": [dimension.name for dimension in plan.space.dimensions],
+        "space": [asdict(dimension) for dimension in plan.space.dimensions],
         "hashes": scorer.materializer.hashes,
         "test_sources": {
             task: [plan.evaluator.sources[task][item] for item in splits["test"]] for task, splits in plan.splits.items()

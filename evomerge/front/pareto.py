@@ -28,6 +28,7 @@ def hypervolume(values_NM: Floats, reference_M: Floats) -> float:
     import moocore
 
     _check_finite(values_NM)
+    _check_finite(reference_M[None])
     above_NM = values_NM[(values_NM > reference_M).all(axis=1)]
     if not len(above_NM):
         return 0.0

@@ -86,7 +86,7 @@ class Materializer:
             for loss in losses:
                 value = loss()
                 value.backward()  # type: ignore[no-untyped-call]
-                total += float(value)
+                total += float(value.detach())
         if not np.isfinite(total):
             raise CandidateError(f"the loss is {total}")
         weights_KS.backward(products_KS)  # type: ignore[no-untyped-call]

@@ -70,7 +70,7 @@ def masked_consensus(
         if normalize:
             divisor = torch.where(agrees, weight, 0.0).sum(0)
             consensus /= torch.where(divisor == 0, 1.0, divisor)
-        out_P[elements].view(-1, BLOCK).copy_(base.addcmul_(consensus, scale_B1[blocks]))
+        out_P[elements].view(-1, BLOCK).copy_(base.addcmul(consensus, scale_B1[blocks]))
 
 
 def task_vector_products(gradient_E: Tensor, base_E: Tensor, experts_KE: Tensor) -> Tensor:

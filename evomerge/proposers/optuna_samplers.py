@@ -5,6 +5,7 @@ sampler notes on a trial (NSGA-II's generation) travels in the candidate's memo.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, ClassVar
 
 from pydantic import Field
@@ -148,16 +149,30 @@ class Nsga2(OptunaProposer):
         super().__init__(problem)
 
     def make_sampler(self, seed: int) -> Any:
-        """Optuna's NSGAIISampler."""
-        from optuna.samplers import NSGAIISampler
-
-        return NSGAIISampler(seed=seed, population_size=self.options.population)
+        """Optuna's NSGAIISampler, with parents in a stable order."""
+        return _stable_nsga2()(seed=seed, population_size=self.options.population)
 
     def earlier_attributes(self) -> dict[str, Any]:
         """Earlier results count as generation 0."""
-        from optuna.samplers import NSGAIISampler
+        return {_stable_nsga2()._get_generation_key(): 0}
 
-        return {NSGAIISampler._get_generation_key(): 0}
+    def recall(self, candidate: Candidate) -> None:
+        """Choose the parents of the candidate's generation now, as they were when it was asked."""
+        super().recall(candidate)
+        sampler = self.make_sampler(0)
+        sampler.get_parent_population(self._study, candidate.memo.get(sampler._get_generation_key(), 0))
+
+
+@cache
+def _stable_nsga2() -> Any:
+    """Optuna returns a generation's parents in one order when it chooses them and in another from then on."""
+    from optuna.samplers import NSGAIISampler
+
+    class StableNsga2(NSGAIISampler):
+        def get_parent_population(self, study: Any, generation: int) -> list[Any]:
+            return sorted(super().get_parent_population(study, generation), key=lambda trial: trial.number)
+
+    return StableNsga2
 
 
 class GpOptions(Options):

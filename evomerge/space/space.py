@@ -93,9 +93,9 @@ class Space:
 
     def values(self, point_D: Sequence[float] | Floats) -> dict[str, Floats]:
         """Return parameter -> (K, G) numbers (or (1, G))."""
+        if np.shape(point_D) != (len(self),):
+            raise ValueError(f"point: expected {len(self)} coordinates, got shape {np.shape(point_D)}")
         numbers_D = self._low_D + np.asarray(point_D, dtype=np.float64) * self.spans_D
-        if numbers_D.shape != (len(self),):
-            raise ValueError(f"point: expected {len(self)} coordinates, got shape {numbers_D.shape}")
         return {
             name: np.where(matrix.reads_KG >= 0, numbers_D[matrix.reads_KG], matrix.fixed_KG)
             for name, matrix in self._matrices.items()

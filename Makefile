@@ -1,0 +1,55 @@
+# Everything runs in .venv, which `make setup` builds; the other targets call it themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: help setup demo test test-all lint format bench-overhead bench-digits clean
+
+help:  ## Show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+setup: $(VENV)/.ready  ## Make .venv with the command .venv/bin/evomerge
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "evomerge needs Python 3.11 or newer; found $$($(PYTHON) --version). Name one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@echo "setting up $(VENV) (first time: one to three minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: setup  ## Train experts, search, and export a merged model: about a minute
+	$(BIN)/evomerge families make digits4 --out demo/digits4
+	$(BIN)/evomerge check benchmarks/demo.yaml
+	$(BIN)/evomerge search benchmarks/demo.yaml --run demo/run
+	$(BIN)/evomerge report demo/run --out demo/report.html
+	@rm -rf demo/merged
+	$(BIN)/evomerge export demo/run --knee --out demo/merged --verify
+	@echo
+	@echo "Open demo/report.html for the front. The merged model is in demo/merged. Now try:"
+	@echo "  $(BIN)/evomerge export demo/run --prefer rot90=3,parity=1 --out demo/mostly-rot90"
+	@echo "  $(BIN)/evomerge search demo/digits4/campaign.yaml --run demo/run4      # all four experts"
+	@echo "  raise budget.evaluations in benchmarks/demo.yaml and run make demo again: it goes on where it ended"
+
+test: setup  ## The default tests: CPU, no network
+	@$(BIN)/python -m pytest -q -m "not slow and not ray and not browser"
+
+test-all: setup  ## Every test, slow ones included
+	@$(BIN)/python -m pytest -q
+
+lint: setup  ## ruff and mypy --strict
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+format: setup  ## Format the code
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+bench-overhead: setup  ## Milliseconds a candidate beyond the forward: driver, ledger, materialization
+	@$(BIN)/python benchmarks/overhead.py
+
+bench-digits: setup  ## Per-layer search against uniform average and best single coefficient, several seeds
+	@$(BIN)/python benchmarks/digits_per_layer.py
+
+clean:  ## Remove what make built
+	@rm -rf $(VENV) demo .cache .mypy_cache .ruff_cache .pytest_cache

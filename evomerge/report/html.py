@@ -1,0 +1,249 @@
+"""A run as one HTML file that works offline: pictures by Plotly, whose script lies inside."""
+
+import html
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evomerge.front.front import front_hypervolume
+from evomerge.records import Measurement, Objective
+from evomerge.run import Run
+
+FRONT, FAINT, MARK, GRID = "#0072B2", "#9AA5B1", "#D55E00", "#E5E8EC"  # Okabe and Ito: apart for the colour-blind
+REFERENCE_SYMBOLS = {"base": "x", "expert": "diamond", "uniform": "square", "scalar": "triangle-up"}
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1b2733; background: #fff; max-width: 72rem; margin: 2rem auto;
+       padding: 0 1.5rem; }
+h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+p.lead { color: #51606f; margin-top: .3rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
+th, td { text-align: right; padding: .2rem .8rem; border-bottom: 1px solid #e5e8ec; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; }
+tr.reference td { color: #66727f; } tr.knee td { font-weight: 600; }
+code { background: #f3f5f7; padding: .15rem .4rem; border-radius: .25rem; }
+.scroll { overflow-x: auto; }
+"""
+
+
+def write_report(run: Run, path: Path) -> None:
+    """Write the report. Raises: RunError if the run has no front yet."""
+    from plotly.offline import get_plotlyjs
+
+    knee = f"trial:{run.pick(at_knee=True).number}"
+    split = "test" if run.tested else "search"
+    sections = [
+        f"<h1>{html.escape(run.campaign.name)}</h1>",
+        f'<p class="lead">{_lead(run)}</p>',
+        f"<h2>The front, on {split} items</h2>",
+        _picture(_front_figure(run, knee)),
+        "<h2>Models</h2>",
+        f'<div class="scroll">{_table(run, knee)}</div>',
+        "<h2>Coefficients of the knee</h2>",
+        _picture(_coefficient_figure(run, knee)),
+        "<h2>Hypervolume over cost</h2>",
+        _picture(_hypervolume_figure(run)),
+        "<h2>Take a model</h2>",
+        _commands(run, knee),
+    ]
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        f"<title>{html.escape(run.campaign.name)}: evomerge</title><style>{STYLE}</style>"
+        f"<script>{get_plotlyjs()}</script></head><body>{''.join(sections)}</body></html>\n"
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _lead(run: Run) -> str:
+    cost = sum(trial.measurement.cost for trial in run.trials if trial.measurement)
+    num_failed = sum(trial.failure is not None for trial in run.trials)
+    failed = f", {num_failed} of them failed" if num_failed else ""
+    experts = html.escape(", ".join(run.campaign.experts))
+    return (
+        f"{len(run.campaign.experts)} experts ({experts}) merged by {html.escape(run.campaign.operator['name'])} in "
+        f"{len(run.facts['space'])} dimensions. {len(run.trials)} candidates{failed}, {cost:.0f} full-evaluation "
+        f"equivalents, {len(run.front)} models on the front. Candidates were chosen on search items; test items were "
+        f"used {'once, for the numbers below' if run.ledger.num_test_touches() == 1 else 'more than once, or not yet'}. "
+        "± and bars are one standard error."
+    )
+
+
+def _front_figure(run: Run, knee: str) -> Any:
+    """Two objectives: a scatter with error bars. More: a scatter of every pair."""
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    names = [objective.name for objective in run.objectives]
+    if len(names) == 1:
+        return _single_objective_figure(run, knee)
+    pairs = [(row, column) for row in range(1, len(names)) for column in range(row)]
+    size = len(names) - 1
+    figure = make_subplots(rows=size, cols=size, shared_xaxes=True, shared_yaxes=True, horizontal_spacing=0.02, vertical_spacing=0.03)
+    for y, x in pairs:
+        for trace in _pair_traces(run, knee, x, y, with_legend=(x, y) == (0, 1)):
+            figure.add_trace(trace, row=y, col=x + 1)
+        figure.update_xaxes(title_text=_axis(run.objectives[x]) if y == size else None, row=y, col=x + 1)
+        figure.update_yaxes(title_text=_axis(run.objectives[y]) if x == 0 else None, row=y, col=x + 1)
+    for row in range(1, size + 1):
+        for column in range(row + 1, size + 1):
+            figure.update_xaxes(visible=False, row=row, col=column)
+            figure.update_yaxes(visible=False, row=row, col=column)
+    legend = {"x": 1, "xanchor": "right", "y": 1} if size > 1 else {"orientation": "h", "y": -0.15}
+    return _styled(go.Figure(figure), height=560 if size == 1 else 240 * size + 120).update_layout(legend=legend)
+
+
+def _pair_traces(run: Run, knee: str, x: int, y: int, *, with_legend: bool) -> list[Any]:
+    """Dominated trials (search values, faint), references, the front with error bars, and the knee."""
+    measured = run.tested or run.searched
+    on_front = [f"trial:{trial.number}" for trial in run.front]
+    dominated = [
+        f"trial:{trial.number}" for trial in run.trials if trial.measurement and f"trial:{trial.number}" not in on_front
+    ]
+    bars = len(run.objectives) == 2
+    traces = [
+        _points(run, run.searched, dominated, (x, y), "dominated (search)", {"color": FAINT, "size": 5, "opacity": 0.5}),
+        _points(run, measured, on_front, (x, y), "front", {"color": FRONT, "size": 8}, bars=bars),
+    ]
+    for kind, symbol in REFERENCE_SYMBOLS.items():
+        subjects = [name for name in run.references if name.split(":")[0] == kind]
+        marker = {"color": "#1b2733", "size": 9, "symbol": symbol}
+        traces.append(_points(run, measured, subjects, (x, y), kind if kind != "scalar" else "best scalar", marker, bars=bars))
+    marker = {"color": MARK, "size": 14, "symbol": "diamond-open", "line": {"width": 3}}
+    traces.append(_points(run, measured, [knee], (x, y), "knee", marker))
+    for trace in traces:
+        trace.showlegend = with_legend
+        trace.legendgroup = trace.name
+    return traces
+
+
+def _points(
+    run: Run,
+    measured: dict[str, Measurement],
+    subjects: list[str],
+    axes: tuple[int, int],
+    name: str,
+    marker: dict[str, Any],
+    *,
+    bars: bool = False,
+) -> Any:
+    import plotly.graph_objects as go
+
+    first, second = (run.objectives[axis].name for axis in axes)
+    scores = [measured[subject].scores for subject in subjects]
+    errors = {
+        axis: {"array": [score[objective].stderr for score in scores], "thickness": 1, "width": 0} if bars else None
+        for axis, objective in (("error_x", first), ("error_y", second))
+    }
+    return go.Scatter(
+        x=[score[first].value for score in scores],
+        y=[score[second].value for score in scores],
+        text=[subject.replace(":", " ") for subject in subjects],
+        mode="markers",
+        name=name,
+        marker=marker,
+        hovertemplate=f"%{{text}}<br>{first} %{{x:.3f}}<br>{second} %{{y:.3f}}<extra>{name}</extra>",
+        **errors,
+    )
+
+
+def _single_objective_figure(run: Run, knee: str) -> Any:
+    """One objective: every candidate's search value in the order of trials, and the references as lines."""
+    import plotly.graph_objects as go
+
+    objective = run.objectives[0]
+    finished = [trial for trial in run.trials if trial.measurement]
+    values = [run.searched[f"trial:{trial.number}"].scores[objective.name].value for trial in finished]
+    figure = go.Figure(go.Scatter(x=[trial.number for trial in finished], y=values, mode="markers", name="trials", marker={"color": FRONT}))
+    for subject in run.references:
+        value = run.searched[subject].scores[objective.name].value
+        figure.add_hline(y=value, line={"dash": "dot", "color": FAINT}, annotation_text=subject)
+    number = int(knee.split(":")[1])
+    figure.add_trace(go.Scatter(x=[number], y=[run.searched[knee].scores[objective.name].value], name="best", mode="markers",
+                                marker={"color": MARK, "size": 14, "symbol": "diamond-open"}))  # fmt: skip
+    figure.update_xaxes(title_text="trial")
+    figure.update_yaxes(title_text=f"{_axis(objective)} on search items")
+    return _styled(figure, height=480)
+
+
+def _coefficient_figure(run: Run, knee: str) -> Any:
+    """Heat map of the searched numbers of one model: experts down, groups across."""
+    import plotly.graph_objects as go
+
+    trial = run.trials[int(knee.split(":")[1])]
+    space = run.facts["space"]
+    rows = list(dict.fromkeys(f"{dimension['parameter']} {dimension['expert'] or ''}".strip() for dimension in space))
+    columns = list(dict.fromkeys(dimension["group"] or "all" for dimension in space))
+    matrix = np.full((len(rows), len(columns)), np.nan)
+    for dimension, x in zip(space, trial.point, strict=True):
+        row = rows.index(f"{dimension['parameter']} {dimension['expert'] or ''}".strip())
+        value = dimension["low"] + x * (dimension["high"] - dimension["low"])
+        matrix[row, columns.index(dimension["group"] or "all")] = value
+    limit = float(np.nanmax(np.abs(matrix)))
+    figure = go.Figure(
+        go.Heatmap(
+            z=matrix,
+            x=columns,
+            y=rows,
+            zmin=-limit,
+            zmax=limit,
+            colorscale="RdBu_r",
+            texttemplate="%{z:.2f}" if matrix.size <= 200 else None,
+            hovertemplate="%{y}, %{x}: %{z:.4f}<extra></extra>",
+        )
+    )
+    figure.update_yaxes(autorange="reversed")
+    return _styled(figure, height=90 + 44 * len(rows))
+
+
+def _hypervolume_figure(run: Run) -> Any:
+    import plotly.graph_objects as go
+
+    finished = sorted((trial for trial in run.trials if trial.order is not None), key=lambda trial: trial.order or 0)
+    costs = np.cumsum([trial.measurement.cost if trial.measurement else 0.0 for trial in finished])
+    steps = sorted({int(step) for step in np.linspace(1, len(finished), 60)})
+    volumes = [front_hypervolume(finished[:step], run.objectives, run.searched["base"]) for step in steps]
+    line = {"shape": "hv", "color": FRONT, "width": 3}
+    figure = go.Figure(go.Scatter(x=[costs[step - 1] for step in steps], y=volumes, mode="lines", line=line))
+    figure.update_xaxes(title_text="cost in full-evaluation equivalents")
+    figure.update_yaxes(title_text="hypervolume above the base (search items)")
+    return _styled(figure, height=360)
+
+
+def _table(run: Run, knee: str) -> str:
+    measured = run.tested or run.searched
+    head = "".join(f"<th>{html.escape(_axis(objective))}</th>" for objective in run.objectives)
+    gain_head = "<th>over best scalar</th>" if run.tested else ""
+    lines = [f"<tr><th>model</th>{head}{gain_head}</tr>"]
+    for subject in [*run.references, *(f"trial:{trial.number}" for trial in run.front)]:
+        scores = [measured[subject].scores[objective.name] for objective in run.objectives]
+        cells = "".join(f"<td>{score.value:.3f} ± {score.stderr:.3f}</td>" for score in scores)
+        if run.tested:
+            gain, error = run.gain(subject, run.best_scalar)
+            cells += "<td></td>" if subject == run.best_scalar else f"<td>{gain:+.3f} ± {error:.3f}</td>"
+        kind = "knee" if subject == knee else "front" if subject.startswith("trial:") else "reference"
+        label = subject.replace(":", " ") + (" (knee)" if kind == "knee" else "")
+        lines.append(f'<tr class="{kind}"><td>{html.escape(label)}</td>{cells}</tr>')
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _commands(run: Run, knee: str) -> str:
+    folder = html.escape(str(run.folder))
+    number = knee.split(":")[1]
+    wish = f"{html.escape(run.objectives[0].name)}=2"
+    commands = (f"--trial {number} --out merged", f"--prefer {wish} --out merged", "--knee --out merged --verify")
+    return "".join(f"<p><code>evomerge export {folder} {command}</code></p>" for command in commands)
+
+
+def _axis(objective: Objective) -> str:
+    return objective.name + (" (lower is better)" if objective.direction == "min" else "")
+
+
+def _styled(figure: Any, height: int) -> Any:
+    figure.update_layout(template="plotly_white", height=height, margin={"l": 60, "r": 20, "t": 20, "b": 50}, font={"size": 13})
+    return figure.update_xaxes(gridcolor=GRID).update_yaxes(gridcolor=GRID)
+
+
+def _picture(figure: Any) -> str:
+    picture: str = figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+    return picture

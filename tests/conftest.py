@@ -1,0 +1,76 @@
+import os
+
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from small_families import SMALL
+
+from evomerge.campaign import Campaign, read_campaign
+from evomerge.families.family import FamilySummary, make
+
+torch.set_num_threads(1)  # the models are tiny: a second thread only waits
+
+
+class Silent:
+    """A watcher that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.phases: list[tuple[str, int, int]] = []
+        self.num_advances = 0
+
+    def phase(self, title: str, total: int, done: int) -> None:
+        self.phases.append((title, total, done))
+
+    def advance(self, trial: object) -> None:
+        self.num_advances += 1
+
+
+@pytest.fixture
+def watcher() -> Silent:
+    return Silent()
+
+
+@pytest.fixture(scope="session")
+def small_digits(tmp_path_factory: pytest.TempPathFactory) -> FamilySummary:
+    """Three experts of a model of a few thousand parameters: real files, no skill to speak of."""
+    return make("digits", tmp_path_factory.mktemp("small") / "digits", recipe=SMALL["digits"])
+
+
+@pytest.fixture(scope="session")
+def small_text(tmp_path_factory: pytest.TempPathFactory) -> FamilySummary:
+    return make("text", tmp_path_factory.mktemp("small") / "text", recipe=SMALL["text"])
+
+
+@pytest.fixture(scope="session")
+def digits4() -> FamilySummary:
+    """The real family of four tasks: half a minute to train, once a checkout."""
+    return make("digits4", Path(__file__).parent.parent / ".cache" / "families" / "digits4")
+
+
+@pytest.fixture
+def campaign_file(tmp_path: Path, small_digits: FamilySummary) -> Callable[..., Path]:
+    """Write a campaign of the small family with some keys changed (None removes one); return its path."""
+
+    def write(**changes: Any) -> Path:
+        sections = yaml.safe_load(small_digits.campaign.read_text())
+        sections["base"] = str(small_digits.path / "base")
+        sections["experts"] = {name: str(small_digits.path / "experts" / name) for name in small_digits.experts}
+        sections["evaluation"]["data"] = str(small_digits.path / "data")
+        sections |= changes
+        path = tmp_path / "campaign.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in sections.items() if value is not None}))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def make_campaign(campaign_file: Callable[..., Path]) -> Callable[..., Campaign]:
+    return lambda **changes: read_campaign(campaign_file(**changes))

@@ -1,0 +1,134 @@
+import numpy as np
+import pytest
+from proposer_contract import NUM_DIMENSIONS, ProposerContract, objectives
+
+from evomerge.assemble import PROPOSERS
+from evomerge.proposers.adamerging import AdaMerging, AdaMergingOptions
+from evomerge.proposers.cma_es import CmaEs, CmaEsOptions
+from evomerge.proposers.optuna_samplers import Gp, Nsga2, Tpe
+from evomerge.proposers.proposer import Problem
+from evomerge.proposers.sobol import Sobol
+from evomerge.records import Arrival, Observation
+
+
+class TestSobol(ProposerContract):
+    proposer_type = Sobol
+
+    def test_first_is_the_start_then_the_box_is_filled_evenly(self) -> None:
+        points = np.array([candidate.point for candidate in self.run(self.make(), 65)])
+        assert (points[0] == 0.25).all()
+        counts, _ = np.histogramdd(points[1:], bins=[4, 4, 4], range=[(0, 1)] * 3)
+        assert (counts == 1).all()  # a net: 64 points, one in each of 4 x 4 x 4 cells
+
+    def test_seeds_differ(self) -> None:
+        assert self.run(self.make(0), 5)[1:] != self.run(self.make(1), 5)[1:]
+
+
+class TestCmaEs(ProposerContract):
+    proposer_type = CmaEs
+
+    def test_finds_the_optimum_of_the_mean(self) -> None:
+        candidates = self.run(self.make(), 300)
+        mean_of_corners = np.eye(NUM_DIMENSIONS)[:2].mean(axis=0)
+        assert np.abs(np.array(candidates[-1].point) - mean_of_corners).max() < 0.05
+
+    def test_waits_for_its_generation(self) -> None:
+        proposer = self.make()
+        asked = proposer.ask(100, [])
+        assert 4 <= len(asked) < 100
+        assert proposer.ask(1, []) == []
+        for index, candidate in enumerate(asked):
+            proposer.tell(self.observe(index, candidate))
+        assert len(proposer.ask(1, [])) == 1
+
+    def test_never_leaves_the_box_in_many_dimensions(self) -> None:
+        """pycma returned points outside its bounds in 64 dimensions."""
+        problem = Problem(start_D=np.full(64, 0.02), num_objectives=1, seed=(0, 0))
+        proposer = CmaEs(problem, CmaEsOptions(sigma=0.5))
+        for index in range(100):
+            (candidate,) = proposer.ask(1, [])
+            point = np.array(candidate.point)
+            assert ((point >= 0) & (point <= 1)).all()
+            proposer.tell(Observation(index=index, point=point, values_M=np.array([-point.sum()])))
+
+    def test_starts_at_the_best_of_earlier_stages(self) -> None:
+        best = np.array([0.8, 0.2, 0.6])
+        history = (
+            Observation(index=0, point=np.full(3, 0.5), values_M=np.array([0.0, 0.0])),
+            Observation(index=1, point=best, values_M=np.array([1.0, 1.0])),
+        )
+        points = np.array([c.point for c in CmaEs(self.problem(history=history), CmaEsOptions(sigma=1e-3)).ask(4, [])])
+        assert np.abs(points - best).max() < 0.02
+
+
+class TestTpe(ProposerContract):
+    proposer_type = Tpe
+    options = {"num_startup": 5}
+
+
+class TestNsga2(ProposerContract):
+    proposer_type = Nsga2
+    options = {"population": 8}
+
+    def test_later_generations_are_nearer_to_the_front(self) -> None:
+        points = np.array([candidate.point for candidate in self.run(self.make(), 160)])
+        off_front = np.abs(points[:, 2])  # the front lies in the plane of the first two corners
+        assert np.median(off_front[-40:]) < 0.5 * np.median(off_front[:40])
+
+
+class TestGp(ProposerContract):
+    proposer_type = Gp
+    options = {"num_startup": 4}
+    num_asks = 8
+
+
+class TestAdaMerging(ProposerContract):
+    proposer_type = AdaMerging
+    options = {"steps": 1}
+
+    def test_each_leg_continues_the_one_before(self) -> None:
+        proposer = AdaMerging(self.problem(), AdaMergingOptions(steps=2))
+        (first,) = proposer.ask(1, [])
+        assert proposer.ask(1, []) == []
+        arrival = Arrival(point=(0.5,) * 3, first_moment=(1.0,) * 3, second_moment=(2.0,) * 3, losses=(3.0, 2.0))
+        proposer.tell(Observation(index=0, point=np.full(3, 0.5), values_M=np.zeros(2), arrival=arrival))
+        (second,) = proposer.ask(1, [])
+        assert first.descent is not None
+        assert second.descent is not None
+        assert second.point == arrival.point
+        assert second.descent.first_moment == arrival.first_moment
+        assert second.descent.steps_before == 2
+        assert second.descent.seed != first.descent.seed
+
+
+def test_the_contract_covers_every_proposer() -> None:
+    tested = {subclass.proposer_type for subclass in ProposerContract.__subclasses__()}
+    assert tested == set(PROPOSERS.values())
+
+
+@pytest.mark.parametrize("num_objectives", [1, 3])
+@pytest.mark.parametrize("name", ["cma_es", "tpe", "nsga2", "sobol"])
+def test_any_number_of_objectives(name: str, num_objectives: int) -> None:
+    proposer_type = PROPOSERS[name]
+    problem = Problem(start_D=np.full(3, 0.5), num_objectives=num_objectives, seed=(0, 0))
+    proposer = proposer_type(problem, proposer_type.options_type())
+    for index in range(30):
+        (candidate,) = proposer.ask(1, [])
+        point = np.array(candidate.point)
+        values = objectives(point, num_objectives)
+        proposer.tell(Observation(index=index, point=point, values_M=values, violation=max(0.0, float(point[0]) - 0.5)))
+
+
+def test_tpe_and_nsga2_heed_violations() -> None:
+    """With x0 <= 0.3 asked for, later candidates keep it far more often than chance."""
+    for name in ("tpe", "nsga2"):
+        proposer_type = PROPOSERS[name]
+        proposer = proposer_type(Problem(start_D=np.full(3, 0.5), num_objectives=1, seed=(1, 0)), proposer_type.options_type())
+        kept = []
+        for index in range(120):
+            (candidate,) = proposer.ask(1, [])
+            point = np.array(candidate.point)
+            violation = max(0.0, float(point[0]) - 0.3)
+            kept.append(violation == 0)
+            proposer.tell(Observation(index=index, point=point, values_M=np.array([point[0]]), violation=violation))
+        assert np.mean(kept[-40:]) > 0.6, name

@@ -1,0 +1,90 @@
+"""The direction of imports: a module imports its own package and lower layers; packages of one layer stay apart."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "evomerge"
+LAYERS = (
+    {"records", "errors"},
+    {"operators", "space", "splits", "front"},
+    {"materialize", "ledger"},
+    {"proposers", "evaluators", "workers", "families"},
+    {"campaign", "assemble", "scorer", "stages", "driver", "recipe_file"},
+    {"run", "check", "export", "card"},
+    {"report"},
+    {"cli"},
+)
+LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
+MAY_BE_SIBLINGS = {4, 5}  # single modules, not packages
+CONFINED = {  # library -> where alone it may be imported
+    "transformers": {"materialize", "evaluators", "families"},
+    "cma": {"proposers"},
+    "optuna": {"proposers"},
+    "sqlalchemy": {"ledger"},
+    "moocore": {"front"},
+    "plotly": {"report"},
+    "rich": {"report"},
+    "typer": {"cli"},
+    "ray": {"workers"},
+    "lm_eval": {"evaluators"},
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def modules() -> list[Path]:
+    return [path for path in PACKAGE.rglob("*.py") if part_of(path) != "__init__"]
+
+
+def test_every_part_has_a_layer() -> None:
+    assert {part_of(path) for path in modules()} == set(LAYER_OF)
+
+
+def test_imports_point_down() -> None:
+    wrong = []
+    for path in modules():
+        importer = part_of(path)
+        for name in imports_of(path):
+            parts = name.split(".")
+            if parts[0] != "evomerge" or len(parts) < 2 or parts[1] == importer or parts[1] not in LAYER_OF:
+                continue
+            ours, theirs = LAYER_OF[importer], LAYER_OF[parts[1]]
+            siblings = ours == theirs and (ours in MAY_BE_SIBLINGS or ours == 0)
+            if theirs >= ours and not siblings:
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
+    assert not wrong, "\n".join(sorted(wrong))
+
+
+def test_libraries_are_confined() -> None:
+    wrong = []
+    for path in modules():
+        for name in imports_of(path):
+            homes = CONFINED.get(name.split(".")[0])
+            if homes is not None and part_of(path) not in homes:
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_import_and_help_load_nothing_heavy() -> None:
+    program = (
+        "import sys, evomerge, evomerge.cli; "
+        "heavy = {'torch', 'transformers', 'optuna', 'cma', 'ray', 'lm_eval', 'plotly', 'sqlalchemy', 'numpy'}; "
+        "print(sorted(heavy & sys.modules.keys()))"
+    )
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"

@@ -1,0 +1,135 @@
+"""Every mistake in a campaign file is named with its path, in one line."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evomerge.assemble import make_plan
+from evomerge.campaign import Campaign, presets_folder, read_campaign
+from evomerge.errors import CampaignError, CheckpointError, DataError, InputError
+from evomerge.families.family import FamilySummary
+from evomerge.stages import make_stages
+
+OBJECTIVE = {"name": "rot90", "task": "rot90", "metric": "accuracy"}
+EVALUATION = {"kind": "classification", "data": "data"}
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"nmae": "x"}, r"nmae: unknown key; did you mean 'name'\?"),
+    ({"folder": "x"}, "folder: unknown key"),
+    ({"name": None}, "name: missing"),
+    ({"name": "../x"}, r"name: .*found '\.\./x'"),
+    ({"base": 3}, "base: expected a valid string, found 3"),
+    ({"experts": {}}, "experts: .*at least 1"),
+    ({"operator": {"name": "tys"}}, r"operator.name: unknown operator 'tys'; did you mean 'ties'\?"),
+    ({"operator": {"name": "ties", "normalise": True}}, r"operator.normalise: unknown key; did you mean 'normalize'\?"),
+    ({"operator": {"name": "ties", "normalize": "yes"}}, "operator.normalize: expected a valid boolean, found 'yes'"),
+    ({"operator": {"name": "ties", "density": "half"}}, "operator.density: expected a number or .*found 'half'"),
+    ({"operator": {"name": "ties", "density": {"low": 0.1, "hihg": 0.9}}}, "operator.density.hihg: unknown key.*'high'"),
+    ({"operator": {"name": "ties", "density": 1.5}, "space": {}}, r"density: expected a number in \[0, 1\], found 1.5"),
+    ({"operator": {"name": "task_arithmetic", "coefficient": 1}}, "given under space.coefficient"),
+    ({"space": {"gruops": "layer"}}, r"space.gruops: unknown key; did you mean 'groups'\?"),
+    ({"space": {"groups": "layers"}}, "space.groups: expected 'model', 'layer', 'module' or 'tensor', found 'layers'"),
+    ({"space": {"coefficient": {"low": 0, "hi": 1}}}, "space.coefficient.hi: unknown key.*'high'"),
+    ({"space": {"coefficient": {"low": 2.0, "high": 1.0}}}, "coefficient: expected low <= start <= high"),
+    ({"space": {"coefficient": 0.3}}, "nothing is searched"),
+    ({"space": {"preset": "decoders"}}, r"space.preset: unknown preset 'decoders'; did you mean 'decoder'\?"),
+    ({"space": {"exceptions": {"rot91/*": 0.0}}}, "no expert/group matches 'rot91/"),
+    ({"objectives": []}, "objectives: .*at least 1"),
+    ({"objectives": [{**OBJECTIVE, "metrik": "x"}]}, r"objectives\[0\].metrik: unknown key; did you mean 'metric'\?"),
+    ({"objectives": [{**OBJECTIVE, "direction": "up"}]}, r"objectives\[0\].direction: expected 'max' or 'min', found 'up'"),
+    ({"objectives": [{**OBJECTIVE, "direction": "min"}]}, r"objectives\[0\].direction: accuracy is better larger"),
+    ({"objectives": [{**OBJECTIVE, "metric": "acuracy"}]}, r"objectives\[0\].metric.*did you mean 'accuracy'\?"),
+    ({"objectives": [OBJECTIVE, OBJECTIVE]}, "objectives: the name 'rot90' is given twice"),
+    ({"evaluation": {"kind": "clasification", "data": "x"}}, "evaluation.kind: unknown evaluator.*'classification'"),
+    ({"evaluation": {"kind": "classification"}}, "evaluation.data: missing"),
+    ({"evaluation": {**EVALUATION, "batch": 3}}, r"evaluation.batch: unknown key; did you mean 'batch_size'\?"),
+    ({"evaluation": {**EVALUATION, "split": {"adapt": 0.5, "search": 0.5, "test": 0.5}}}, "evaluation.split: .*sum to 1"),
+    ({"evaluation": {**EVALUATION, "split": {"serach": 0.5}}}, "evaluation.split.serach: unknown key"),
+    ({"operator": {"name": "ties"}, "space": {"coefficient": {"low": -0.2}}}, r"coefficient: expected .* \[0, inf\], found -0.2"),
+    ({"search": "atuo"}, "search: .*found 'atuo'"),
+    ({"search": [{"proposer": "cma"}]}, r"search\[0\].proposer: unknown proposer 'cma'; did you mean 'cma_es'\?"),
+    ({"search": [{"proposer": "cma_es", "sigmma": 1}]}, r"search\[0\].sigmma: unknown key; did you mean 'sigma'\?"),
+    ({"search": [{"proposer": "cma_es", "sigma": -1.0}]}, r"search\[0\].sigma: .*greater than 0, found -1"),
+    ({"search": [{"proposer": "tpe"}, {"proposer": "tpe"}]}, r"search\[1\]: only one stage may go without evaluations"),
+    ({"search": [{"proposer": "tpe", "evaluations": 99}]}, "search: the stages take 99 evaluations"),
+    ({"search": [{"proposer": "adamerging"}], "operator": {"name": "ties"}, "space": {}}, "adamerging needs gradients, which ties"),
+    ({"budget": {"evaluations": 0}}, "budget.evaluations: .*found 0"),
+    ({"budget": {"evaluations": "many"}}, "budget.evaluations: expected a valid integer, found 'many'"),
+    ({"workers": {"kind": "rya"}}, "workers.kind: expected 'inline', found 'rya'"),
+    ({"device": "warp"}, "device: 'warp' cannot be used here"),
+    ({"seed": -1}, "seed: .*found -1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), MISTAKES, ids=[message for _, message in MISTAKES])
+def test_mistakes_are_named(campaign_file: Callable[..., Path], changes: dict[str, Any], message: str) -> None:
+    path = campaign_file(**changes)
+    with pytest.raises(InputError, match=message) as caught:
+        campaign = read_campaign(path)
+        make_stages(campaign, make_plan(campaign))
+    assert caught.value.exit_status == 2
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_campaigns(tmp_path: Path) -> None:
+    path = tmp_path / "campaign.yaml"
+    with pytest.raises(CampaignError, match="no such file"):
+        read_campaign(path)
+    for text, message in (
+        ("a: [1", "not YAML"),
+        ("- a", "expected a mapping of keys, found list"),
+        ("name: a\nname: b", "the key 'name' is given twice"),
+    ):
+        path.write_text(text)
+        with pytest.raises(CampaignError, match=message):
+            read_campaign(path)
+
+
+def test_numbers_in_exponent_form_are_numbers(campaign_file: Callable[..., Path]) -> None:
+    path = campaign_file()
+    path.write_text(path.read_text() + "search: [{proposer: adamerging, learning_rate: 1e-3}]\n".replace("search", "searches"))
+    path.write_text(path.read_text().replace("searches", "search").replace("search: auto\n", ""))
+    options = read_campaign(path).stage_options(0)
+    assert options.model_dump()["learning_rate"] == 1e-3
+
+
+def test_missing_checkpoints_and_data(make_campaign: Callable[..., Campaign], small_digits: FamilySummary) -> None:
+    with pytest.raises(CheckpointError, match="base: expected a checkpoint folder or a Hugging Face id, found no folder"):
+        make_plan(make_campaign(base="nowhere"))
+    with pytest.raises(CheckpointError, match="expert a: .*'who/knows' cannot be had from the hub"):
+        make_plan(make_campaign(experts={"a": "who/knows"}))
+    with pytest.raises(DataError, match="task nine: expected the file .*tasks there: noise, parity, rot90"):
+        make_plan(make_campaign(objectives=[{**OBJECTIVE, "task": "nine"}]))
+
+
+def test_a_preset_is_a_space_that_can_be_overridden(make_campaign: Callable[..., Campaign]) -> None:
+    space = make_campaign(space={"preset": "per-tensor", "coefficient": {"low": -1.0}}).space
+    assert space.groups == "tensor"
+    assert space.coefficient.low == -1.0  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in presets_folder().glob("*.yaml")))
+def test_presets_are_readable(make_campaign: Callable[..., Campaign], preset: str) -> None:
+    assert make_campaign(space={"preset": preset}).space.preset == preset
+
+
+def test_ranges_and_exceptions_reach_the_space(make_campaign: Callable[..., Campaign]) -> None:
+    plan = make_plan(
+        make_campaign(
+            operator={"name": "ties", "density": {"low": 0.1, "high": 0.9, "per": "group"}, "scale": {"low": 0.5, "high": 2.0}},
+            space={
+                "groups": "layer",
+                "coefficient": {"low": 0.0, "high": 2.0, "start": 0.5},
+                "exceptions": {"rot90/before": 0.0, "*/after": {"low": 0.25, "high": 0.75}},
+            },
+        )
+    )
+    names = [dimension.name for dimension in plan.space.dimensions]
+    num_groups = len(plan.space.groups)
+    assert len(names) == (3 * num_groups - 1) + 3 * num_groups + 1
+    assert "coefficient rot90/before" not in names
+    after = next(dimension for dimension in plan.space.dimensions if dimension.name == "coefficient parity/after")
+    assert (after.low, after.high, after.start) == (0.25, 0.75, 0.75)
+    assert names[-1] == "scale"

@@ -1,0 +1,242 @@
+"""A real campaign on a small real family: whatever interrupts it, nothing recorded is lost and nothing changes."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Silent
+
+from evomerge.campaign import Campaign, read_campaign
+from evomerge.errors import EvoMergeError, RunError
+from evomerge.evaluators.classification import ClassificationEvaluator
+from evomerge.ledger.ledger import FILE_NAME
+from evomerge.records import Trial
+from evomerge.run import Run, search
+
+CHAIN = [
+    {"proposer": "sobol", "evaluations": 6},
+    {"proposer": "adamerging", "evaluations": 3, "steps": 3},
+    {"proposer": "nsga2", "evaluations": 25, "population": 8},
+    {"proposer": "tpe", "evaluations": 14, "num_startup": 4},
+    {"proposer": "cma_es"},
+]
+
+
+class Interrupt(Exception):
+    pass
+
+
+class Interrupting(Silent):
+    """Raises after so many search trials, as Ctrl-C would."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.after = after
+
+    def advance(self, trial: object) -> None:
+        super().advance(trial)
+        if trial is not None:
+            self.after -= 1
+            if self.after == 0:
+                raise Interrupt
+
+
+def story(run: Run) -> list[tuple[Any, ...]]:
+    """What was proposed, in which order, and what it scored."""
+    return [(trial.number, trial.stage, trial.candidate, trial.order, values(trial)) for trial in run.trials]
+
+
+def values(trial: Trial) -> dict[str, float]:
+    assert trial.measurement is not None
+    return {name: score.value for name, score in trial.measurement.scores.items()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small_digits: Any, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("whole")
+    campaign = read_campaign(small_digits.campaign).model_copy(update={"search": chain(), "budget": budget(60)})
+    return search(campaign, folder / "run", watcher=Silent())
+
+
+def chain() -> Any:
+    from evomerge.campaign import StageSection, _stages
+
+    return [StageSection.model_validate(stage) for stage in _stages(CHAIN)]
+
+
+def budget(evaluations: int) -> Any:
+    from evomerge.campaign import BudgetSection
+
+    return BudgetSection(evaluations=evaluations)
+
+
+@pytest.mark.parametrize("after", [1, 7, 10, 30, 41, 59])
+def test_an_interrupted_run_resumes_to_the_same_story(
+    uninterrupted: Run, small_digits: Any, tmp_path: Path, after: int
+) -> None:
+    campaign = read_campaign(small_digits.campaign).model_copy(update={"search": chain(), "budget": budget(60)})
+    with pytest.raises(Interrupt):
+        search(campaign, tmp_path / "run", watcher=Interrupting(after))
+    assert sum(trial.order is not None for trial in Run.open(tmp_path / "run").trials) == after
+    run = search(campaign, tmp_path / "run", watcher=Silent())
+    assert story(run) == story(uninterrupted)
+    assert run.tested.keys() == uninterrupted.tested.keys()
+    assert run.ledger.num_test_touches() == 1
+
+
+def test_kill_9_at_any_moment_loses_no_recorded_trial(uninterrupted: Run, small_digits: Any, tmp_path: Path) -> None:
+    """A real process, killed at four random moments of its search, then left to finish."""
+    folder, ledger = tmp_path / "run", tmp_path / "run" / FILE_NAME
+    program = (
+        "import sys; from pathlib import Path; import conftest, test_driver as t; from evomerge.run import search; "
+        "from evomerge.campaign import read_campaign; c = read_campaign(Path(sys.argv[1])); "
+        "c = c.model_copy(update={'search': t.chain(), 'budget': t.budget(60)}); "
+        "search(c, Path(sys.argv[2]), watcher=t.Silent())"
+    )
+    command = [sys.executable, "-c", program, str(small_digits.campaign), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    rng = np.random.default_rng()  # other moments every time
+    recorded: list[tuple[int, int]] = []
+    for threshold in sorted(rng.choice(np.arange(1, 58), size=4, replace=False)):
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+        while len(finished(ledger)) < threshold and process.poll() is None:
+            time.sleep(0.002)
+        time.sleep(float(rng.uniform(0, 0.02)))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() in (-signal.SIGKILL, 0), process.stderr.read()  # type: ignore[union-attr]
+        process.stderr.close()  # type: ignore[union-attr]
+        after = finished(ledger)
+        assert set(recorded) <= set(after)
+        recorded = after
+    subprocess.run(command, env=environment, check=True, timeout=120)
+    run = Run.open(folder)
+    assert set(recorded) <= set(finished(ledger))
+    assert story(run) == story(uninterrupted)
+
+
+def finished(ledger: Path) -> list[tuple[int, int]]:
+    """The (number, order) of recorded trials, read beside a process that may be writing."""
+    if not ledger.is_file():
+        return []
+    try:
+        with sqlite3.connect(f"file:{ledger}?mode=ro", uri=True) as connection:
+            rows = connection.execute("select number, finish_order from trials where finish_order is not null").fetchall()
+    except sqlite3.OperationalError:  # the tables are not there yet
+        return []
+    finally:
+        if "connection" in locals():
+            connection.close()
+    return rows
+
+
+def test_a_finished_campaign_does_nothing(uninterrupted: Run, watcher: Silent) -> None:
+    before = (uninterrupted.folder / FILE_NAME).stat().st_mtime_ns
+    run = search(uninterrupted.campaign, uninterrupted.folder, watcher=watcher)
+    assert watcher.phases == []
+    assert story(run) == story(uninterrupted)
+    assert (run.folder / FILE_NAME).stat().st_mtime_ns == before
+
+
+def test_a_larger_budget_extends_and_discloses_the_second_touch(make_campaign: Callable[..., Campaign], tmp_path: Path) -> None:
+    stages = [{"proposer": "sobol", "evaluations": 4}, {"proposer": "nsga2"}]
+    first = search(make_campaign(search=stages, budget={"evaluations": 10}), tmp_path / "run", watcher=Silent())
+    before, members = story(first), {trial.number for trial in first.front}
+    longer = search(make_campaign(search=stages, budget={"evaluations": 40}), tmp_path / "run", watcher=Silent())
+    assert story(longer)[:10] == before
+    assert len(longer.trials) == 40
+    new_members = {trial.number for trial in longer.front} - members
+    assert longer.ledger.num_test_touches() == (2 if new_members else 1)
+    with pytest.raises(RunError, match="a budget can only grow"):
+        search(make_campaign(search=stages, budget={"evaluations": 10}), tmp_path / "run", watcher=Silent())
+
+
+def test_a_campaign_that_differs_in_meaning_is_refused(make_campaign: Callable[..., Campaign], tmp_path: Path) -> None:
+    search(make_campaign(budget={"evaluations": 2}), tmp_path / "run", watcher=Silent())
+    with pytest.raises(RunError, match="differs in seed, space"):
+        search(make_campaign(budget={"evaluations": 2}, seed=5, space={"groups": "model"}), tmp_path / "run", watcher=Silent())
+    search(make_campaign(name="renamed", budget={"evaluations": 3}), tmp_path / "run", watcher=Silent())
+
+
+def test_two_drivers_do_not_share_a_run(make_campaign: Callable[..., Campaign], tmp_path: Path) -> None:
+    campaign = make_campaign(budget={"evaluations": 2})
+
+    class Second(Silent):
+        def advance(self, trial: object) -> None:
+            with pytest.raises(RunError, match="another process is driving"):
+                search(campaign, tmp_path / "run", watcher=Silent())
+
+    search(campaign, tmp_path / "run", watcher=Second())
+
+
+def test_a_failed_candidate_is_a_failed_trial_and_the_campaign_goes_on(
+    make_campaign: Callable[..., Campaign], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluator breaks down on some candidates: out of memory on one, NaN on another."""
+    score, calls = ClassificationEvaluator.score, iter(range(10**6))
+
+    def flaky(self: Any, model: Any, task: str, items: Any) -> Any:
+        scores = score(self, model, task, items)
+        call = next(calls)
+        if call == 51:
+            raise torch.OutOfMemoryError("out of memory")
+        if call == 54:
+            scores["accuracy"][:3] = np.nan
+        return scores
+
+    monkeypatch.setattr(ClassificationEvaluator, "score", flaky)
+    run = search(make_campaign(budget={"evaluations": 12}), tmp_path / "run", watcher=Silent())
+    failures = [trial.failure for trial in run.trials if trial.failure]
+    assert len(run.trials) == 12
+    assert len(failures) == 2
+    assert failures[0] == "OutOfMemoryError: out of memory"
+    assert "3 of" in failures[1]
+    assert "no finite accuracy" in failures[1]
+    assert run.is_finished
+
+
+def test_a_base_that_cannot_be_scored_ends_the_run_with_its_reason(
+    make_campaign: Callable[..., Campaign], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise KeyError("pixel_values")
+
+    monkeypatch.setattr(ClassificationEvaluator, "score", broken)
+    with pytest.raises(EvoMergeError, match="base cannot be scored on the search items: KeyError"):
+        search(make_campaign(), tmp_path / "run", watcher=Silent())
+
+
+def test_changed_checkpoints_are_noticed(make_campaign: Callable[..., Campaign], small_digits: Any, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / "expert"
+    shutil.copytree(small_digits.path / "experts" / "rot90", copy)
+    campaign = make_campaign(experts={"rot90": str(copy)}, budget={"evaluations": 2})
+    search(campaign, tmp_path / "run", watcher=Silent())
+    tensors = load_file(copy / "model.safetensors")
+    tensors["layernorm.weight"] += 1
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    longer = campaign.model_copy(update={"budget": budget(3)})
+    with pytest.raises(RunError, match="the checkpoint has changed"):
+        search(longer, tmp_path / "run", watcher=Silent())
+
+
+def test_descents_lower_the_loss_they_descend(make_campaign: Callable[..., Campaign], tmp_path: Path) -> None:
+    stages = [{"proposer": "adamerging", "loss": "ce", "steps": 40, "learning_rate": 0.02, "batch_size": 10**6}]
+    run = search(make_campaign(search=stages, budget={"evaluations": 2}), tmp_path / "run", watcher=Silent())
+    arrivals = [trial.measurement.arrival for trial in run.trials if trial.measurement and trial.measurement.arrival]
+    losses = [loss for arrival in arrivals for loss in arrival.losses]
+    assert len(losses) == 80
+    assert losses[-1] < losses[0]
+    assert run.trials[1].candidate.point == arrivals[0].point
+    assert all(trial.measurement.cost > 1 for trial in run.trials if trial.measurement)
