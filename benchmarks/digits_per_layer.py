@@ -51,8 +51,22 @@ class Silent:
 def main() -> None:
     """Run every searcher with every seed and print the table."""
     family = make("digits4", Path(".cache/families/digits4"))
-    table = Table(title="digits4, 32 coefficients: the best candidate on search items, scored on test items", box=SIMPLE_HEAD)
-    columns = ("searcher", "seed", "cost", "wall s", "search", "test", "scalar", "over scalar", "SEs", "over uniform", "SEs")
+    table = Table(
+        title="digits4, 32 coefficients: the best candidate on search items, scored on test items", box=SIMPLE_HEAD
+    )
+    columns = (
+        "searcher",
+        "seed",
+        "cost",
+        "wall s",
+        "search",
+        "test",
+        "scalar",
+        "over scalar",
+        "SEs",
+        "over uniform",
+        "SEs",
+    )
     for column in columns:
         table.add_column(column, justify="left" if column == "searcher" else "right")
     for name, stages in SEARCHERS.items():
@@ -73,7 +87,10 @@ def _measure(campaign_file: Path, stages: list[dict[str, Any]], seed: int) -> li
         measured = [trial for trial in run.front if trial.measurement]
         best = f"trial:{max(measured, key=_mean).number}"
         cost = sum(trial.measurement.cost for trial in run.trials if trial.measurement)
-        means = [_mean_of(run, kind, subject) for kind, subject in (("search", best), ("test", best), ("test", run.best_scalar))]
+        means = [
+            _mean_of(run, kind, subject)
+            for kind, subject in (("search", best), ("test", best), ("test", run.best_scalar))
+        ]
         cells = [f"{cost:.0f}", f"{wall_s:.0f}", *(f"{mean:.3f}" for mean in means)]
         for reference in (run.best_scalar, "uniform"):
             gain, error = run.gain(best, reference)

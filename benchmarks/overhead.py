@@ -46,7 +46,8 @@ def main() -> None:
     """Run each proposer once and print the table."""
     family = make("digits4", Path(".cache/families/digits4"))
     table = Table(
-        title=f"milliseconds a candidate, medians of {NUM_EVALUATIONS - 1}; digits4 per layer (32 dimensions)", box=SIMPLE_HEAD
+        title=f"milliseconds a candidate, medians of {NUM_EVALUATIONS - 1}; digits4 per layer (32 dimensions)",
+        box=SIMPLE_HEAD,
     )
     for column in ("proposer", "whole", "forward", "materialize", "propose + driver + ledger", "beyond the forward"):
         table.add_column(column, justify="left" if column == "proposer" else "right")

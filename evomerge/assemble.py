@@ -1,22 +1,13 @@
-"""Names -> objects: the only place where the parts are put together.
+"""The tables: which names a campaign may use, and what they stand for."""
 
-The tables say what a campaign may name. ``Plan`` is everything that is known before weights are loaded; ``Scorer``
-(``scorer.py``) is the plan with the weights.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-from evomerge.errors import CampaignError, did_you_mean
 from evomerge.evaluators.classification import ClassificationEvaluator, ClassificationOptions
 from evomerge.evaluators.evaluator import Evaluator
 from evomerge.evaluators.language import LanguageEvaluator, LanguageOptions
-from evomerge.materialize.checkpoint import Checkpoint, open_checkpoint, require_same_tensors
-from evomerge.materialize.resident import empty_model, tensor_index, tied_names
 from evomerge.operators.linear import Linear, TaskArithmetic
 from evomerge.operators.operator import Operator
 from evomerge.operators.ties import Ties
@@ -25,187 +16,25 @@ from evomerge.proposers.cma_es import CmaEs
 from evomerge.proposers.optuna_samplers import Gp, Nsga2, Tpe
 from evomerge.proposers.proposer import Proposer
 from evomerge.proposers.sobol import Sobol
-from evomerge.records import Floats, Objective, Options, ParameterSpec, Recipe, TensorIndex
-from evomerge.space.groups import make_groups
-from evomerge.space.space import Range, Searched, Setting, Space
-from evomerge.splits import TaskSplits, split_items
-
-if TYPE_CHECKING:
-    from evomerge.campaign import Campaign, RangeSection
+from evomerge.records import Options
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluatorEntry:
-    """How an evaluator is made: its options, and a factory (options, tasks, folder of the file, base) -> Evaluator."""
+    """How an evaluator is made: its options, and a factory (options, tasks, the base's folder) -> Evaluator."""
 
     options_type: type[Options]
-    make: Callable[[Any, Sequence[str], Path, Path], Evaluator]
+    make: Callable[[Any, Sequence[str], Path], Evaluator]
 
 
-OPERATORS: dict[str, type[Operator]] = {operator.name: operator for operator in (Linear, TaskArithmetic, Ties)}
-PROPOSERS: dict[str, type[Proposer]] = {
-    proposer.name: proposer for proposer in (Sobol, CmaEs, Tpe, Nsga2, Gp, AdaMerging)
-}
-EVALUATORS: dict[str, EvaluatorEntry] = {
+_OPERATORS: tuple[type[Operator], ...] = (Linear, TaskArithmetic, Ties)
+_PROPOSERS: tuple[type[Proposer], ...] = (Sobol, CmaEs, Tpe, Nsga2, Gp, AdaMerging)
+
+OPERATORS = {operator.name: operator for operator in _OPERATORS}
+PROPOSERS = {proposer.name: proposer for proposer in _PROPOSERS}
+EVALUATORS = {
     "classification": EvaluatorEntry(
-        ClassificationOptions, lambda options, tasks, folder, _: ClassificationEvaluator(options, tasks, folder)
+        ClassificationOptions, lambda options, tasks, _: ClassificationEvaluator(options, tasks)
     ),
     "language": EvaluatorEntry(LanguageOptions, LanguageEvaluator),
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """A checked campaign: everything but the weights."""
-
-    base: Checkpoint
-    experts: Mapping[str, Checkpoint]
-    tensors: TensorIndex
-    dtype: str
-    device: str
-    operator: Operator
-    space: Space
-    evaluator: Evaluator
-    objectives: tuple[Objective, ...]
-    splits: TaskSplits
-
-    @property
-    def num_parameters(self) -> int:
-        """Number of merged numbers of the model."""
-        return sum(tensor.num_elements for tensor in self.tensors)
-
-    @property
-    def size_bytes(self) -> int:
-        """Memory that the run holds: base, experts and the resident model."""
-        return (len(self.experts) + 2) * self.num_parameters * torch.finfo(getattr(torch, self.dtype)).bits // 8
-
-    def recipe(self, point: Sequence[float] | Floats) -> Recipe:
-        """Return the recipe of a point of the space."""
-        return self._recipe(self.operator, self.space.groups, self.space.values(point))
-
-    def task_arithmetic(self, coefficients: Sequence[float]) -> Recipe:
-        """Return the reference recipe with one coefficient an expert: zeros are the base, one-hot is an expert."""
-        groups = {"model": tuple(tensor.name for tensor in self.tensors)}
-        return self._recipe(TaskArithmetic(), groups, {"coefficient": torch.tensor([coefficients]).T.double().numpy()})
-
-    def _recipe(self, operator: Operator, groups: Mapping[str, tuple[str, ...]], values: Mapping[str, Floats]) -> Recipe:
-        return Recipe(
-            operator=operator.name,
-            options=operator.options.model_dump(),
-            base=str(self.base.folder),
-            experts={name: str(expert.folder) for name, expert in self.experts.items()},
-            dtype=self.dtype,
-            groups=groups,
-            values={name: tuple(map(tuple, matrix.tolist())) for name, matrix in values.items()},
-        )
-
-
-def make_plan(campaign: "Campaign") -> Plan:
-    """Check everything that can be checked without loading weights. Raises: InputError."""
-    base = open_checkpoint("base", campaign.base, relative_to=campaign.folder)
-    experts = {
-        name: open_checkpoint(f"expert {name}", location, relative_to=campaign.folder)
-        for name, location in campaign.experts.items()
-    }
-    model = empty_model(base)
-    for expert in experts.values():
-        require_same_tensors(base, expert, tied_names(model))
-    tensors = tensor_index(model)
-    operator, settings = make_operator(campaign.operator)
-    space = _make_space(campaign, tensors, operator, settings)
-    tasks = list(dict.fromkeys(objective.task for objective in campaign.objectives))
-    entry = EVALUATORS[campaign.evaluation["kind"]]
-    evaluator = entry.make(campaign.evaluation_options(), tasks, campaign.folder, base.folder)
-    return Plan(
-        base=base,
-        experts=experts,
-        tensors=tensors,
-        dtype=base.dtype if campaign.dtype == "auto" else campaign.dtype,
-        device=choose_device(campaign.device),
-        operator=operator,
-        space=space,
-        evaluator=evaluator,
-        objectives=_objectives(campaign, evaluator),
-        splits=split_items(evaluator.sources, campaign.split.model_dump(), campaign.seed),
-    )
-
-
-def make_operator(section: Mapping[str, Any]) -> tuple[Operator, dict[str, Any]]:
-    """Return the named operator with its options, and what the section says of its parameters."""
-    from evomerge.campaign import parse
-
-    operator_type = OPERATORS[section["name"]]
-    options = {key: value for key, value in section.items() if key in operator_type.options_type.model_fields}
-    operator = operator_type(parse(operator_type.options_type, options, "operator"))  # type: ignore[call-arg]
-    parameters = [spec.name for spec in operator.parameters[1:]]
-    settings = {key: value for key, value in section.items() if key not in options and key != "name"}
-    for key in settings:
-        if key not in parameters:
-            if key == "coefficient":
-                raise CampaignError("operator.coefficient: coefficients are given under space.coefficient")
-            raise CampaignError(f"operator.{key}: unknown key{did_you_mean(key, [*operator_type.options_type.model_fields, *parameters])}")
-    return operator, settings
-
-
-def choose_device(asked: str) -> str:
-    """Return the device to merge and score on: what was asked for, or a GPU where there is one."""
-    if asked == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=asked)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise CampaignError(f"device: {asked!r} cannot be used here ({reason}); try auto or cpu") from error
-    return asked
-
-
-def _make_space(campaign: "Campaign", tensors: TensorIndex, operator: Operator, settings: Mapping[str, Any]) -> Space:
-    from evomerge.campaign import ParameterSection, RangeSection, parse
-
-    first, *others = operator.parameters
-    section = campaign.space
-    searched = [
-        Searched(
-            spec=first,
-            setting=_setting(first, section.coefficient),
-            exceptions={place: _setting(first, given) for place, given in section.exceptions.items()},
-        )
-    ]
-    for spec in others:
-        given = settings.get(spec.name, spec.default)
-        if isinstance(given, bool) or not isinstance(given, int | float | dict):
-            raise CampaignError(f"operator.{spec.name}: expected a number or {{low, high, start, per}}, found {given!r}")
-        if isinstance(given, dict):
-            given = parse(ParameterSection, given, f"operator.{spec.name}")
-        by_group = isinstance(given, ParameterSection) and given.per == "group"
-        searched.append(Searched(spec=spec, setting=_setting(spec, given), by_group=by_group))
-    assert issubclass(ParameterSection, RangeSection)
-    groups = section.groups
-    return Space(list(campaign.experts), make_groups(tensors, groups), searched)
-
-
-def _setting(spec: ParameterSpec, given: "float | RangeSection") -> Setting:
-    """Fill what a range leaves open from the operator's own: the default start is moved into the bounds."""
-    if isinstance(given, int | float):
-        return float(given)
-    low = spec.low if given.low is None else given.low
-    high = spec.high if given.high is None else given.high
-    start = min(max(spec.default, low), high) if given.start is None else given.start
-    return Range(low=low, high=high, start=start)
-
-
-def _objectives(campaign: "Campaign", evaluator: Evaluator) -> tuple[Objective, ...]:
-    objectives = []
-    for number, section in enumerate(campaign.objectives):
-        metrics = evaluator.metrics(section.task)
-        if section.metric not in metrics:
-            known = did_you_mean(section.metric, metrics)
-            raise CampaignError(f"objectives[{number}].metric: task {section.task} has no {section.metric!r}{known}")
-        direction = section.direction or metrics[section.metric]
-        if direction != metrics[section.metric]:
-            raise CampaignError(
-                f"objectives[{number}].direction: {section.metric} is better {'larger' if direction == 'min' else 'smaller'}"
-                f"; leave the direction out"
-            )
-        objectives.append(Objective(**{**section.model_dump(), "direction": direction}))
-    return tuple(objectives)

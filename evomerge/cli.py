@@ -18,7 +18,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-families_app = typer.Typer(help="Small real expert families to try things on.", no_args_is_help=True, rich_markup_mode=None)
+families_app = typer.Typer(
+    help="Small real expert families to try things on.", no_args_is_help=True, rich_markup_mode=None
+)
 app.add_typer(families_app, name="families")
 
 CampaignFile = Annotated[Path, typer.Argument(metavar="FILE", help="Campaign file (YAML).")]
@@ -88,8 +90,12 @@ def export(
     out: OutFolder,
     trial: Annotated[int | None, typer.Option(help="Export this trial.")] = None,
     knee: Annotated[bool, typer.Option("--knee", help="Export the front's best balance.")] = False,
-    prefer: Annotated[str | None, typer.Option(help="Export what serves weights best: a=2,b=1 (others count 1).")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Load the export again and score it against the ledger.")] = False,
+    prefer: Annotated[
+        str | None, typer.Option(help="Export what serves weights best: a=2,b=1 (others count 1).")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Load the export again and score it against the ledger.")
+    ] = False,
 ) -> None:
     """Write one model of a run as a Hugging Face checkpoint, with its recipe and model card."""
     from evomerge.export import export_trial, parse_preference, verify_export

@@ -8,10 +8,11 @@ from typing import Protocol
 
 import numpy as np
 
-from evomerge.assemble import PROPOSERS, Plan
+from evomerge.assemble import PROPOSERS
 from evomerge.errors import EvoMergeError
 from evomerge.front.front import front_of, maximized, violation
 from evomerge.ledger.ledger import Ledger
+from evomerge.plan import Plan
 from evomerge.proposers.proposer import Problem, Proposer
 from evomerge.records import Measurement, Observation, Recipe, Split, Trial
 from evomerge.stages import Stage
@@ -33,7 +34,9 @@ class Watcher(Protocol):
 class Driver:
     """Runs the stages of one plan against one ledger."""
 
-    def __init__(self, plan: Plan, ledger: Ledger, pool: InlinePool, hashes: Mapping[str, str], watcher: Watcher) -> None:
+    def __init__(
+        self, plan: Plan, ledger: Ledger, pool: InlinePool, hashes: Mapping[str, str], watcher: Watcher
+    ) -> None:
         self.plan, self.ledger, self.pool, self.hashes, self.watcher = plan, ledger, pool, hashes, watcher
 
     def run(self, stages: Sequence[Stage], seed: int) -> None:

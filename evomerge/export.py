@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evomerge.assemble import choose_device, make_plan
+from evomerge.card import model_card
 from evomerge.errors import EvoMergeError, RunError
 from evomerge.materialize.checkpoint import open_checkpoint
 from evomerge.materialize.export import export
 from evomerge.materialize.materializer import Materializer
 from evomerge.materialize.resident import load_model
+from evomerge.plan import choose_device, make_plan
 from evomerge.recipe_file import read_recipe, write_recipe
 from evomerge.records import Split, Trial
-from evomerge.card import model_card
 from evomerge.run import Run, same_checkpoints
 from evomerge.scorer import score_of
 

@@ -1,13 +1,13 @@
 """The recipe file: one merge, every coefficient written out.
 
-    operator: {name: task_arithmetic}
-    base: path or Hugging Face id
-    experts: {rot90: path, invert: path}
-    dtype: float32                        # optional: the base's
-    groups: layer                         # optional: as in a campaign's space; a written recipe lists its tensors
-    coefficient:                          # and the operator's other parameters; defaults where left out
-      rot90: 0.4
-      invert: {before: 0.1, layer0: 0.3, after: 0.2}
+operator: {name: task_arithmetic}
+base: path or Hugging Face id
+experts: {rot90: path, invert: path}
+dtype: float32                        # optional: the base's
+groups: layer                         # optional: as in a campaign's space; a written recipe lists its tensors
+coefficient:                          # and the operator's other parameters; defaults where left out
+  rot90: 0.4
+  invert: {before: 0.1, layer0: 0.3, after: 0.2}
 """
 
 from collections.abc import Mapping
@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 import yaml
 
-from evomerge.assemble import OPERATORS, make_operator
-from evomerge.campaign import parse, read_yaml
+from evomerge.assemble import OPERATORS
+from evomerge.campaign import locate
 from evomerge.errors import CampaignError, did_you_mean
-from evomerge.materialize.checkpoint import Checkpoint, open_checkpoint, require_same_tensors
-from evomerge.materialize.resident import empty_model, tensor_index, tied_names
+from evomerge.materialize.checkpoint import Checkpoint
 from evomerge.operators.operator import Operator
+from evomerge.plan import make_operator, open_checkpoints
 from evomerge.records import Floats, Options, ParameterSpec, Recipe
 from evomerge.space.groups import Groups, make_groups
+from evomerge.strict import parse, read_yaml
 
 
 class RecipeSection(Options):
@@ -60,12 +61,18 @@ def read_recipe(path: Path) -> ReadRecipe:
             raise CampaignError(f"operator.name: unknown operator {name!r}{did_you_mean(name, OPERATORS)}")
         operator, inside = make_operator(section.operator)
         if inside:
-            raise CampaignError(f"operator.{next(iter(inside))}: a recipe gives parameters beside operator, not inside it")
+            raise CampaignError(
+                f"operator.{next(iter(inside))}: a recipe gives parameters beside operator, not inside it"
+            )
         specs = {spec.name: spec for spec in operator.parameters}
         if unknown := sorted(given.keys() - specs.keys()):
-            raise CampaignError(f"{unknown[0]}: unknown key{did_you_mean(unknown[0], [*specs, *RecipeSection.model_fields])}")
-        base, experts = _open(section, path.resolve().parent)
-        groups = make_groups(tensor_index(empty_model(base)), _grouping(section))
+            raise CampaignError(
+                f"{unknown[0]}: unknown key{did_you_mean(unknown[0], [*specs, *RecipeSection.model_fields])}"
+            )
+        folder = path.resolve().parent
+        located = {name: locate(location, folder) for name, location in section.experts.items()}
+        base, experts, tensors = open_checkpoints(locate(section.base, folder), located)
+        groups = make_groups(tensors, _grouping(section))
         values = {name: _matrix(spec, given.get(name), list(experts), groups) for name, spec in specs.items()}
     except CampaignError as error:
         raise CampaignError(f"{path}: {error}") from error.__cause__
@@ -84,10 +91,11 @@ def read_recipe(path: Path) -> ReadRecipe:
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe file that ``read_recipe`` reads back to the same recipe."""
     matrices = {
-        name: _named(dict(zip(recipe.experts, rows, strict=True)), recipe.groups) if len(rows) == len(recipe.experts) else
-        _number(rows[0], recipe.groups)
+        name: dict(zip(recipe.experts, (_number(row, recipe.groups) for row in rows), strict=True))
+        if len(rows) == len(recipe.experts)
+        else _number(rows[0], recipe.groups)
         for name, rows in recipe.values.items()
-    }  # fmt: skip
+    }
     data = {
         "operator": {"name": recipe.operator, **recipe.options},
         "base": recipe.base,
@@ -97,18 +105,6 @@ def write_recipe(recipe: Recipe, path: Path) -> None:
         "groups": {group: list(tensors) for group, tensors in recipe.groups.items()},
     }
     path.write_text(yaml.safe_dump(data, sort_keys=False, width=120))
-
-
-def _open(section: RecipeSection, folder: Path) -> tuple[Checkpoint, dict[str, Checkpoint]]:
-    base = open_checkpoint("base", section.base, relative_to=folder)
-    experts = {
-        name: open_checkpoint(f"expert {name}", location, relative_to=folder)
-        for name, location in section.experts.items()
-    }
-    tied = tied_names(empty_model(base))
-    for expert in experts.values():
-        require_same_tensors(base, expert, tied)
-    return base, experts
 
 
 def _grouping(section: RecipeSection) -> Any:
@@ -126,7 +122,9 @@ def _matrix(spec: ParameterSpec, given: Any, experts: list[str], groups: Groups)
         if unknown := sorted(str(name) for name in given if name not in experts):
             raise CampaignError(f"{spec.name}.{unknown[0]}: unknown expert{did_you_mean(unknown[0], experts)}")
         if missing := [name for name in experts if name not in given]:
-            raise CampaignError(f"{spec.name}: no number for expert {missing[0]}; give every expert one (0 leaves it out)")
+            raise CampaignError(
+                f"{spec.name}: no number for expert {missing[0]}; give every expert one (0 leaves it out)"
+            )
         return np.array([_row(spec, f"{spec.name}.{name}", given[name], groups) for name in experts])
     return np.array([_row(spec, spec.name, given, groups)] * len(experts))
 
@@ -144,10 +142,6 @@ def _row(spec: ParameterSpec, where: str, given: Any, groups: Groups) -> list[fl
     if not spec.minimum <= number <= spec.maximum:
         raise CampaignError(f"{where}: expected a number in [{spec.minimum:g}, {spec.maximum:g}], found {number:g}")
     return [float(number)] * len(groups)
-
-
-def _named(rows: Mapping[str, tuple[float, ...]], groups: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-    return {name: _number(row, groups) for name, row in rows.items()}
 
 
 def _number(row: tuple[float, ...], groups: Mapping[str, tuple[str, ...]]) -> Any:

@@ -79,7 +79,7 @@ class Recipe:
     values: Mapping[str, tuple[tuple[float, ...], ...]]
 
     def fingerprint(self, hashes: Mapping[str, str]) -> str:
-        """Return 16 hex digits of the merge itself: ``hashes`` maps each checkpoint's path to the hash of its tensors."""
+        """Return 16 hex digits of the merge itself; ``hashes`` maps a checkpoint's path to the hash of its tensors."""
         merge = {
             "operator": self.operator,
             "options": dict(self.options),

@@ -19,8 +19,8 @@ from evomerge.ledger.ledger import FILE_NAME, Ledger
 from evomerge.records import Measurement, Objective, Trial
 
 if TYPE_CHECKING:
-    from evomerge.assemble import Plan
     from evomerge.driver import Watcher
+    from evomerge.plan import Plan
     from evomerge.scorer import Scorer
 
 
@@ -104,8 +104,12 @@ class Run:
         if trial is not None:
             return self._trial(trial)
         if not self.front:
-            raise RunError(f"{self.folder}: no trial has finished within the floors and ceilings; there is no front yet")
-        values_NM = np.array([maximized(member.measurement, self.objectives) for member in self.front if member.measurement])
+            raise RunError(
+                f"{self.folder}: no trial has finished within the floors and ceilings; there is no front yet"
+            )
+        values_NM = np.array(
+            [maximized(member.measurement, self.objectives) for member in self.front if member.measurement]
+        )
         if at_knee:
             return self.front[knee(values_NM)]
         assert preference is not None
@@ -140,8 +144,8 @@ def search(
 
     Raises: RunError if the folder holds another campaign's run, or another process drives it.
     """
-    from evomerge.assemble import make_plan
     from evomerge.driver import Driver
+    from evomerge.plan import make_plan
     from evomerge.scorer import Scorer
     from evomerge.stages import make_stages
     from evomerge.workers.inline import InlinePool
@@ -176,9 +180,13 @@ def _driving(folder: Path) -> Iterator[None]:
         lock = FileLock(folder / "driver.lock")
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise RunError(f"{folder}: another process is driving this run; wait for it, or look on with evomerge front") from error
+        raise RunError(
+            f"{folder}: another process is driving this run; wait for it, or look on with evomerge front"
+        ) from error
     except OSError as error:
-        raise RunError(f"{folder}: cannot write a run there ({error.strerror}); choose another place with --run") from error
+        raise RunError(
+            f"{folder}: cannot write a run there ({error.strerror}); choose another place with --run"
+        ) from error
     try:
         yield
     finally:
@@ -192,7 +200,8 @@ def _facts(plan: "Plan", scorer: "Scorer") -> dict[str, Any]:
         "space": [asdict(dimension) for dimension in plan.space.dimensions],
         "hashes": scorer.materializer.hashes,
         "test_sources": {
-            task: [plan.evaluator.sources[task][item] for item in splits["test"]] for task, splits in plan.splits.items()
+            task: [plan.evaluator.sources[task][item] for item in splits["test"]]
+            for task, splits in plan.splits.items()
         },
     }
 
@@ -202,12 +211,12 @@ def _require_same_meaning(run: Run, campaign: Campaign) -> None:
     differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if differing:
         raise RunError(
-            f"{run.folder} holds a run of a campaign that differs in {', '.join(differing)}; its scores do not compare: "
-            "rename this campaign, or give another place with --run"
+            f"{run.folder} holds a run of a campaign that differs in {', '.join(differing)}; "
+            "its scores do not compare: rename this campaign, or give another place with --run"
         )
     if campaign.budget.evaluations < len(run.trials):
         raise RunError(
-            f"budget.evaluations: {campaign.budget.evaluations}, but {run.folder} holds {len(run.trials)} trials already; "
+            f"budget.evaluations: {campaign.budget.evaluations}, but {run.folder} holds {len(run.trials)} trials; "
             "a budget can only grow"
         )
 
@@ -216,4 +225,6 @@ def same_checkpoints(run: Run, hashes: Mapping[str, str]) -> None:
     """Raise RunError if a checkpoint's tensors are no longer those that the run began with."""
     for folder, found in hashes.items():
         if run.facts["hashes"].get(folder) not in (None, found):
-            raise RunError(f"{folder}: the checkpoint has changed since {run.folder} began; its scores do not compare: use --run")
+            raise RunError(
+                f"{folder}: the checkpoint has changed since {run.folder} began; its scores do not compare: use --run"
+            )

@@ -10,11 +10,11 @@ from functools import partial
 import numpy as np
 import torch
 
-from evomerge.assemble import Plan
 from evomerge.errors import CandidateError, EvoMergeError
 from evomerge.materialize.materializer import Materializer
 from evomerge.operators.linear import TaskArithmetic
 from evomerge.operators.operator import Operator
+from evomerge.plan import Plan
 from evomerge.records import Arrival, Candidate, Floats, Measurement, Recipe, Score, Split
 
 BACKWARD_COST = 3.0  # forward + backward, in forwards
@@ -29,7 +29,10 @@ class Scorer:
         self.materializer = Materializer(
             plan.base, list(plan.experts.values()), dtype=plan.dtype, device=plan.device, progress=progress
         )
-        self._operators: dict[str, Operator] = {TaskArithmetic.name: TaskArithmetic(), plan.operator.name: plan.operator}
+        self._operators: dict[str, Operator] = {
+            TaskArithmetic.name: TaskArithmetic(),
+            plan.operator.name: plan.operator,
+        }
         self._num_search_items = sum(len(splits["search"]) for splits in plan.splits.values())
 
     def score(self, subject: Candidate | Recipe, split: Split) -> Measurement:
@@ -75,7 +78,9 @@ class Scorer:
             items = by_task[objective.task][objective.metric]
             if not np.isfinite(items).all():
                 flawed = int((~np.isfinite(items)).sum())
-                raise CandidateError(f"{objective.name}: {flawed} of {len(items)} items have no finite {objective.metric}")
+                raise CandidateError(
+                    f"{objective.name}: {flawed} of {len(items)} items have no finite {objective.metric}"
+                )
             scores[objective.name] = score_of(items)
         return scores, sum(len(splits[split]) for splits in self.plan.splits.values())
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "evomerge"
 LAYERS = (
-    {"records", "errors"},
+    {"records", "errors", "strict"},
     {"operators", "space", "splits", "front"},
     {"materialize", "ledger"},
     {"proposers", "evaluators", "workers", "families"},
-    {"campaign", "assemble", "scorer", "stages", "driver", "recipe_file"},
+    {"campaign", "assemble", "plan", "scorer", "stages", "driver", "recipe_file"},
     {"run", "check", "export", "card"},
     {"report"},
     {"cli"},

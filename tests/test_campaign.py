@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from evomerge.assemble import make_plan
 from evomerge.campaign import Campaign, presets_folder, read_campaign
 from evomerge.errors import CampaignError, CheckpointError, DataError, InputError
 from evomerge.families.family import FamilySummary
+from evomerge.plan import make_plan
 from evomerge.stages import make_stages
 
 OBJECTIVE = {"name": "rot90", "task": "rot90", "metric": "accuracy"}
@@ -89,14 +89,18 @@ def test_files_that_are_no_campaigns(tmp_path: Path) -> None:
 
 def test_numbers_in_exponent_form_are_numbers(campaign_file: Callable[..., Path]) -> None:
     path = campaign_file()
-    path.write_text(path.read_text() + "search: [{proposer: adamerging, learning_rate: 1e-3}]\n".replace("search", "searches"))
+    path.write_text(
+        path.read_text() + "search: [{proposer: adamerging, learning_rate: 1e-3}]\n".replace("search", "searches")
+    )
     path.write_text(path.read_text().replace("searches", "search").replace("search: auto\n", ""))
     options = read_campaign(path).stage_options(0)
     assert options.model_dump()["learning_rate"] == 1e-3
 
 
 def test_missing_checkpoints_and_data(make_campaign: Callable[..., Campaign], small_digits: FamilySummary) -> None:
-    with pytest.raises(CheckpointError, match="base: expected a checkpoint folder or a Hugging Face id, found no folder"):
+    with pytest.raises(
+        CheckpointError, match="base: expected a checkpoint folder or a Hugging Face id, found no folder"
+    ):
         make_plan(make_campaign(base="nowhere"))
     with pytest.raises(CheckpointError, match="expert a: .*'who/knows' cannot be had from the hub"):
         make_plan(make_campaign(experts={"a": "who/knows"}))
@@ -118,7 +122,11 @@ def test_presets_are_readable(make_campaign: Callable[..., Campaign], preset: st
 def test_ranges_and_exceptions_reach_the_space(make_campaign: Callable[..., Campaign]) -> None:
     plan = make_plan(
         make_campaign(
-            operator={"name": "ties", "density": {"low": 0.1, "high": 0.9, "per": "group"}, "scale": {"low": 0.5, "high": 2.0}},
+            operator={
+                "name": "ties",
+                "density": {"low": 0.1, "high": 0.9, "per": "group"},
+                "scale": {"low": 0.5, "high": 2.0},
+            },
             space={
                 "groups": "layer",
                 "coefficient": {"low": 0.0, "high": 2.0, "start": 0.5},

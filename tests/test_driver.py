@@ -129,7 +129,9 @@ def finished(ledger: Path) -> list[tuple[int, int]]:
         return []
     try:
         with sqlite3.connect(f"file:{ledger}?mode=ro", uri=True) as connection:
-            rows = connection.execute("select number, finish_order from trials where finish_order is not null").fetchall()
+            rows = connection.execute(
+                "select number, finish_order from trials where finish_order is not null"
+            ).fetchall()
     except sqlite3.OperationalError:  # the tables are not there yet
         return []
     finally:
@@ -146,7 +148,9 @@ def test_a_finished_campaign_does_nothing(uninterrupted: Run, watcher: Silent) -
     assert (run.folder / FILE_NAME).stat().st_mtime_ns == before
 
 
-def test_a_larger_budget_extends_and_discloses_the_second_touch(make_campaign: Callable[..., Campaign], tmp_path: Path) -> None:
+def test_a_larger_budget_extends_and_discloses_the_second_touch(
+    make_campaign: Callable[..., Campaign], tmp_path: Path
+) -> None:
     stages = [{"proposer": "sobol", "evaluations": 4}, {"proposer": "nsga2"}]
     first = search(make_campaign(search=stages, budget={"evaluations": 10}), tmp_path / "run", watcher=Silent())
     before, members = story(first), {trial.number for trial in first.front}
@@ -162,7 +166,11 @@ def test_a_larger_budget_extends_and_discloses_the_second_touch(make_campaign: C
 def test_a_campaign_that_differs_in_meaning_is_refused(make_campaign: Callable[..., Campaign], tmp_path: Path) -> None:
     search(make_campaign(budget={"evaluations": 2}), tmp_path / "run", watcher=Silent())
     with pytest.raises(RunError, match="differs in seed, space"):
-        search(make_campaign(budget={"evaluations": 2}, seed=5, space={"groups": "model"}), tmp_path / "run", watcher=Silent())
+        search(
+            make_campaign(budget={"evaluations": 2}, seed=5, space={"groups": "model"}),
+            tmp_path / "run",
+            watcher=Silent(),
+        )
     search(make_campaign(name="renamed", budget={"evaluations": 3}), tmp_path / "run", watcher=Silent())
 
 
@@ -214,7 +222,9 @@ def test_a_base_that_cannot_be_scored_ends_the_run_with_its_reason(
         search(make_campaign(), tmp_path / "run", watcher=Silent())
 
 
-def test_changed_checkpoints_are_noticed(make_campaign: Callable[..., Campaign], small_digits: Any, tmp_path: Path) -> None:
+def test_changed_checkpoints_are_noticed(
+    make_campaign: Callable[..., Campaign], small_digits: Any, tmp_path: Path
+) -> None:
     import shutil
 
     from safetensors.torch import load_file, save_file

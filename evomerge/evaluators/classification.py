@@ -35,9 +35,9 @@ class ClassificationEvaluator:
 
     losses = frozenset({"ce", "entropy"})
 
-    def __init__(self, options: ClassificationOptions, tasks: Sequence[str], folder: Path) -> None:
+    def __init__(self, options: ClassificationOptions, tasks: Sequence[str]) -> None:
         self.batch_size = options.batch_size
-        self._data = {task: _read_task(folder / options.data, task) for task in tasks}
+        self._data = {task: _read_task(Path(options.data), task) for task in tasks}
         self.sources: Mapping[str, Sequence[int | str]] = {
             task: tensors["sources"].tolist() for task, tensors in self._data.items()
         }
@@ -66,7 +66,8 @@ class ClassificationEvaluator:
         logits = self._logits(model, task, batch).float()
         if name == "ce":
             return cross_entropy(logits, self._data[task]["labels"][batch].to(logits.device))
-        return torch.distributions.Categorical(logits=logits).entropy().mean()
+        logp = logits.log_softmax(-1)
+        return -(logp.exp() * logp).sum(-1).mean()
 
     def _logits(self, model: nn.Module, task: str, batch: Tensor) -> Tensor:
         tensors = self._data[task]
@@ -74,7 +75,9 @@ class ClassificationEvaluator:
         output = model(pixel_values=tensors["pixel_values"][batch].to(parameter.device, parameter.dtype))
         if "head.weight" not in tensors:
             if getattr(output, "logits", None) is None:
-                raise DataError(f"task {task}: the model has no classifier and the data no head.weight; give one of them")
+                raise DataError(
+                    f"task {task}: the model has no classifier and the data no head.weight; give one of them"
+                )
             logits: Tensor = output.logits
             return logits
         features = getattr(output, "pooler_output", None)

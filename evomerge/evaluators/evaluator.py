@@ -19,10 +19,12 @@ ItemScores = dict[str, npt.NDArray[np.float32]]
 class Evaluator(Protocol):
     """Scores a model on the items of named tasks."""
 
-    sources: Mapping[str, Sequence[int | str]]
-    """Task -> the source of each of its items; items of one source never part in a split."""
     losses: frozenset[str]
     """Names of the differentiable losses: ``ce`` (of the right answer), ``entropy`` (of the prediction)."""
+
+    @property
+    def sources(self) -> Mapping[str, Sequence[int | str]]:
+        """Task -> the source of each of its items; items of one source never part in a split."""
 
     def metrics(self, task: str) -> Mapping[str, Direction]:
         """Return the metrics that ``score`` reports for a task, and which way is better."""

@@ -1,8 +1,8 @@
 """Language tasks on local data: one JSON Lines file a task, all lines of one form.
 
-    {"source": ..., "text": ...}                             loss of the text
-    {"source": ..., "prompt": ..., "answer": ...}            exact match of the greedy answer, and its loss
-    {"source": ..., "prompt": ..., "choices": [...], "gold": 0}   accuracy of the likeliest choice, and loss of the right one
+    {"source": ..., "text": ...}                                  loss of the text
+    {"source": ..., "prompt": ..., "answer": ...}                 exact match of the greedy answer, and its loss
+    {"source": ..., "prompt": ..., "choices": [...], "gold": 0}   accuracy of the likeliest choice, loss of the right
 
 Tokens are made once. Sequences are padded on the right, where a causal model never looks.
 """
@@ -66,7 +66,7 @@ class LanguageEvaluator:
 
     losses = frozenset({"ce", "entropy"})
 
-    def __init__(self, options: LanguageOptions, tasks: Sequence[str], folder: Path, base: Path) -> None:
+    def __init__(self, options: LanguageOptions, tasks: Sequence[str], base: Path) -> None:
         from transformers import AutoConfig, AutoTokenizer
 
         try:
@@ -78,7 +78,7 @@ class LanguageEvaluator:
         self._tasks: dict[str, _Task] = {}
         self.sources: dict[str, Sequence[int | str]] = {}
         for task in tasks:
-            lines = _read_lines(folder / options.data, task)
+            lines = _read_lines(Path(options.data), task)
             self.sources[task] = [line["source"] for line in lines]
             self._tasks[task] = _tokenize(task, lines, tokenizer)
             longest = max(len(sequence.tokens) for item in self._tasks[task].sequences for sequence in item)
@@ -113,10 +113,8 @@ class LanguageEvaluator:
         sums = []
         for _, logits, targets, scored in self._forwards(model, flat):
             logp = logits.log_softmax(-1)
-            if name == "ce":
-                per_token = -logp.gather(-1, targets[..., None])[..., 0]
-            else:
-                per_token = -(logp.exp() * logp).sum(-1)
+            right, entropy = -logp.gather(-1, targets[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
+            per_token = right if name == "ce" else entropy
             sums.append(((per_token * scored).sum(1) / scored.sum(1)).sum())
         return torch.stack(sums).sum() / len(flat)
 
@@ -154,7 +152,7 @@ def _tokenize(task: str, lines: Sequence[Mapping[str, Any]], tokenizer: Any) -> 
     for number, line in enumerate(lines, start=1):
         if form == "text":
             tokens = tuple(tokenizer(line["text"])["input_ids"])
-            item = (_Sequence(tokens, len(tokens) - 1),)
+            item: tuple[_Sequence, ...] = (_Sequence(tokens, len(tokens) - 1),)
         else:
             answers = line["choices"] if form == "choice" else [line["answer"]]
             item = tuple(_continuation(tokenizer, line["prompt"], answer) for answer in answers)
@@ -165,7 +163,7 @@ def _tokenize(task: str, lines: Sequence[Mapping[str, Any]], tokenizer: Any) -> 
 
 
 def _continuation(tokenizer: Any, prompt: str, answer: str) -> _Sequence:
-    """Tokenize prompt and answer as one text, so that the model sees what it was trained on; score the answer's part."""
+    """Tokenize prompt and answer as one text, as the model was trained, and score the answer's part."""
     whole = tuple(tokenizer(prompt + answer)["input_ids"])
     return _Sequence(whole, min(len(whole) - len(tokenizer(prompt)["input_ids"]), len(whole) - 1))
 
@@ -175,8 +173,8 @@ def _read_lines(folder: Path, task: str) -> list[dict[str, Any]]:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in folder.glob("*.jsonl"))) or "none"
         raise DataError(f"task {task}: expected the file {path}, found none; tasks there: {known}")
-    lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    lines: list[dict[str, Any]] = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
         try:
             line = json.loads(text)
         except ValueError as error:
@@ -184,13 +182,15 @@ def _read_lines(folder: Path, task: str) -> list[dict[str, Any]]:
         keys = set(line) if isinstance(line, dict) else set()
         if keys - {"source"} not in FORMS.values() or "source" not in keys:
             raise DataError(
-                f"task {task}: {path}, line {number}: expected source and either text, or prompt and answer, or prompt, "
-                f"choices and gold; found {', '.join(sorted(keys)) or type(line).__name__}"
+                f"task {task}: {path}, line {number}: expected source and either text, or prompt and answer, or "
+                f"prompt, choices and gold; found {', '.join(sorted(keys)) or type(line).__name__}"
             )
         if lines and keys != lines[0].keys():
             raise DataError(f"task {task}: {path}, line {number}: expected the same keys as in line 1")
         if "gold" in line and not 0 <= line["gold"] < len(line["choices"]):
-            raise DataError(f"task {task}: {path}, line {number}: gold is {line['gold']} of {len(line['choices'])} choices")
+            raise DataError(
+                f"task {task}: {path}, line {number}: gold is {line['gold']} of {len(line['choices'])} choices"
+            )
         lines.append(line)
     if not lines:
         raise DataError(f"task {task}: {path} is empty")

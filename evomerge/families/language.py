@@ -63,9 +63,7 @@ def small_llama(recipe: TextRecipe | OrdersRecipe, vocabulary: int, tied: bool, 
 
 def wrap_tokenizer(backend: Tokenizer) -> PreTrainedTokenizerFast:
     """Return a tokenizer that transformers saves and loads; it adds no special tokens of its own accord."""
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=backend, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, eos_token=EOS, unk_token=UNKNOWN)
 
 
 def save_checkpoint(folder: Path, name: str, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:

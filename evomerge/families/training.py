@@ -58,7 +58,7 @@ def isolated(seed: int) -> Iterator[None]:
     """
     num_threads, had_bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
     torch.set_num_threads(1)
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(seed)
@@ -66,7 +66,7 @@ def isolated(seed: int) -> Iterator[None]:
     finally:
         torch.set_num_threads(num_threads)
         if had_bars:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            logging.enable_progress_bar()
 
 
 def fit(
@@ -80,7 +80,7 @@ def fit(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_warm_cosine, num_steps=schedule.steps))
     for _ in range(schedule.steps):
         optimizer.zero_grad()
-        loss_of_step().backward()  # type: ignore[no-untyped-call]
+        loss_of_step().backward()
         nn.utils.clip_grad_norm_(trained, MAX_GRADIENT_NORM)
         optimizer.step()
         scheduler.step()

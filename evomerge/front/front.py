@@ -22,8 +22,9 @@ def violation(measurement: Measurement, objectives: Sequence[Objective]) -> floa
 
 
 def front_of(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
-    """Return the non-dominated trials among those that finished and keep every floor and ceiling, best first in the
-    first objective. Picking happens on search values.
+    """Return the non-dominated trials among those that keep every floor and ceiling, best first in the first objective.
+
+    The values are those of the search items: picking happens on them.
     """
     measured = [trial for trial in trials if trial.measurement and not violation(trial.measurement, objectives)]
     if not measured:
@@ -34,7 +35,7 @@ def front_of(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[T
 
 
 def front_hypervolume(trials: Sequence[Trial], objectives: Sequence[Objective], reference: Measurement) -> float:
-    """Return the hypervolume of the trials' front above the reference model's values (the base, unless said otherwise)."""
+    """Return the hypervolume of the trials' front above a reference model's values."""
     members = front_of(trials, objectives)
     if not members:
         return 0.0

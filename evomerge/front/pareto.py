@@ -24,7 +24,7 @@ def non_dominated(values_NM: Floats) -> npt.NDArray[np.bool_]:
 
 
 def hypervolume(values_NM: Floats, reference_M: Floats) -> float:
-    """Return the volume that the rows dominate above the reference point; rows below it in any objective add nothing."""
+    """Return the volume that the rows dominate above the reference point; a row below it anywhere adds nothing."""
     import moocore
 
     _check_finite(values_NM)

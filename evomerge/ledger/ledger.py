@@ -56,7 +56,9 @@ class Ledger:
         """Open an existing ledger."""
         ledger = cls(folder)
         if not ledger.path.is_file():
-            raise RunError(f"{folder}: expected a run folder with {FILE_NAME}, found none; runs start with evomerge search")
+            raise RunError(
+                f"{folder}: expected a run folder with {FILE_NAME}, found none; runs start with evomerge search"
+            )
         try:
             with ledger._engine.connect() as connection:
                 version = connection.execute(select(tables.run.c.schema_version)).scalar_one()
@@ -64,7 +66,8 @@ class Ledger:
             raise RunError(f"{ledger.path} is not a readable ledger ({error.orig})") from error
         if version != tables.SCHEMA_VERSION:
             raise RunError(
-                f"{ledger.path}: schema {version}, this evomerge reads {tables.SCHEMA_VERSION}; use the version that wrote it"
+                f"{ledger.path}: expected schema {tables.SCHEMA_VERSION}, found {version}; "
+                "use the evomerge that wrote it"
             )
         return ledger
 
@@ -155,7 +158,6 @@ class Ledger:
         """How many times a front was scored on the test items; more than once is disclosed."""
         with self._engine.connect() as connection:
             return int(connection.execute(select(tables.run.c.num_test_touches)).scalar_one())
-
 
     def _json(self, column: Any) -> dict[str, Any]:
         with self._engine.connect() as connection:

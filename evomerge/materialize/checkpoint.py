@@ -38,12 +38,12 @@ class Checkpoint:
         return FLOAT_DTYPES[found[0]]
 
 
-def open_checkpoint(name: str, location: str | Path, *, relative_to: Path | None = None) -> Checkpoint:
+def open_checkpoint(name: str, location: str | Path) -> Checkpoint:
     """Open a local folder, or else a Hugging Face id (downloaded to the hub's cache).
 
     name says in messages whose checkpoint this is. Raises: CheckpointError if there is none or it cannot be read.
     """
-    folder = (relative_to or Path()) / Path(location).expanduser()
+    folder = Path(location)
     if not folder.is_dir():
         folder = _download(name, str(location), folder)
     config_file = folder / "config.json"
@@ -92,7 +92,9 @@ def _download(name: str, repo_id: str, folder: Path) -> Path:
 def _read_header(name: str, folder: Path) -> Header:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        weight_map = _read_json(name, index).get("weight_map", {})
+        weight_map = _read_json(name, index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise CheckpointError(f"{name}: {index}: expected weight_map to say in which file each tensor is")
         shards = {}
         for shard in sorted(set(weight_map.values())):
             if Path(shard).name != shard:
@@ -119,14 +121,16 @@ def _read_safetensors_header(name: str, path: Path) -> Header:
             if not 2 <= length <= 100_000_000:
                 raise ValueError("no safetensors header")
             header = json.loads(file.read(length))
-            end = 8 + length + max((info["data_offsets"][1] for key, info in header.items() if key != "__metadata__"))
+            if not isinstance(header, dict):
+                raise ValueError("no safetensors header")
+            header.pop("__metadata__", None)
+            end = 8 + length + max((int(info["data_offsets"][1]) for info in header.values()), default=0)
+            found = {tensor: (tuple(map(int, info["shape"])), str(info["dtype"])) for tensor, info in header.items()}
         if path.stat().st_size != end:
             raise ValueError(f"expected {end} bytes, found {path.stat().st_size}: the file is cut short")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise CheckpointError(f"{name}: {path} cannot be read ({error})") from error
-    return {
-        tensor: (tuple(info["shape"]), str(info["dtype"])) for tensor, info in header.items() if tensor != "__metadata__"
-    }
+    return found
 
 
 def _read_json(name: str, path: Path) -> dict[str, Any]:

@@ -46,7 +46,9 @@ def export(materializer: Materializer, base: Checkpoint, out: Path, add: Callabl
         add(folder)
         expected = materializer.weights_hash()
         if (found := stored_hash(materializer, folder)) != expected:
-            raise EvoMergeError(f"the written model holds other tensors ({found[:12]}) than the merged one ({expected[:12]})")
+            raise EvoMergeError(
+                f"the written model holds other tensors ({found[:12]}) than the merged one ({expected[:12]})"
+            )
         if out.exists():
             out.rmdir()
         folder.rename(out)

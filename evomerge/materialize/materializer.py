@@ -85,19 +85,19 @@ class Materializer:
         with _ReducedGradients(self, products_KS), torch.enable_grad():
             for loss in losses:
                 value = loss()
-                value.backward()  # type: ignore[no-untyped-call]
+                value.backward()
                 total += float(value.detach())
         if not np.isfinite(total):
             raise CandidateError(f"the loss is {total}")
-        weights_KS.backward(products_KS)  # type: ignore[no-untyped-call]
+        weights_KS.backward(products_KS)
         group_of = _group_of(recipe)
-        columns = np.array([group_of[tensor.name] for tensor in self.layout.tensors])
+        columns = torch.tensor([group_of[tensor.name] for tensor in self.layout.tensors])
         gradients = {}
         for name, matrix in values.items():
-            gradient_KG = np.zeros((matrix.shape[0], len(recipe.groups)))
+            gradient_KG = torch.zeros(len(matrix), len(recipe.groups), dtype=torch.float64)
             if matrix.grad is not None:
-                np.add.at(gradient_KG, (slice(None), columns), matrix.grad.numpy())
-            gradients[name] = gradient_KG
+                gradient_KG.index_add_(1, columns, matrix.grad)
+            gradients[name] = gradient_KG.numpy()
         return total, gradients
 
     def weights_hash(self) -> str:
@@ -167,4 +167,4 @@ def _group_of(recipe: Recipe) -> dict[str, int]:
 
 def sha256(buffer_P: Tensor) -> str:
     """Return the hash of a flat buffer's bytes."""
-    return hashlib.sha256(buffer_P.cpu().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(buffer_P.cpu().view(torch.uint8).numpy().data).hexdigest()

@@ -53,12 +53,21 @@ def model_class(checkpoint: Checkpoint) -> Any:
 
 
 def empty_model(checkpoint: Checkpoint) -> nn.Module:
-    """Build the model without memory (meta device): names, shapes and ties only."""
+    """Build the model without memory (meta device): names, shapes and ties only.
+
+    Raises: CheckpointError if the configuration makes no model of this transformers.
+    """
     from transformers import AutoConfig
 
+    architecture = model_class(checkpoint)
     with quiet_transformers(), torch.device("meta"):
-        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-        model: nn.Module = model_class(checkpoint)(config)
+        try:
+            model: nn.Module = architecture(AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True))
+        except Exception as error:  # a configuration class raises whatever its values lead to
+            raise CheckpointError(
+                f"{checkpoint.name}: {checkpoint.folder / 'config.json'} makes no model "
+                f"({' '.join(str(error).split())[:200]})"
+            ) from error
     return model
 
 
@@ -75,6 +84,7 @@ def load_model(checkpoint: Checkpoint, dtype: str) -> nn.Module:
             dtype=DTYPES[dtype],
             local_files_only=True,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are in the report, and refused below
             output_loading_info=True,
         )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -94,7 +104,7 @@ def merged_tensors(model: nn.Module) -> dict[str, Tensor]:
     Raises: CheckpointError if they are not all of one dtype.
     """
     persistent = model.state_dict(keep_vars=True)
-    named = dict(model.named_parameters())
+    named: dict[str, Tensor] = dict(model.named_parameters())
     named |= {
         name: buffer
         for name, buffer in model.named_buffers()
@@ -141,7 +151,7 @@ class ResidentModel:
     def check_views(self) -> None:
         """Raise EvoMergeError if something replaced the model's tensors, so that it no longer shows the merge."""
         for name, tensor in merged_tensors(self.module).items():
-            if tensor.data_ptr() != self._views[name].data_ptr():
+            if name not in self._views or tensor.data_ptr() != self._views[name].data_ptr():
                 raise EvoMergeError(
                     f"{name} no longer lies in the merge buffer: the evaluator must not cast, resize or replace the "
                     "resident model's tensors"

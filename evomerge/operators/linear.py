@@ -19,11 +19,11 @@ class _Lincomb:
 
     def prepare(
         self,
-        base_P: Tensor,  # noqa: ARG002
-        experts_KP: Tensor,  # noqa: ARG002
-        segments: Sequence[slice],  # noqa: ARG002
-        values: Values,  # noqa: ARG002
-        earlier: Any | None,  # noqa: ARG002
+        base_P: Tensor,
+        experts_KP: Tensor,
+        segments: Sequence[slice],
+        values: Values,
+        earlier: Any | None,
     ) -> None:
         """Nothing to prepare: base and experts are the cache."""
 
@@ -44,7 +44,7 @@ class TaskArithmetic(_Lincomb):
 
     def __init__(self, options: Options | None = None) -> None:
         self.options = options or Options()
-        self.parameters = (
+        self.parameters: tuple[ParameterSpec, ...] = (
             ParameterSpec(name="coefficient", meaning="weight of a task vector", default=0.3, low=-0.2, high=1.2),
         )
 
@@ -73,7 +73,7 @@ class Linear(_Lincomb):
 
     def __init__(self, options: LinearOptions | None = None) -> None:
         self.options = options or LinearOptions()
-        self.parameters = (
+        self.parameters: tuple[ParameterSpec, ...] = (
             ParameterSpec(name="coefficient", meaning="weight of an expert", default=1.0, low=0.0, high=1.0),
         )
 

@@ -22,11 +22,16 @@ class Operator(Protocol):
 
     name: ClassVar[str]
     options_type: ClassVar[type[Options]]
-    options: Options
-    parameters: tuple[ParameterSpec, ...]
-    """What can be set or searched; ``coefficient`` is always the first."""
     differentiable: ClassVar[bool]
     """Whether the merged tensors are linear in what ``weights`` returns, so that ``task_vector_products`` prices it."""
+
+    @property
+    def options(self) -> Options:
+        """What a campaign chose of ``options_type``."""
+
+    @property
+    def parameters(self) -> tuple[ParameterSpec, ...]:
+        """What can be set or searched; ``coefficient`` is always the first."""
 
     def prepare(
         self, base_P: Tensor, experts_KP: Tensor, segments: Sequence[slice], values: Values, earlier: Any | None

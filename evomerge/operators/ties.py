@@ -49,7 +49,7 @@ class Ties:
         self.options = options or TiesOptions()
         # A divisor of weights of both signs can nearly cancel and blow an entry up: with normalize they stay positive.
         minimum = 0.0 if self.options.normalize else float("-inf")
-        self.parameters = (
+        self.parameters: tuple[ParameterSpec, ...] = (
             ParameterSpec(
                 name="coefficient", meaning="weight of a task vector", default=1.0, low=0.0, high=1.0, minimum=minimum
             ),

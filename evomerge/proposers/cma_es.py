@@ -49,13 +49,12 @@ class CmaEs:
 
     def tell(self, observation: Observation) -> None:
         """Take a result; the last of a generation moves the distribution."""
-        values_M = observation.values_M
-        self._told[observation.index] = -np.inf if values_M is None else float(values_M.mean()) - observation.violation
+        self._told[observation.index] = _rank(observation)
         if len(self._told) < len(self._points):
             return
         values = np.array([self._told[self._first_index + i] for i in range(len(self._points))])
         worst = values[np.isfinite(values)].min(initial=0.0)
-        losses = -np.where(np.isfinite(values), values, worst - 1.0)  # a failed candidate ranks last
+        losses = -np.where(np.isfinite(values), values, worst - 1.0)
         self._es.tell(self._points, losses.tolist())
         self._told.clear()
         self._generation += 1
@@ -71,8 +70,7 @@ class CmaEs:
             warnings.simplefilter("ignore")  # it would like matplotlib, for plots that we do not make
             import cma
 
-        told = [observation for observation in self.problem.history if observation.values_M is not None]
-        best = max(told, key=lambda observation: float(observation.values_M.mean()) - observation.violation, default=None)  # type: ignore[union-attr]
+        best = max(self.problem.history, key=_rank, default=None)
         settings: dict[str, Any] = {
             "bounds": [0.0, 1.0],
             "randn": self._randn,
@@ -95,3 +93,9 @@ class CmaEs:
         self._rng = self.problem.rng(self._generation)
         # pycma has returned points outside the bounds that it was given (64 dimensions): clip.
         return [np.clip(point, 0.0, 1.0) for point in self._es.ask()]
+
+
+def _rank(observation: Observation) -> float:
+    """The mean of the objectives, less what floors and ceilings are missed by; a failed candidate ranks last."""
+    values_M = observation.values_M
+    return -np.inf if values_M is None else float(values_M.mean()) - observation.violation

@@ -25,7 +25,9 @@ class OptunaProposer:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.problem = problem
         self._study = optuna.create_study(directions=["maximize"] * problem.num_objectives)
-        self._box = {f"x{d}": optuna.distributions.FloatDistribution(0.0, 1.0) for d in range(problem.num_dimensions)}
+        self._box: dict[str, optuna.distributions.BaseDistribution] = {
+            f"x{d}": optuna.distributions.FloatDistribution(0.0, 1.0) for d in range(problem.num_dimensions)
+        }
         for observation in problem.history:
             if observation.values_M is not None:
                 self._add_earlier(observation)
@@ -69,7 +71,9 @@ class OptunaProposer:
         self._num_asked += 1
         if index == 0 and not self._num_earlier:
             self._study.enqueue_trial(dict(zip(self._box, map(float, self.problem.start_D), strict=True)))
-        self._study.sampler = self.make_sampler(int(np.random.SeedSequence([*self.problem.seed, index]).generate_state(1)[0]))
+        self._study.sampler = self.make_sampler(
+            int(np.random.SeedSequence([*self.problem.seed, index]).generate_state(1)[0])
+        )
         trial = self._study.ask(self._box)
         point = tuple(float(trial.params[name]) for name in self._box)
         return Candidate(point=point, memo=dict(self._study.trials[trial.number].system_attrs))
@@ -79,7 +83,9 @@ class OptunaProposer:
 
         assert observation.values_M is not None
         point = tuple(float(x) for x in observation.point)
-        self._add(point, TrialState.COMPLETE, self.earlier_attributes(), observation.values_M.tolist(), observation.violation)
+        self._add(
+            point, TrialState.COMPLETE, self.earlier_attributes(), observation.values_M.tolist(), observation.violation
+        )
 
     def _add(
         self,

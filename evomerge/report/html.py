@@ -1,6 +1,7 @@
 """A run as one HTML file that works offline: pictures by Plotly, whose script lies inside."""
 
 import html
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,15 @@ tr.reference td { color: #66727f; } tr.knee td { font-weight: 600; }
 code { background: #f3f5f7; padding: .15rem .4rem; border-radius: .25rem; }
 .scroll { overflow-x: auto; }
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How a kind of model looks in a scatter: its name in the legend, its marker, and whether it has error bars."""
+
+    name: str
+    marker: dict[str, Any]
+    bars: bool = False
 
 
 def write_report(run: Run, path: Path) -> None:
@@ -63,10 +73,16 @@ def _lead(run: Run) -> str:
     return (
         f"{len(run.campaign.experts)} experts ({experts}) merged by {html.escape(run.campaign.operator['name'])} in "
         f"{len(run.facts['space'])} dimensions. {len(run.trials)} candidates{failed}, {cost:.0f} full-evaluation "
-        f"equivalents, {len(run.front)} models on the front. Candidates were chosen on search items; test items were "
-        f"used {'once, for the numbers below' if run.ledger.num_test_touches() == 1 else 'more than once, or not yet'}. "
+        f"equivalents, {len(run.front)} models on the front. Candidates were chosen on search items; {_touches(run)}. "
         "± and bars are one standard error."
     )
+
+
+def _touches(run: Run) -> str:
+    touches = run.ledger.num_test_touches()
+    if touches < 2:
+        return "test items were used once, for the numbers below" if touches else "test items have not been used yet"
+    return f"test items were used {touches} times, so that later fronts were chosen knowing more than the search items"
 
 
 def _front_figure(run: Run, knee: str) -> Any:
@@ -79,7 +95,9 @@ def _front_figure(run: Run, knee: str) -> Any:
         return _single_objective_figure(run, knee)
     pairs = [(row, column) for row in range(1, len(names)) for column in range(row)]
     size = len(names) - 1
-    figure = make_subplots(rows=size, cols=size, shared_xaxes=True, shared_yaxes=True, horizontal_spacing=0.02, vertical_spacing=0.03)
+    figure = make_subplots(
+        rows=size, cols=size, shared_xaxes=True, shared_yaxes=True, horizontal_spacing=0.02, vertical_spacing=0.03
+    )
     for y, x in pairs:
         for trace in _pair_traces(run, knee, x, y, with_legend=(x, y) == (0, 1)):
             figure.add_trace(trace, row=y, col=x + 1)
@@ -101,16 +119,18 @@ def _pair_traces(run: Run, knee: str, x: int, y: int, *, with_legend: bool) -> l
         f"trial:{trial.number}" for trial in run.trials if trial.measurement and f"trial:{trial.number}" not in on_front
     ]
     bars = len(run.objectives) == 2
+    faint = Style("dominated (search)", {"color": FAINT, "size": 5, "opacity": 0.5})
     traces = [
-        _points(run, run.searched, dominated, (x, y), "dominated (search)", {"color": FAINT, "size": 5, "opacity": 0.5}),
-        _points(run, measured, on_front, (x, y), "front", {"color": FRONT, "size": 8}, bars=bars),
+        _points(run, run.searched, dominated, (x, y), faint),
+        _points(run, measured, on_front, (x, y), Style("front", {"color": FRONT, "size": 8}, bars)),
     ]
     for kind, symbol in REFERENCE_SYMBOLS.items():
         subjects = [name for name in run.references if name.split(":")[0] == kind]
-        marker = {"color": "#1b2733", "size": 9, "symbol": symbol}
-        traces.append(_points(run, measured, subjects, (x, y), kind if kind != "scalar" else "best scalar", marker, bars=bars))
-    marker = {"color": MARK, "size": 14, "symbol": "diamond-open", "line": {"width": 3}}
-    traces.append(_points(run, measured, [knee], (x, y), "knee", marker))
+        name = "best scalar" if kind == "scalar" else kind
+        style = Style(name, {"color": "#1b2733", "size": 9, "symbol": symbol}, bars)
+        traces.append(_points(run, measured, subjects, (x, y), style))
+    ring = Style("knee", {"color": MARK, "size": 14, "symbol": "diamond-open", "line": {"width": 3}})
+    traces.append(_points(run, measured, [knee], (x, y), ring))
     for trace in traces:
         trace.showlegend = with_legend
         trace.legendgroup = trace.name
@@ -118,31 +138,23 @@ def _pair_traces(run: Run, knee: str, x: int, y: int, *, with_legend: bool) -> l
 
 
 def _points(
-    run: Run,
-    measured: dict[str, Measurement],
-    subjects: list[str],
-    axes: tuple[int, int],
-    name: str,
-    marker: dict[str, Any],
-    *,
-    bars: bool = False,
+    run: Run, measured: dict[str, Measurement], subjects: list[str], axes: tuple[int, int], style: Style
 ) -> Any:
     import plotly.graph_objects as go
 
     first, second = (run.objectives[axis].name for axis in axes)
     scores = [measured[subject].scores for subject in subjects]
-    errors = {
-        axis: {"array": [score[objective].stderr for score in scores], "thickness": 1, "width": 0} if bars else None
-        for axis, objective in (("error_x", first), ("error_y", second))
-    }
+    errors = {}
+    for axis, objective in (("error_x", first), ("error_y", second)) if style.bars else ():
+        errors[axis] = {"array": [score[objective].stderr for score in scores], "thickness": 1, "width": 0}
     return go.Scatter(
         x=[score[first].value for score in scores],
         y=[score[second].value for score in scores],
         text=[subject.replace(":", " ") for subject in subjects],
         mode="markers",
-        name=name,
-        marker=marker,
-        hovertemplate=f"%{{text}}<br>{first} %{{x:.3f}}<br>{second} %{{y:.3f}}<extra>{name}</extra>",
+        name=style.name,
+        marker=style.marker,
+        hovertemplate=f"%{{text}}<br>{first} %{{x:.3f}}<br>{second} %{{y:.3f}}<extra>{style.name}</extra>",
         **errors,
     )
 
@@ -154,13 +166,18 @@ def _single_objective_figure(run: Run, knee: str) -> Any:
     objective = run.objectives[0]
     finished = [trial for trial in run.trials if trial.measurement]
     values = [run.searched[f"trial:{trial.number}"].scores[objective.name].value for trial in finished]
-    figure = go.Figure(go.Scatter(x=[trial.number for trial in finished], y=values, mode="markers", name="trials", marker={"color": FRONT}))
+    figure = go.Figure(
+        go.Scatter(
+            x=[trial.number for trial in finished], y=values, mode="markers", name="trials", marker={"color": FRONT}
+        )
+    )
     for subject in run.references:
         value = run.searched[subject].scores[objective.name].value
         figure.add_hline(y=value, line={"dash": "dot", "color": FAINT}, annotation_text=subject)
     number = int(knee.split(":")[1])
-    figure.add_trace(go.Scatter(x=[number], y=[run.searched[knee].scores[objective.name].value], name="best", mode="markers",
-                                marker={"color": MARK, "size": 14, "symbol": "diamond-open"}))  # fmt: skip
+    value = run.searched[knee].scores[objective.name].value
+    ring = {"color": MARK, "size": 14, "symbol": "diamond-open", "line": {"width": 3}}
+    figure.add_trace(go.Scatter(x=[number], y=[value], name="best", mode="markers", marker=ring))
     figure.update_xaxes(title_text="trial")
     figure.update_yaxes(title_text=f"{_axis(objective)} on search items")
     return _styled(figure, height=480)
@@ -240,10 +257,14 @@ def _axis(objective: Objective) -> str:
 
 
 def _styled(figure: Any, height: int) -> Any:
-    figure.update_layout(template="plotly_white", height=height, margin={"l": 60, "r": 20, "t": 20, "b": 50}, font={"size": 13})
+    figure.update_layout(
+        template="plotly_white", height=height, margin={"l": 60, "r": 20, "t": 20, "b": 50}, font={"size": 13}
+    )
     return figure.update_xaxes(gridcolor=GRID).update_yaxes(gridcolor=GRID)
 
 
 def _picture(figure: Any) -> str:
-    picture: str = figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True})
+    picture: str = figure.to_html(
+        full_html=False, include_plotlyjs=False, config={"displaylogo": False, "responsive": True}
+    )
     return picture

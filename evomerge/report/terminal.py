@@ -8,7 +8,15 @@ from types import TracebackType
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from evomerge.campaign import Campaign
@@ -47,6 +55,7 @@ class Loading:
         self._status = console.status("loading")
 
     def __call__(self, name: str) -> None:
+        """Say what is being loaded."""
         self._status.update(f"loading {name}")
 
     def __enter__(self) -> "Loading":
@@ -75,7 +84,9 @@ class SearchProgress:
     def __enter__(self) -> "SearchProgress":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._progress.stop()
 
     def phase(self, title: str, total: int, done: int) -> None:
@@ -189,10 +200,17 @@ def print_check(file: Path, report: CheckReport) -> None:
     plan = report.plan
     table = Table(title=f"{file}: ready to run", show_header=False)
     table.add_row("merge", f"{len(plan.experts)} experts ({', '.join(plan.experts)}) by {plan.operator.name}")
-    table.add_row("model", f"{plan.num_parameters / 1e6:,.2f} M parameters in {len(plan.tensors)} tensors, {plan.dtype}, {plan.device}")
-    table.add_row("space", f"{len(plan.space)} dimensions over {len(plan.space.groups)} groups ({_some(list(plan.space.groups))})")
+    table.add_row(
+        "model",
+        f"{plan.num_parameters / 1e6:,.2f} M parameters in {len(plan.tensors)} tensors, {plan.dtype}, {plan.device}",
+    )
+    table.add_row(
+        "space", f"{len(plan.space)} dimensions over {len(plan.space.groups)} groups ({_some(list(plan.space.groups))})"
+    )
     table.add_row("search", ", then ".join(f"{stage.proposer} {stage.num_evaluations}" for stage in report.stages))
-    table.add_row("memory", f"{plan.size_bytes / 1e6:,.1f} MB for base, experts and the merged model; activations come on top")
+    table.add_row(
+        "memory", f"{plan.size_bytes / 1e6:,.1f} MB for base, experts and the merged model; activations come on top"
+    )
     table.add_row("one evaluation", f"{_duration(report.evaluation_s)} (timed)")
     table.add_row(
         "whole run",
@@ -212,10 +230,8 @@ def print_check(file: Path, report: CheckReport) -> None:
 
 def make_family(name: str, out: Path) -> None:
     """Train a family behind a progress bar, and show what its models score."""
-    with Progress(
-        TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-        console=console,
-    ) as progress:  # fmt: skip
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
+    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
         bar = progress.add_task(name, total=1.0)
         family = make(name, out, progress=lambda text, share: progress.update(bar, description=text, completed=share))
         progress.update(bar, completed=1.0)
@@ -255,10 +271,9 @@ def _some(names: Sequence[str]) -> str:
 def _print_notes(run: Run, num_hidden: int, *, compact: bool) -> None:
     if num_hidden:
         console.print(f"{num_hidden} more on the front: evomerge front {run.folder} --all")
-    reference = "the base's scores"
-    console.print(f"hypervolume {run.hypervolume():.4g} above {reference} on search items, by which the table is sorted and picks are made")
+    console.print(f"hypervolume {run.hypervolume():.4g} above the base, on search items; by those the table is sorted")
     if run.tested:
-        console.print(f"over scalar: the mean's paired difference to {run.best_scalar}, the best single coefficient; ± one standard error")
+        console.print(f"over scalar: paired difference of the mean to {run.best_scalar}, the best single coefficient")
     failed = [trial for trial in run.trials if trial.failure]
     if failed:
         console.print(f"{len(failed)} of {len(run.trials)} trials failed; the last: {failed[-1].failure}")
@@ -266,7 +281,9 @@ def _print_notes(run: Run, num_hidden: int, *, compact: bool) -> None:
         worst = max(score.stderr for measurement in run.tested.values() for score in measurement.scores.values())
         console.print(f"standard errors of single scores are at most {worst:.3f}")
     if (touches := run.ledger.num_test_touches()) > 1:
-        console.print(f"the test items were used {touches} times: later fronts were chosen knowing more than the search items")
+        console.print(
+            f"the test items were used {touches} times: later fronts were chosen knowing more than the search items"
+        )
 
 
 def _cells(run: Run, measured: dict[str, Measurement], subject: str, *, compact: bool) -> list[str]:

@@ -88,7 +88,9 @@ def _by_patterns(names: Sequence[str], grouping: Mapping[str, str | Sequence[str
             'rest: "*"'
         )
     if unused:
-        raise CampaignError(f"groups: no tensor is left for {', '.join(sorted(unused))}; first tensor here: {names[0]!r}")
+        raise CampaignError(
+            f"groups: no tensor is left for {', '.join(sorted(unused))}; first tensor here: {names[0]!r}"
+        )
     return {group: tuple(members) for group, members in groups.items()}
 
 

@@ -89,7 +89,8 @@ class Space:
     @property
     def start(self) -> Floats:
         """The point of all starts, shape (D,)."""
-        return (np.array([dimension.start for dimension in self.dimensions]) - self._low_D) / self.spans_D
+        start_D: Floats = (np.array([dimension.start for dimension in self.dimensions]) - self._low_D) / self.spans_D
+        return start_D
 
     def values(self, point_D: Sequence[float] | Floats) -> dict[str, Floats]:
         """Return parameter -> (K, G) numbers (or (1, G))."""
@@ -142,7 +143,9 @@ class Space:
         if unused:
             pattern = sorted(unused)[0]
             known = [f"{expert or '*'}/{group}" for expert in rows for group in self.groups]
-            raise CampaignError(f"space: {spec.name}: no expert/group matches {pattern!r}{did_you_mean(pattern, known)}")
+            raise CampaignError(
+                f"space: {spec.name}: no expert/group matches {pattern!r}{did_you_mean(pattern, known)}"
+            )
         return _Matrix(reads_KG, fixed_KG)
 
 

@@ -56,15 +56,15 @@ class ProposerContract:
             assert all(type(x) is float and 0 <= x <= 1 for x in candidate.point)
 
     def test_same_seed_same_candidates(self) -> None:
-        np.random.seed(1)  # noqa: NPY002  (the global state must not matter)
+        np.random.seed(1)
         first = self.run(self.make(), self.num_asks)
-        np.random.seed(2)  # noqa: NPY002
+        np.random.seed(2)
         assert self.run(self.make(), self.num_asks) == first
 
     def test_global_random_state_is_left_alone(self) -> None:
-        before = np.random.get_state()[1].copy()  # noqa: NPY002
+        before = np.random.get_state()[1].copy()
         self.run(self.make(), self.num_asks)
-        assert (np.random.get_state()[1] == before).all()  # noqa: NPY002
+        assert (np.random.get_state()[1] == before).all()
 
     @pytest.mark.parametrize("failing", [frozenset(), frozenset({0, 3, 7})])
     def test_a_proposer_rebuilt_from_its_record_goes_on_exactly(self, failing: frozenset[int]) -> None:

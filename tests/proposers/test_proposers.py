@@ -123,7 +123,9 @@ def test_tpe_and_nsga2_heed_violations() -> None:
     """With x0 <= 0.3 asked for, later candidates keep it far more often than chance."""
     for name in ("tpe", "nsga2"):
         proposer_type = PROPOSERS[name]
-        proposer = proposer_type(Problem(start_D=np.full(3, 0.5), num_objectives=1, seed=(1, 0)), proposer_type.options_type())
+        proposer = proposer_type(
+            Problem(start_D=np.full(3, 0.5), num_objectives=1, seed=(1, 0)), proposer_type.options_type()
+        )
         kept = []
         for index in range(120):
             (candidate,) = proposer.ask(1, [])

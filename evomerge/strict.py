@@ -1,0 +1,110 @@
+"""Strict reading: YAML in which no key stands twice, and sections in which no key is unknown.
+
+Every mistake is one line with the path of the key: what was expected, what was found, what is known.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from evomerge.errors import CampaignError, did_you_mean
+from evomerge.records import Options
+
+Section = TypeVar("Section", bound=Options)
+
+
+def parse(section: type[Section], data: Any, where: str) -> Section:
+    """Validate data against a section. Raises: CampaignError with the path of the first mistake and what to do."""
+    try:
+        return section.model_validate(data)
+    except ValidationError as error:
+        first, steps = _deepest(error)
+        path = _join(where, steps)
+        if first["type"] == "extra_forbidden":
+            known = _fields_at(section, steps[:-1])
+            raise CampaignError(f"{path}: unknown key{did_you_mean(str(steps[-1]), known)}") from error
+        if first["type"] == "missing":
+            raise CampaignError(
+                f"{path}: missing; expected here: {', '.join(_fields_at(section, steps[:-1]))}"
+            ) from error
+        found = first["input"]
+        message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        shown = f", found {found!r}" if isinstance(found, str | int | float | bool | None) else ""
+        raise CampaignError(f"{path}: {message}{shown}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping; a key that is given twice is a mistake. Raises: CampaignError."""
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506  (a SafeLoader)
+    except FileNotFoundError as error:
+        raise CampaignError(f"{path}: no such file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise CampaignError(f"{path}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise CampaignError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise CampaignError(f"{path}: expected a mapping of keys, found {type(data).__name__}")
+    return data
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML in which 1e-3 is a number and no key stands twice."""
+
+
+def _unique_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    mapping: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in mapping:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
+        mapping[key] = loader.construct_object(value_node, deep=True)
+    return mapping
+
+
+_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _join(where: str, steps: list[Any]) -> str:
+    path = where
+    for step in steps:
+        path += f"[{step}]" if isinstance(step, int) else f".{step}" if path else str(step)
+    return path or "the file"
+
+
+def _deepest(error: ValidationError) -> tuple[Any, list[Any]]:
+    """Return the first mistake and its path; of alternatives that all failed, the one that came farthest."""
+    found = [(mistake, [step for step in mistake["loc"] if not _is_union_branch(step)]) for mistake in error.errors()]
+    prefix = found[0][1]
+    return max((pair for pair in found if pair[1][: len(prefix)] == prefix), key=lambda pair: len(pair[1]))
+
+
+def _is_union_branch(step: Any) -> bool:
+    """Pydantic puts the name of the tried alternative into the path; a user did not write it."""
+    return isinstance(step, str) and (
+        step.endswith("Section") or "[" in step or step in ("float", "str", "constrained-str", "int")
+    )
+
+
+def _fields_at(section: type[Options], steps: list[Any]) -> list[str]:
+    """Return the known keys of the section that the path leads to."""
+    current = section
+    for step in steps:
+        if isinstance(step, str) and step in current.model_fields:
+            current = next(_sections_in(current.model_fields[step].annotation), current)
+    return [name for name, field in current.model_fields.items() if not field.exclude]
+
+
+def _sections_in(annotation: Any) -> Iterator[type[Options]]:
+    """Yield the sections that a type is or is made of: ``list[Section] | float`` holds one."""
+    if isinstance(annotation, type) and issubclass(annotation, Options):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections_in(inner)
