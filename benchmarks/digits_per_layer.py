@@ -38,16 +38,6 @@ SEARCHERS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-class Silent:
-    """A watcher that shows nothing."""
-
-    def phase(self, title: str, total: int, done: int) -> None:
-        """Nothing to show."""
-
-    def advance(self, trial: object) -> None:
-        """Nothing to show."""
-
-
 def main() -> None:
     """Run every searcher with every seed and print the table."""
     family = make("digits4", Path(".cache/families/digits4"))
@@ -82,7 +72,7 @@ def _measure(campaign_file: Path, stages: list[dict[str, Any]], seed: int) -> li
     sections |= {"search": stages, "budget": budget, "seed": seed}
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        run = search(Campaign.model_validate(sections), Path(folder) / "run", watcher=Silent())
+        run = search(Campaign.model_validate(sections), Path(folder) / "run")
         wall_s = time.perf_counter() - started
         measured = [trial for trial in run.front if trial.measurement]
         best = f"trial:{max(measured, key=_mean).number}"

@@ -64,9 +64,9 @@ def front(
 ) -> None:
     """Show the front of a run beside base, experts, uniform average and best single coefficient."""
     from evomerge.report.terminal import print_front
-    from evomerge.run import Run
+    from evomerge.run import open_run
 
-    print_front(Run.open(run), everything=everything)
+    print_front(open_run(run), everything=everything)
 
 
 @app.command()
@@ -76,9 +76,9 @@ def report(
 ) -> None:
     """Write a run's front, scores and coefficients to one HTML file that works offline."""
     from evomerge.report.html import write_report
-    from evomerge.run import Run
+    from evomerge.run import open_run
 
-    opened = Run.open(run)
+    opened = open_run(run)
     path = out or opened.folder / "report.html"
     write_report(opened, path)
     typer.echo(f"report   {path}  ({path.stat().st_size / 1e6:.1f} MB, works offline)")
@@ -100,9 +100,9 @@ def export(
     """Write one model of a run as a Hugging Face checkpoint, with its recipe and model card."""
     from evomerge.export import export_trial, parse_preference, verify_export
     from evomerge.report.terminal import Loading, print_export, print_verification
-    from evomerge.run import Run
+    from evomerge.run import open_run
 
-    opened = Run.open(run)
+    opened = open_run(run)
     preference = parse_preference(prefer) if prefer is not None else None
     picked = opened.pick(trial=trial, at_knee=knee, preference=preference)
     with Loading() as loading:

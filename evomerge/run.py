@@ -34,18 +34,6 @@ class Run:
     facts: Mapping[str, Any]
     ledger: Ledger
 
-    @classmethod
-    def open(cls, location: str | Path) -> "Run":
-        """Open a run by its folder, or by its name under runs/. Raises: RunError."""
-        folder = Path(location)
-        if not (folder / FILE_NAME).is_file() and (Path("runs") / folder / FILE_NAME).is_file():
-            folder = Path("runs") / folder
-        ledger = Ledger.open(folder)
-        facts = ledger.facts()
-        objectives = tuple(Objective(**objective) for objective in facts["objectives"])
-        campaign = Campaign.model_validate(ledger.campaign(), strict=False)
-        return cls(folder, campaign, objectives, facts, ledger)
-
     @cached_property
     def trials(self) -> list[Trial]:
         """All trials so far, in the order of issue."""
@@ -133,11 +121,33 @@ class Run:
         return found
 
 
+def open_run(location: str | Path) -> Run:
+    """Open a run by its folder, or by its name under runs/. Raises: RunError."""
+    folder = Path(location)
+    if not (folder / FILE_NAME).is_file() and (Path("runs") / folder / FILE_NAME).is_file():
+        folder = Path("runs") / folder
+    ledger = Ledger.open(folder)
+    facts = ledger.facts()
+    objectives = tuple(Objective(**objective) for objective in facts["objectives"])
+    campaign = Campaign.model_validate(ledger.campaign(), strict=False)
+    return Run(folder, campaign, objectives, facts, ledger)
+
+
+class Unwatched:
+    """A watcher that shows nothing."""
+
+    def phase(self, title: str, total: int, done: int) -> None:
+        """Nothing to show."""
+
+    def advance(self, trial: Trial | None) -> None:
+        """Nothing to show."""
+
+
 def search(
     campaign: Campaign,
-    folder: Path,
+    folder: str | Path,
     *,
-    watcher: "Watcher",
+    watcher: "Watcher | None" = None,
     loading: Callable[[str], None] = lambda _: None,
 ) -> Run:
     """Start the campaign's run in ``folder``, resume it, or find it finished; return it finished.
@@ -150,10 +160,11 @@ def search(
     from evomerge.stages import make_stages
     from evomerge.workers.inline import InlinePool
 
+    folder = Path(folder)
     with _driving(folder):
         started = (folder / FILE_NAME).is_file()
         if started:
-            run = Run.open(folder)
+            run = open_run(folder)
             _require_same_meaning(run, campaign)
             if run.is_finished and campaign.budget.evaluations <= len(run.trials):
                 return run
@@ -167,9 +178,11 @@ def search(
             ledger = run.ledger
         else:
             ledger = Ledger.create(folder, dumped, _facts(plan, scorer))
-        Driver(plan, ledger, InlinePool(scorer), scorer.materializer.hashes, watcher).run(stages, campaign.seed)
+        Driver(plan, ledger, InlinePool(scorer), scorer.materializer.hashes, watcher or Unwatched()).run(
+            stages, campaign.seed
+        )
         ledger.close()
-    return Run.open(folder)
+    return open_run(folder)
 
 
 @contextmanager

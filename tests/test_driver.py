@@ -20,7 +20,7 @@ from evomerge.errors import EvoMergeError, RunError
 from evomerge.evaluators.classification import ClassificationEvaluator
 from evomerge.ledger.ledger import FILE_NAME
 from evomerge.records import Trial
-from evomerge.run import Run, search
+from evomerge.run import Run, open_run, search
 
 CHAIN = [
     {"proposer": "sobol", "evaluations": 6},
@@ -86,7 +86,7 @@ def test_an_interrupted_run_resumes_to_the_same_story(
     campaign = read_campaign(small_digits.campaign).model_copy(update={"search": chain(), "budget": budget(60)})
     with pytest.raises(Interrupt):
         search(campaign, tmp_path / "run", watcher=Interrupting(after))
-    assert sum(trial.order is not None for trial in Run.open(tmp_path / "run").trials) == after
+    assert sum(trial.order is not None for trial in open_run(tmp_path / "run").trials) == after
     run = search(campaign, tmp_path / "run", watcher=Silent())
     assert story(run) == story(uninterrupted)
     assert run.tested.keys() == uninterrupted.tested.keys()
@@ -118,7 +118,7 @@ def test_kill_9_at_any_moment_loses_no_recorded_trial(uninterrupted: Run, small_
         assert set(recorded) <= set(after)
         recorded = after
     subprocess.run(command, env=environment, check=True, timeout=120)
-    run = Run.open(folder)
+    run = open_run(folder)
     assert set(recorded) <= set(finished(ledger))
     assert story(run) == story(uninterrupted)
 

@@ -32,6 +32,7 @@ class Ledger:
         self.path = folder / FILE_NAME
         self._engine = create_engine(f"sqlite:///{self.path}")
         event.listen(self._engine, "connect", _configure)
+        event.listen(self._engine, "begin", _begin)
 
     @classmethod
     def create(cls, folder: Path, campaign: Mapping[str, Any], facts: Mapping[str, Any]) -> "Ledger":
@@ -167,10 +168,16 @@ class Ledger:
 
 def _configure(connection: Any, _: object) -> None:
     """WAL lets readers look on; FULL makes a commit survive a power cut."""
+    connection.isolation_level = None  # the driver itself begins no transaction for reads and for making tables
     cursor = connection.cursor()
     for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+def _begin(connection: Connection) -> None:
+    """Make every transaction one: tables appear with their first row, and all that a reader reads is of one moment."""
+    connection.exec_driver_sql("BEGIN")
 
 
 def _next(connection: Connection, column: Any) -> int:

@@ -119,7 +119,7 @@ def _pair_traces(run: Run, knee: str, x: int, y: int, *, with_legend: bool) -> l
         f"trial:{trial.number}" for trial in run.trials if trial.measurement and f"trial:{trial.number}" not in on_front
     ]
     bars = len(run.objectives) == 2
-    faint = Style("dominated (search)", {"color": FAINT, "size": 5, "opacity": 0.5})
+    faint = Style("dominated (search values)", {"color": FAINT, "size": 5, "opacity": 0.5})
     traces = [
         _points(run, run.searched, dominated, (x, y), faint),
         _points(run, measured, on_front, (x, y), Style("front", {"color": FRONT, "size": 8}, bars)),

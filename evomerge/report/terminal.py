@@ -26,7 +26,7 @@ from evomerge.export import Verification
 from evomerge.families.family import make
 from evomerge.front.front import front_hypervolume
 from evomerge.records import Measurement, Trial
-from evomerge.run import Run
+from evomerge.run import Run, open_run
 from evomerge.run import search as run_search
 from evomerge.splits import SPLITS
 
@@ -95,9 +95,9 @@ class SearchProgress:
             self.has_begun = True
             self._loading.stop()
             self._progress.start()
-        self._task = self._progress.add_task(title, total=total, completed=done, note="")
+        self._task = self._progress.add_task(title, total=total, completed=done, note="", visible=done < total)
         if title == "search":
-            self._run = Run.open(self.folder)
+            self._run = open_run(self.folder)
             self._trials = [trial for trial in self._run.trials if trial.order is not None]
             self._note()
 
@@ -143,7 +143,8 @@ def print_front(run: Run, *, everything: bool = False) -> None:
     table.add_column("model", no_wrap=True)
     for objective in run.objectives:
         table.add_column(objective.name + (" ↓" if objective.direction == "min" else ""), justify="right", no_wrap=True)
-    table.add_column("mean", justify="right")
+    if _is_uniform(run):
+        table.add_column("mean", justify="right")
     if run.tested:
         table.add_column("over scalar", justify="right", no_wrap=True)
     for subject in run.references if run.tested else [name for name in ("base", "uniform") if name in measured]:
@@ -257,8 +258,8 @@ def sum_seconds(seconds: Mapping[str, float]) -> float:
 
 def _duration(seconds: float) -> str:
     """A time as people say it: 43 ms, 12 s, 3 min, 2.1 h."""
-    if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
+    if seconds < 10:
+        return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
@@ -290,11 +291,17 @@ def _cells(run: Run, measured: dict[str, Measurement], subject: str, *, compact:
     """Return a row's scores with standard errors, their mean, and the paired gain over the best single scalar."""
     scores = [measured[subject].scores[objective.name] for objective in run.objectives]
     cells = [f"{score.value:.3f}" if compact else f"{score.value:.3f} ±{_short(score.stderr)}" for score in scores]
-    cells.append(f"{np.mean([score.value for score in scores]):.3f}")
+    if _is_uniform(run):
+        cells.append(f"{np.mean([score.value for score in scores]):.3f}")
     if run.tested:
         gain, error = run.gain(subject, run.best_scalar)
         cells.append("" if subject == run.best_scalar else f"{gain:+.3f} ±{_short(error)}")
     return cells
+
+
+def _is_uniform(run: Run) -> bool:
+    """Whether all objectives are of one metric, so that their mean says something."""
+    return len({objective.metric for objective in run.objectives}) == 1
 
 
 def _short(error: float) -> str:

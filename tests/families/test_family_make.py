@@ -144,13 +144,13 @@ def test_an_unknown_name_and_a_recipe_of_another_family_are_refused(tmp_path: Pa
 
 
 def test_the_caller_keeps_random_state_and_threads(tmp_path: Path) -> None:
-    np.random.seed(3)  # noqa: NPY002 - the legacy global state is what must survive
-    torch_before, numpy_before, python_before = torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    np.random.seed(3)
+    torch_before, numpy_before, python_before = torch.get_rng_state(), np.random.get_state(), random.getstate()
     num_threads = torch.get_num_threads()
     for name, recipe in SMALL.items():
         make(name, tmp_path / name, recipe=recipe)
     assert torch.equal(torch.get_rng_state(), torch_before)
-    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), numpy_before, strict=True))  # noqa: NPY002
+    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), numpy_before, strict=True))
     assert random.getstate() == python_before
     assert torch.get_num_threads() == num_threads
 
