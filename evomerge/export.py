@@ -10,7 +10,7 @@ import torch
 from evomerge.card import model_card
 from evomerge.errors import EvoMergeError, RunError
 from evomerge.materialize.checkpoint import open_checkpoint
-from evomerge.materialize.export import export
+from evomerge.materialize.export import export, require_new
 from evomerge.materialize.materializer import Materializer
 from evomerge.materialize.resident import load_model
 from evomerge.plan import choose_device, make_plan
@@ -38,6 +38,7 @@ def export_trial(run: Run, trial: Trial, out: Path, loading: Loading) -> None:
 
     Raises: RunError if the checkpoints changed; EvoMergeError if the tensors are not those that were tested.
     """
+    require_new(out)
     plan = make_plan(run.campaign)
     materializer = Materializer(
         plan.base, list(plan.experts.values()), dtype=plan.dtype, device=plan.device, progress=loading
@@ -61,6 +62,7 @@ def export_trial(run: Run, trial: Trial, out: Path, loading: Loading) -> None:
 
 def merge_recipe(path: Path, out: Path, device: str, loading: Loading) -> str:
     """Build the model of a recipe file at ``out``; return the hash of its tensors."""
+    require_new(out)
     read = read_recipe(path)
     materializer = Materializer(
         read.base, read.experts, dtype=read.recipe.dtype, device=choose_device(device), progress=loading

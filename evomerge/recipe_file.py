@@ -13,7 +13,7 @@ coefficient:                          # and the operator's other parameters; def
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -35,7 +35,7 @@ class RecipeSection(Options):
     operator: dict[str, Any] = {"name": "task_arithmetic"}
     base: str
     experts: dict[str, str]
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     groups: str | dict[str, str | list[str]] = "model"
 
 

@@ -79,6 +79,7 @@ class ClassificationEvaluator:
                     f"task {task}: the model has no classifier and the data no head.weight; give one of them"
                 )
             logits: Tensor = output.logits
+            _require_classes(f"task {task}", tensors["labels"], logits.shape[-1], "the model")
             return logits
         features = getattr(output, "pooler_output", None)
         if features is None:
@@ -103,11 +104,20 @@ def _read_task(folder: Path, task: str) -> dict[str, Tensor]:
     counts = {name: len(tensors[name]) for name in ("pixel_values", "labels", "sources")}
     if len(set(counts.values())) != 1:
         raise DataError(f"task {task}: {path}: expected as many labels and sources as images, found {counts}")
+    labels = tensors["labels"]
+    if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+        raise DataError(f"task {task}: {path}: expected labels to be whole numbers, one an image")
+    if not len(labels):
+        raise DataError(f"task {task}: {path} holds no images")
     if "head.weight" in tensors:
         tensors.setdefault("head.bias", torch.zeros(len(tensors["head.weight"])))
-        highest, classes = int(tensors["labels"].max()), len(tensors["head.weight"])
-        if highest >= classes:
-            raise DataError(f"task {task}: {path}: label {highest}, but the head has {classes} classes")
+        _require_classes(f"task {task}: {path}", labels, len(tensors["head.weight"]), "the head")
     if not np.isfinite(float(tensors["pixel_values"].sum())):
         raise DataError(f"task {task}: {path}: pixel_values hold a NaN or an infinity")
     return tensors
+
+
+def _require_classes(where: str, labels: Tensor, num_classes: int, owner: str) -> None:
+    for label in (int(labels.min()), int(labels.max())):
+        if not 0 <= label < num_classes:
+            raise DataError(f"{where}: label {label}, but {owner} has {num_classes} classes, counted from 0")

@@ -72,7 +72,8 @@ class LanguageEvaluator:
         try:
             tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
         except (OSError, ValueError) as error:
-            raise DataError(f"{base}: expected a tokenizer beside the base's weights ({error})") from error
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{base}: expected a tokenizer beside the base's weights ({reason})") from error
         limit = getattr(AutoConfig.from_pretrained(base, local_files_only=True), "max_position_embeddings", None)
         self.batch_size = options.batch_size
         self._tasks: dict[str, _Task] = {}
@@ -174,7 +175,13 @@ def _read_lines(folder: Path, task: str) -> list[dict[str, Any]]:
         known = ", ".join(sorted(file.stem for file in folder.glob("*.jsonl"))) or "none"
         raise DataError(f"task {task}: expected the file {path}, found none; tasks there: {known}")
     lines: list[dict[str, Any]] = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), start=1):
+    try:
+        content = path.read_text(encoding="utf-8").rstrip("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"task {task}: {path} cannot be read as UTF-8 ({error})") from error
+    if not content:
+        raise DataError(f"task {task}: {path} is empty")
+    for number, text in enumerate(content.split("\n"), start=1):
         try:
             line = json.loads(text)
         except ValueError as error:
@@ -187,11 +194,24 @@ def _read_lines(folder: Path, task: str) -> list[dict[str, Any]]:
             )
         if lines and keys != lines[0].keys():
             raise DataError(f"task {task}: {path}, line {number}: expected the same keys as in line 1")
-        if "gold" in line and not 0 <= line["gold"] < len(line["choices"]):
-            raise DataError(
-                f"task {task}: {path}, line {number}: gold is {line['gold']} of {len(line['choices'])} choices"
-            )
+        if flaw := _flaw(line):
+            raise DataError(f"task {task}: {path}, line {number}: {flaw}")
         lines.append(line)
-    if not lines:
-        raise DataError(f"task {task}: {path} is empty")
     return lines
+
+
+def _flaw(line: Mapping[str, Any]) -> str | None:
+    """Say what is wrong with the values of a line whose keys are right."""
+    if isinstance(line["source"], bool) or not isinstance(line["source"], int | str):
+        return f"expected source to be a string or a whole number, found {line['source']!r}"
+    for key in ("text", "prompt", "answer"):
+        if not isinstance(line.get(key, ""), str):
+            return f"expected {key} to be a string, found {line[key]!r}"
+    if "choices" not in line:
+        return None
+    choices, gold = line["choices"], line["gold"]
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        return f"expected choices to be a list of strings, found {choices!r}"
+    if isinstance(gold, bool) or not isinstance(gold, int) or not 0 <= gold < len(choices):
+        return f"gold is {gold!r} of {len(choices)} choices; expected the index of the right one, from 0"
+    return None

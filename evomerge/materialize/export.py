@@ -32,8 +32,7 @@ def export(materializer: Materializer, base: Checkpoint, out: Path, add: Callabl
     written is loaded again and must hold the same bits before it is moved into place.
     Raises: InputError if ``out`` exists and is not empty; EvoMergeError if the check fails.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: expected a folder that is new or empty; choose another --out")
+    require_new(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         folder = Path(temporary) / "model"
@@ -53,6 +52,12 @@ def export(materializer: Materializer, base: Checkpoint, out: Path, add: Callabl
             out.rmdir()
         folder.rename(out)
     return expected
+
+
+def require_new(out: Path) -> None:
+    """Raise InputError unless ``out`` is missing or an empty folder; asked again before anything is loaded."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out}: expected a folder that is new or empty; choose another --out")
 
 
 def stored_hash(materializer: Materializer, folder: Path) -> str:

@@ -34,6 +34,11 @@ NUM_ROWS = 12
 console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 100)
 
 
+def say(line: str) -> None:
+    """Print a line that people copy from: never broken, however long its paths are."""
+    console.print(line, soft_wrap=True)
+
+
 def make_progress() -> Progress:
     """Return a progress bar with counts, time spent and time left."""
     return Progress(
@@ -169,18 +174,18 @@ def print_finished(run: Run, file: Path, *, was_finished: bool) -> None:
     """Print the result of a search and what to type next."""
     print_front(run)
     if was_finished:
-        console.print(f"this campaign had finished: nothing was done; raise budget.evaluations in {file} to extend it")
-    console.print(f"run      {run.folder}")
+        say(f"this campaign had finished: nothing was done; raise budget.evaluations in {file} to extend it")
+    say(f"run      {run.folder}")
     for number, command in enumerate(("report {}", "export {} --knee --out merged --verify", "front {} --all")):
-        console.print(("next     " if number == 0 else "         ") + "evomerge " + command.format(run.folder))
+        say(("next     " if number == 0 else "         ") + "evomerge " + command.format(run.folder))
 
 
 def print_export(run: Run, trial: Trial, out: Path, *, verified: bool) -> None:
     """Say what was written where, and how to load it."""
-    console.print(f"export   {out}  (trial {trial.number} of {run.folder}; checkpoint, recipe.yaml, README.md)")
-    console.print(f'load     transformers.AutoModel.from_pretrained("{out}")')
+    say(f"export   {out}  (trial {trial.number} of {run.folder}; checkpoint, recipe.yaml, README.md)")
+    say(f'load     transformers.AutoModel.from_pretrained("{out}")')
     if not verified:
-        console.print(f"next     evomerge export {run.folder} --trial {trial.number} --out {out}-again --verify")
+        say(f"next     evomerge export {run.folder} --trial {trial.number} --out {out}-again --verify")
 
 
 def print_verification(rows: Sequence[Verification]) -> None:
@@ -226,7 +231,7 @@ def print_check(file: Path, report: CheckReport) -> None:
         counts = [str(len(plan.splits[objective.task][split])) for split in SPLITS]
         items.add_row(objective.name, objective.task, f"{objective.metric} ({objective.direction})", *counts)
     console.print(items)
-    console.print(f"next     evomerge search {file}")
+    say(f"next     evomerge search {file}")
 
 
 def make_family(name: str, out: Path) -> None:
@@ -244,11 +249,11 @@ def make_family(name: str, out: Path) -> None:
         table.add_row(model, *(f"{scores[task]:.3f}" for task in family.metrics))
     console.print(table)
     built = "was there already" if family.cached else f"{sum_seconds(family.seconds):.0f} CPU-seconds"
-    console.print(f"family   {out}  ({family.num_parameters / 1e6:.2f} M parameters, {built})")
+    say(f"family   {out}  ({family.num_parameters / 1e6:.2f} M parameters, {built})")
     for note in family.notes:
-        console.print(f"note     {note}")
+        say(f"note     {note}")
     shown = out / "campaign.yaml"
-    console.print(f"next     evomerge check {shown}\n         evomerge search {shown}")
+    say(f"next     evomerge check {shown}\n         evomerge search {shown}")
 
 
 def sum_seconds(seconds: Mapping[str, float]) -> float:
@@ -271,20 +276,18 @@ def _some(names: Sequence[str]) -> str:
 
 def _print_notes(run: Run, num_hidden: int, *, compact: bool) -> None:
     if num_hidden:
-        console.print(f"{num_hidden} more on the front: evomerge front {run.folder} --all")
-    console.print(f"hypervolume {run.hypervolume():.4g} above the base, on search items; by those the table is sorted")
+        say(f"{num_hidden} more on the front: evomerge front {run.folder} --all")
+    say(f"hypervolume {run.hypervolume():.4g} above the base, on search items; by those the table is sorted")
     if run.tested:
-        console.print(f"over scalar: paired difference of the mean to {run.best_scalar}, the best single coefficient")
+        say(f"over scalar: paired difference of the mean to {run.best_scalar}, the best single coefficient")
     failed = [trial for trial in run.trials if trial.failure]
     if failed:
-        console.print(f"{len(failed)} of {len(run.trials)} trials failed; the last: {failed[-1].failure}")
+        say(f"{len(failed)} of {len(run.trials)} trials failed; the last: {failed[-1].failure}")
     if compact and run.tested:
         worst = max(score.stderr for measurement in run.tested.values() for score in measurement.scores.values())
-        console.print(f"standard errors of single scores are at most {worst:.3f}")
+        say(f"standard errors of single scores are at most {worst:.3f}")
     if (touches := run.ledger.num_test_touches()) > 1:
-        console.print(
-            f"the test items were used {touches} times: later fronts were chosen knowing more than the search items"
-        )
+        say(f"the test items were used {touches} times: later fronts were chosen knowing more than the search items")
 
 
 def _cells(run: Run, measured: dict[str, Measurement], subject: str, *, compact: bool) -> list[str]:

@@ -1,0 +1,178 @@
+"""The command line as a user meets it: a real process, its output, its exit status."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModel
+
+from evomerge.families.family import FamilySummary
+from evomerge.run import open_run
+
+ROOT = Path(__file__).parent.parent
+
+
+def evomerge(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-m", "evomerge.cli", *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def run_folder(digits4: FamilySummary, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short campaign of the real family, run by the command."""
+    folder = tmp_path_factory.mktemp("cli")
+    sections = yaml.safe_load(digits4.campaign.read_text())
+    sections["base"] = str(digits4.path / "base")
+    sections["experts"] = {name: str(digits4.path / "experts" / name) for name in ("rot90", "parity")}
+    sections["objectives"] = [
+        objective for objective in sections["objectives"] if objective["name"] in ("rot90", "parity")
+    ]
+    sections["evaluation"]["data"] = str(digits4.path / "data")
+    sections["budget"] = {"evaluations": 25}
+    (folder / "campaign.yaml").write_text(yaml.safe_dump(sections))
+    done = evomerge("search", "campaign.yaml", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "on the front, scores on test items" in done.stdout
+    assert "next     evomerge report runs/digits4" in done.stdout
+    return folder / "runs" / "digits4"
+
+
+def test_help_answers_at_once() -> None:
+    evomerge("--help")  # the first call compiles
+    started = time.perf_counter()
+    done = evomerge("--help")
+    seconds = time.perf_counter() - started
+    assert done.returncode == 0
+    assert all(
+        command in done.stdout for command in ("check", "search", "front", "report", "export", "merge", "families")
+    )
+    assert seconds < 2  # half a second on an idle machine; this one may be busy
+
+
+def test_the_same_command_again_says_that_it_is_finished(run_folder: Path) -> None:
+    done = evomerge("search", "campaign.yaml", cwd=run_folder.parent.parent)
+    assert done.returncode == 0
+    assert "this campaign had finished: nothing was done" in done.stdout
+
+
+def test_check_says_what_will_happen(digits4: FamilySummary) -> None:
+    done = evomerge("check", digits4.campaign)
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    for fact in (
+        "4 experts (rot90, invert, parity, mod5)",
+        "32 dimensions over 8 groups",
+        "104 tensors",
+        "MB",
+        "(timed)",
+    ):
+        assert fact in text
+    assert re.search(r"parity +│ parity +│ accuracy \(max\) +│ +180 │ +360 │ +360", done.stdout)
+
+
+def test_front_prints_the_table_beside_the_references(run_folder: Path) -> None:
+    done = evomerge("front", run_folder, "--all")
+    assert done.returncode == 0, done.stderr
+    run = open_run(run_folder)
+    for label in (
+        "base",
+        "expert:rot90",
+        "uniform",
+        run.best_scalar,
+        "knee",
+        *(f"trial {t.number}" for t in run.front),
+    ):
+        assert label in done.stdout
+    assert all(len(line) <= 100 for line in done.stdout.splitlines())
+
+
+def test_export_of_the_knee_is_the_model_that_was_scored(run_folder: Path, tmp_path: Path) -> None:
+    done = evomerge("export", run_folder, "--knee", "--out", tmp_path / "merged", "--verify")
+    assert done.returncode == 0, done.stderr
+    assert "equal to the last digit" in done.stdout
+    model, report = AutoModel.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(report.values())
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "recipe.yaml",
+    }
+    again = evomerge("merge", tmp_path / "merged" / "recipe.yaml", "--out", tmp_path / "again")
+    assert again.returncode == 0, again.stderr
+    first, second = (tmp_path / name / "model.safetensors" for name in ("merged", "again"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_export_by_preference_and_by_number(run_folder: Path, tmp_path: Path) -> None:
+    run = open_run(run_folder)
+    for words, expected in (
+        (("--prefer", "rot90=100,parity=1"), run.front[0].number),
+        (("--trial", "3"), 3),
+    ):
+        done = evomerge("export", run_folder, *words, "--out", tmp_path / words[1])
+        assert done.returncode == 0, done.stderr
+        assert f"(trial {expected} of" in done.stdout
+
+
+def test_report_is_one_file_that_asks_for_nothing(run_folder: Path, tmp_path: Path) -> None:
+    done = evomerge("report", run_folder, "--out", tmp_path / "report.html")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert len(page) < 8_000_000
+    body = page[page.index("</script></head>") :]
+    assert not re.search(r"""(src|href)=["']https?://""", page[: page.index("<script>")] + body)
+    assert body.count("Plotly.newPlot") == 3
+    for trial in open_run(run_folder).front:
+        assert f"trial {trial.number}" in body
+
+
+MISTAKES = [
+    (("search", "nowhere.yaml"), "nowhere.yaml: no such file"),
+    (("front", "nowhere"), "nowhere: expected a run folder with ledger.sqlite, found none"),
+    (("export", "RUN", "--out", "x"), "pick one model: --trial N, --knee, or --prefer"),
+    (("export", "RUN", "--knee", "--trial", "1", "--out", "x"), "pick one model"),
+    (("export", "RUN", "--trial", "99", "--out", "x"), "no trial 99; there are trials 0 to 24"),
+    (("export", "RUN", "--prefer", "rot91=2", "--out", "x"), "no objective 'rot91'; did you mean 'rot90'?"),
+    (("export", "RUN", "--prefer", "rot90=-1", "--out", "x"), "expected a weight of 0 or more, found -1"),
+    (("export", "RUN", "--prefer", "rot90", "--out", "x"), "expected NAME=WEIGHT,... such as a=2,b=1, found 'rot90'"),
+    (("export", "RUN", "--prefer", "rot90=0,parity=0", "--out", "x"), "all weights are 0"),
+    (("export", "RUN", "--knee", "--out", "RUN"), "expected a folder that is new or empty"),
+    (("merge", "nowhere.yaml", "--out", "x"), "nowhere.yaml: no such file"),
+    (("families", "make", "digitz", "--out", "x"), "family 'digitz' is unknown; did you mean 'digits'?"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), MISTAKES, ids=[message for _, message in MISTAKES])
+def test_a_users_mistake_is_one_line_and_status_2(
+    run_folder: Path, tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    done = evomerge(*(str(run_folder) if word == "RUN" else word for word in words), cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_mistake_in_the_file_reaches_the_user(campaign_file: Callable[..., Path]) -> None:
+    done = evomerge("check", campaign_file(space={"coefficient": {"low": 0.0, "hihg": 1.0}}))
+    assert done.returncode == 2
+    assert done.stderr.rstrip().endswith("space.coefficient.hihg: unknown key; did you mean 'high'?")
+
+
+def test_families_list_and_cached_make(digits4: FamilySummary) -> None:
+    assert "digits4" in evomerge("families", "list").stdout
+    done = evomerge("families", "make", "digits4", "--out", digits4.path)
+    assert done.returncode == 0, done.stderr
+    assert "was there already" in done.stdout
+    assert json.loads((digits4.path / "family.json").read_text())["name"] == "digits4"
