@@ -13,9 +13,11 @@ from evomerge.operators.operator import Operator
 from evomerge.operators.ties import Ties
 from evomerge.proposers.adamerging import AdaMerging
 from evomerge.proposers.cma_es import CmaEs
-from evomerge.proposers.optuna_samplers import Gp, Nsga2, Tpe
+from evomerge.proposers.gp import Gp
+from evomerge.proposers.nsga2 import Nsga2
 from evomerge.proposers.proposer import Proposer
 from evomerge.proposers.sobol import Sobol
+from evomerge.proposers.tpe import Tpe
 from evomerge.records import Options
 
 

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from evomerge.campaign import Campaign
-from evomerge.driver import reference_recipes
 from evomerge.errors import CandidateError, EvoMergeError
 from evomerge.plan import Plan, make_plan
 from evomerge.records import Measurement
+from evomerge.references import reference_recipes
 from evomerge.scorer import BACKWARD_COST, Scorer
 from evomerge.stages import Stage, make_stages
 

@@ -15,10 +15,9 @@ from evomerge.ledger.ledger import Ledger
 from evomerge.plan import Plan
 from evomerge.proposers.proposer import Problem, Proposer
 from evomerge.records import Measurement, Observation, Recipe, Split, Trial
+from evomerge.references import best_scalar, reference_recipes
 from evomerge.stages import Stage
 from evomerge.workers.inline import InlinePool
-
-NUM_SCALARS = 11  # the grid of the best single scalar: 0, 0.1, ..., 1
 
 
 class Watcher(Protocol):
@@ -132,22 +131,3 @@ class Driver:
                 raise EvoMergeError(f"{name} cannot be scored on the {split} items: {outcome}")
             self.ledger.measure(name, outcome)
             self.watcher.advance(None)
-
-
-def reference_recipes(plan: Plan) -> dict[str, Recipe]:
-    """Return the models that a merge must beat: base, experts, uniform average, and one scalar for all experts."""
-    num_experts = len(plan.experts)
-    recipes = {"base": plan.task_arithmetic([0.0] * num_experts)}
-    for k, name in enumerate(plan.experts):
-        recipes[f"expert:{name}"] = plan.task_arithmetic([float(k == other) for other in range(num_experts)])
-    recipes["uniform"] = plan.task_arithmetic([1 / num_experts] * num_experts)
-    for step in range(NUM_SCALARS):
-        scalar = step / (NUM_SCALARS - 1)
-        recipes[f"scalar:{scalar:g}"] = plan.task_arithmetic([scalar] * num_experts)
-    return recipes
-
-
-def best_scalar(measurements: Mapping[str, Measurement], plan: Plan) -> str:
-    """Return the name of the single-scalar reference with the best mean over objectives on search items."""
-    scalars = [name for name in measurements if name.startswith("scalar:")]
-    return max(scalars, key=lambda name: float(maximized(measurements[name], plan.objectives).mean()))

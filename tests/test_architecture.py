@@ -11,7 +11,7 @@ LAYERS = (
     {"operators", "space", "splits", "front"},
     {"materialize", "ledger"},
     {"proposers", "evaluators", "workers", "families"},
-    {"campaign", "assemble", "plan", "scorer", "stages", "driver", "recipe_file"},
+    {"campaign", "assemble", "plan", "scorer", "stages", "references", "driver", "recipe_file"},
     {"run", "check", "export", "card"},
     {"report"},
     {"cli"},

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from evomerge.campaign import Campaign
 from evomerge.check import CheckReport
-from evomerge.errors import EvoMergeError
+from evomerge.errors import EvoMergeError, RunError
 from evomerge.export import Verification
 from evomerge.families.family import make
 from evomerge.front.front import front_hypervolume
@@ -132,6 +132,8 @@ class SearchProgress:
 
 def print_front(run: Run, *, everything: bool = False) -> None:
     """Print the front beside the reference models: test values with standard errors where the search has ended."""
+    if "base" not in run.searched:
+        raise RunError(f"{run.folder}: nothing has been scored yet; look again in a moment")
     measured = run.tested or run.searched
     split = "test" if run.tested else "search"
     members = sorted(run.front, key=lambda trial: -_mean(run, f"trial:{trial.number}"))

@@ -5,9 +5,11 @@ from proposer_contract import NUM_DIMENSIONS, ProposerContract, objectives
 from evomerge.assemble import PROPOSERS
 from evomerge.proposers.adamerging import AdaMerging, AdaMergingOptions
 from evomerge.proposers.cma_es import CmaEs, CmaEsOptions
-from evomerge.proposers.optuna_samplers import Gp, Nsga2, Tpe
+from evomerge.proposers.gp import Gp
+from evomerge.proposers.nsga2 import Nsga2
 from evomerge.proposers.proposer import Problem
 from evomerge.proposers.sobol import Sobol
+from evomerge.proposers.tpe import Tpe
 from evomerge.records import Arrival, Observation
 
 

@@ -1,21 +1,18 @@
-"""Optuna's samplers on an in-memory study that is replayed from the ledger: TPE, NSGA-II and a Gaussian process.
+"""What the proposers that wrap optuna's samplers share: an in-memory study that is replayed from the ledger.
 
 Every ask makes a fresh sampler, seeded by the index of the ask, so that nothing but the study's trials matters; what a
 sampler notes on a trial (NSGA-II's generation) travels in the candidate's memo. The first ask is the space's start.
 """
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, ClassVar
 
-from pydantic import Field
-
 from evomerge.proposers.proposer import Problem
-from evomerge.records import Candidate, Observation, Options
+from evomerge.records import Candidate, Observation
 
 
 class OptunaProposer:
-    """Shared by the three: a study, and the translation to and from it."""
+    """A study, and the translation to and from it; a subclass makes the sampler."""
 
     needs_gradients: ClassVar[bool] = False
 
@@ -107,101 +104,3 @@ class OptunaProposer:
                 constraints=None if violation is None else {"campaign": violation},
             )
         )
-
-
-class TpeOptions(Options):
-    """num_startup: random candidates before the first model."""
-
-    num_startup: int = Field(default=10, ge=1)
-
-
-class Tpe(OptunaProposer):
-    """Tree-structured Parzen estimator, one or several objectives.
-
-    Reference: Ozaki et al. 2022, multiobjective tree-structured Parzen estimator, JAIR 73.
-    """
-
-    name: ClassVar[str] = "tpe"
-    options_type: ClassVar[type[Options]] = TpeOptions
-
-    def __init__(self, problem: Problem, options: TpeOptions) -> None:
-        self.options = options
-        super().__init__(problem)
-
-    def make_sampler(self, seed: int) -> Any:
-        """Optuna's TPESampler."""
-        from optuna.samplers import TPESampler
-
-        return TPESampler(seed=seed, n_startup_trials=self.options.num_startup)
-
-
-class Nsga2Options(Options):
-    """population: size of the population that is carried from generation to generation."""
-
-    population: int = Field(default=20, ge=4)
-
-
-class Nsga2(OptunaProposer):
-    """NSGA-II; results of earlier stages are its first generation.
-
-    Reference: Deb et al. 2002, a fast and elitist multiobjective genetic algorithm, IEEE TEC 6(2).
-    """
-
-    name: ClassVar[str] = "nsga2"
-    options_type: ClassVar[type[Options]] = Nsga2Options
-
-    def __init__(self, problem: Problem, options: Nsga2Options) -> None:
-        self.options = options
-        super().__init__(problem)
-
-    def make_sampler(self, seed: int) -> Any:
-        """Optuna's NSGAIISampler, with parents in a stable order."""
-        return _stable_nsga2()(seed=seed, population_size=self.options.population)
-
-    def earlier_attributes(self) -> dict[str, Any]:
-        """Earlier results count as generation 0."""
-        return {_stable_nsga2()._get_generation_key(): 0}
-
-    def recall(self, candidate: Candidate) -> None:
-        """Choose the parents of the candidate's generation now, as they were when it was asked."""
-        super().recall(candidate)
-        sampler = self.make_sampler(0)
-        sampler.get_parent_population(self._study, candidate.memo.get(sampler._get_generation_key(), 0))
-
-
-@cache
-def _stable_nsga2() -> Any:
-    """Optuna returns a generation's parents in one order when it chooses them and in another from then on."""
-    from optuna.samplers import NSGAIISampler
-
-    class StableNsga2(NSGAIISampler):
-        def get_parent_population(self, study: Any, generation: int) -> list[Any]:
-            return sorted(super().get_parent_population(study, generation), key=lambda trial: trial.number)
-
-    return StableNsga2
-
-
-class GpOptions(Options):
-    """num_startup: random candidates before the first model."""
-
-    num_startup: int = Field(default=10, ge=1)
-
-
-class Gp(OptunaProposer):
-    """Gaussian process with expected (hypervolume) improvement. An ask takes seconds: for costly evaluations.
-
-    Reference: Optuna's GPSampler; Daulton et al. 2020, arxiv.org/abs/2006.05078, for several objectives.
-    """
-
-    name: ClassVar[str] = "gp"
-    options_type: ClassVar[type[Options]] = GpOptions
-
-    def __init__(self, problem: Problem, options: GpOptions) -> None:
-        self.options = options
-        super().__init__(problem)
-
-    def make_sampler(self, seed: int) -> Any:
-        """Optuna's GPSampler."""
-        from optuna.samplers import GPSampler
-
-        return GPSampler(seed=seed, n_startup_trials=self.options.num_startup)
