@@ -142,8 +142,9 @@ class Campaign(Options):
         return self.model_dump(mode="json", exclude={"budget", "workers", "name", "device"})
 
 
-def read_campaign(path: Path) -> Campaign:
+def read_campaign(path: str | Path) -> Campaign:
     """Read and check a campaign file. Raises: CampaignError that names the key."""
+    path = Path(path)
     data = read_yaml(path)
     try:
         data = {**data, "search": _stages(data.get("search", "auto"))}

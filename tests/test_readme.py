@@ -1,0 +1,92 @@
+"""What the README shows is true: its files are read, its Python runs, its commands and options exist."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from evomerge.assemble import OPERATORS, PROPOSERS
+from evomerge.campaign import presets_folder, read_campaign
+from evomerge.evaluators.language import LanguageEvaluator, LanguageOptions
+from evomerge.families.family import FAMILIES, FamilySummary
+from evomerge.plan import make_plan
+from evomerge.recipe_file import read_recipe
+from evomerge.stages import make_stages
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, digits4: FamilySummary, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which the README's relative paths hold, with the demo's budget cut."""
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "digits4").symlink_to(digits4.path)
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
+    demo = tmp_path / "benchmarks" / "demo.yaml"
+    demo.write_text(re.sub(r"evaluations: \d+", "evaluations: 12", demo.read_text()))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_campaign_and_its_stages_are_read(checkout: Path) -> None:
+    campaign, stages, _ = blocks("yaml")
+    path = checkout / "campaign.yaml"
+    path.write_text(campaign)
+    plan = make_plan(read_campaign(path))
+    assert len(plan.space) == 15  # 2 experts x 8 groups, one of them fixed
+    path.write_text(
+        campaign.replace(next(line for line in campaign.splitlines() if line.startswith("search:")), stages)
+    )
+    read = read_campaign(path)
+    assert [stage.proposer for stage in make_stages(read, plan)] == ["adamerging", "cma_es"]
+
+
+def test_the_recipe_is_read(checkout: Path) -> None:
+    path = checkout / "recipe.yaml"
+    path.write_text(blocks("yaml")[2])
+    assert read_recipe(path).recipe.values["coefficient"] == ((1.0,), (0.7,))
+
+
+def test_the_language_items_are_read(tmp_path: Path, small_text: FamilySummary) -> None:
+    for number, line in enumerate(blocks("json")[0].splitlines()):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps(json.loads(line)) + "\n")
+    tasks = ["0", "1", "2"]
+    evaluator = LanguageEvaluator(LanguageOptions(data=str(tmp_path)), tasks, small_text.path / "base")
+    assert [set(evaluator.metrics(task)) for task in tasks] == [{"loss"}, {"exact_match", "loss"}, {"accuracy", "loss"}]
+
+
+def test_the_python_runs(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(blocks("python")[0], "README.md", "exec"), {})
+    assert re.search(r"^\d+ \{'rot90': 0\.\d+, 'parity': 0\.\d+\}$", capsys.readouterr().out, flags=re.MULTILINE)
+
+
+def test_names_in_its_tables_are_those_that_exist() -> None:
+    listed = set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE))
+    assert listed == set(PROPOSERS) | set(FAMILIES)
+    for name in OPERATORS:
+        assert f"`{name}`" in README
+    for preset in presets_folder().glob("*.yaml"):
+        assert f"`{preset.stem}`" in README
+    for proposer in PROPOSERS.values():
+        row = next(line for line in README.splitlines() if line.startswith(f"| `{proposer.name}`"))
+        assert all(f"`{option}`" in row for option in proposer.options_type.model_fields)
+
+
+def test_its_make_targets_exist_and_its_picture_lies_there() -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert set(re.findall(r"^    make (\w+)", README, flags=re.MULTILINE)) <= set(targets)
+    for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
+        assert (ROOT / path).is_file()
+
+
+def test_the_demo_is_a_campaign_as_people_write_it() -> None:
+    sections = yaml.safe_load((ROOT / "benchmarks" / "demo.yaml").read_text())
+    assert sections["budget"]["evaluations"] >= 60
