@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from evomerge import assemble
 from evomerge.errors import CampaignError, did_you_mean
@@ -120,6 +120,12 @@ class Campaign(Options):
     workers: WorkersSection = WorkersSection()
     device: str = "auto"
     seed: int = Field(default=0, ge=0)
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _by_kind(cls, given: Any) -> Any:
+        """``workers: inline`` is short for ``workers: {kind: inline}``."""
+        return {"kind": given} if isinstance(given, str) else given
 
     @property
     def split(self) -> SplitSection:

@@ -157,6 +157,9 @@ def main() -> None:
         message = " ".join(str(error).split())
         typer.echo(f"evomerge: {'' if isinstance(error, InputError) else 'failed: '}{message}", err=True)
         sys.exit(error.exit_status)
+    except OSError as error:
+        typer.echo(f"evomerge: failed: {error}; make room or give access, and type the command again", err=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         typer.echo("\nevomerge: stopped; the same command goes on where this one ended", err=True)
         sys.exit(130)

@@ -57,6 +57,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"search": [{"proposer": "adamerging"}], "operator": {"name": "ties"}, "space": {}}, "adamerging needs gradients, which ties"),
     ({"budget": {"evaluations": 0}}, "budget.evaluations: .*found 0"),
     ({"budget": {"evaluations": "many"}}, "budget.evaluations: expected a valid integer, found 'many'"),
+    ({"workers": "rya"}, "workers.kind: expected 'inline', found 'rya'"),
     ({"workers": {"kind": "rya"}}, "workers.kind: expected 'inline', found 'rya'"),
     ({"device": "warp"}, "device: 'warp' cannot be used here"),
     ({"seed": -1}, "seed: .*found -1"),

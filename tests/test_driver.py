@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Silent
+from sqlalchemy import Engine, event
 
 from evomerge.campaign import Campaign, read_campaign
 from evomerge.errors import EvoMergeError, RunError
@@ -172,6 +173,49 @@ def test_a_campaign_that_differs_in_meaning_is_refused(make_campaign: Callable[.
             watcher=Silent(),
         )
     search(make_campaign(name="renamed", budget={"evaluations": 3}), tmp_path / "run", watcher=Silent())
+
+
+def test_an_interruption_while_the_front_is_tested_is_no_second_touch(
+    make_campaign: Callable[..., Campaign], tmp_path: Path
+) -> None:
+    class InTest(Silent):
+        def advance(self, trial: object) -> None:
+            if self.phases[-1][0] == "test items":
+                raise Interrupt
+
+    campaign = make_campaign(budget={"evaluations": 5})
+    with pytest.raises(Interrupt):
+        search(campaign, tmp_path / "run", watcher=InTest())
+    run = search(campaign, tmp_path / "run", watcher=Silent())
+    assert run.is_finished
+    assert run.ledger.num_test_touches() == 1
+
+
+def test_a_ledger_that_cannot_be_written_is_said_in_one_line(
+    make_campaign: Callable[..., Campaign], tmp_path: Path
+) -> None:
+    """A full disk: SQLite's own page limit stands in for it; what is recorded stays and the run goes on later."""
+
+    class Filling(Silent):
+        def advance(self, trial: object) -> None:
+            super().advance(trial)
+            if isinstance(trial, Trial) and trial.number == 2:
+                event.listen(Engine, "begin", no_room)
+
+    def no_room(connection: Any) -> None:
+        pages = connection.exec_driver_sql("pragma page_count").scalar()
+        connection.exec_driver_sql(f"pragma max_page_count = {pages}")
+
+    campaign = make_campaign(budget={"evaluations": 400}, search=[{"proposer": "sobol"}])
+    try:
+        with pytest.raises(EvoMergeError, match="cannot be written .*full.*the same command goes on"):
+            search(campaign, tmp_path / "run", watcher=Filling())
+    finally:
+        event.remove(Engine, "begin", no_room)
+    recorded = [trial for trial in open_run(tmp_path / "run").trials if trial.order is not None]
+    assert 3 <= len(recorded) < 400
+    shorter = campaign.model_copy(update={"budget": budget(len(recorded) + 2)})
+    assert search(shorter, tmp_path / "run", watcher=Silent()).is_finished
 
 
 def test_two_drivers_do_not_share_a_run(make_campaign: Callable[..., Campaign], tmp_path: Path) -> None:

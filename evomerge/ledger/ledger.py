@@ -9,16 +9,17 @@ and carries its proposer's memo. Only the driver writes; any number of readers m
 import json
 import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from sqlalchemy import Connection, create_engine, event, func, insert, select, update
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy.exc import DatabaseError, OperationalError
 
-from evomerge.errors import RunError
+from evomerge.errors import EvoMergeError, RunError
 from evomerge.ledger import tables
 from evomerge.records import Arrival, Candidate, Descent, Measurement, Score, Split, Trial
 
@@ -38,7 +39,7 @@ class Ledger:
     def create(cls, folder: Path, campaign: Mapping[str, Any], facts: Mapping[str, Any]) -> "Ledger":
         """Start an empty ledger for a campaign, with the facts that readers need (both JSON)."""
         ledger = cls(folder)
-        with ledger._engine.begin() as connection:
+        with ledger._transaction() as connection:
             tables.metadata.create_all(connection)
             connection.execute(
                 insert(tables.run).values(
@@ -47,7 +48,7 @@ class Ledger:
                     created=time.time(),
                     campaign=json.dumps(campaign),
                     facts=json.dumps(facts),
-                    num_test_touches=0,
+                    test_touches="[]",
                 )
             )
         return ledger
@@ -78,20 +79,22 @@ class Ledger:
 
     def campaign(self) -> dict[str, Any]:
         """Return the campaign as last run."""
-        return self._json(tables.run.c.campaign)
+        campaign: dict[str, Any] = self._json(tables.run.c.campaign)
+        return campaign
 
     def facts(self) -> dict[str, Any]:
         """Return the facts that the run was created with."""
-        return self._json(tables.run.c.facts)
+        facts: dict[str, Any] = self._json(tables.run.c.facts)
+        return facts
 
     def update_campaign(self, campaign: Mapping[str, Any]) -> None:
         """Note a campaign that differs in its budget or workers."""
-        with self._engine.begin() as connection:
+        with self._transaction() as connection:
             connection.execute(update(tables.run).values(campaign=json.dumps(campaign)))
 
     def issue(self, stage: int, index: int, candidate: Candidate) -> Trial:
         """Commit a candidate before it is submitted, with the number of results known by now."""
-        with self._engine.begin() as connection:
+        with self._transaction() as connection:
             number = _next(connection, tables.trials.c.number)
             known = _next(connection, tables.trials.c.finish_order)
             connection.execute(
@@ -110,7 +113,7 @@ class Ledger:
         """Commit a trial's fate, a measurement or the reason for failing, in one transaction; return it finished."""
         measurement = outcome if isinstance(outcome, Measurement) else None
         failure = outcome if isinstance(outcome, str) else None
-        with self._engine.begin() as connection:
+        with self._transaction() as connection:
             order = _next(connection, tables.trials.c.finish_order)
             connection.execute(
                 update(tables.trials)
@@ -142,7 +145,7 @@ class Ledger:
 
     def measure(self, subject: str, measurement: Measurement) -> None:
         """Commit a measurement that is no trial: a reference model's, or test scores."""
-        with self._engine.begin() as connection:
+        with self._transaction() as connection:
             _insert(connection, subject, measurement)
 
     def measurements(self, split: Split) -> dict[str, Measurement]:
@@ -151,19 +154,35 @@ class Ledger:
             return _read(connection, split)
 
     def touch_test_items(self) -> None:
-        """Note that the test items are about to be used."""
-        with self._engine.begin() as connection:
-            connection.execute(update(tables.run).values(num_test_touches=tables.run.c.num_test_touches + 1))
+        """Note that the front of the trials finished by now is about to be scored on the test items.
+
+        Going on with the same front after an interruption is the same touch.
+        """
+        with self._transaction() as connection:
+            num_finished = _next(connection, tables.trials.c.finish_order)
+            touches = json.loads(connection.execute(select(tables.run.c.test_touches)).scalar_one())
+            if num_finished not in touches:
+                connection.execute(update(tables.run).values(test_touches=json.dumps([*touches, num_finished])))
 
     def num_test_touches(self) -> int:
-        """How many times a front was scored on the test items; more than once is disclosed."""
-        with self._engine.connect() as connection:
-            return int(connection.execute(select(tables.run.c.num_test_touches)).scalar_one())
+        """How many fronts were scored on the test items; more than one is disclosed."""
+        return len(self._json(tables.run.c.test_touches))
 
-    def _json(self, column: Any) -> dict[str, Any]:
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        """Commit what the block does, or nothing. Raises: EvoMergeError if the file cannot be written."""
+        try:
+            with self._engine.begin() as connection:
+                yield connection
+        except OperationalError as error:
+            raise EvoMergeError(
+                f"{self.path} cannot be written ({error.orig}); make room or give access: what is recorded is safe, "
+                "and the same command goes on"
+            ) from error
+
+    def _json(self, column: Any) -> Any:
         with self._engine.connect() as connection:
-            data: dict[str, Any] = json.loads(connection.execute(select(column)).scalar_one())
-        return data
+            return json.loads(connection.execute(select(column)).scalar_one())
 
 
 def _configure(connection: Any, _: object) -> None:

@@ -14,7 +14,7 @@ run = Table(  # one row: what this run is
     Column("created", Float, nullable=False),  # Unix seconds
     Column("campaign", String, nullable=False),  # JSON: the campaign as last run
     Column("facts", String, nullable=False),  # JSON: objectives, dimensions and checkpoint hashes that it led to
-    Column("num_test_touches", Integer, nullable=False, default=0),
+    Column("test_touches", String, nullable=False),  # JSON: number of finished trials at each use of the test items
 )
 
 trials = Table(  # issued: order is null; finished: order is its place among the results
