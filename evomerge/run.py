@@ -62,6 +62,11 @@ class Run:
         return num_finished >= self.campaign.budget.evaluations and bool(self.tested) and members <= self.tested.keys()
 
     @property
+    def has_one_metric(self) -> bool:
+        """Whether all objectives are of one metric, so that their mean says something."""
+        return len({objective.metric for objective in self.objectives}) == 1
+
+    @property
     def references(self) -> list[str]:
         """The reference models that were scored on the test items: base, experts, uniform, the best scalar."""
         return [subject for subject in self.tested if not subject.startswith("trial:")]

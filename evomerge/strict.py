@@ -33,6 +33,7 @@ def parse(section: type[Section], data: Any, where: str) -> Section:
             ) from error
         found = first["input"]
         message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+        message = message.replace("String should", "expected a string that should")
         shown = f", found {found!r}" if isinstance(found, str | int | float | bool | None) else ""
         raise CampaignError(f"{path}: {message}{shown}") from error
 

@@ -230,12 +230,13 @@ def _hypervolume_figure(run: Run) -> Any:
 def _table(run: Run, knee: str) -> str:
     measured = run.tested or run.searched
     head = "".join(f"<th>{html.escape(_axis(objective))}</th>" for objective in run.objectives)
-    gain_head = "<th>over best scalar</th>" if run.tested else ""
+    with_gain = bool(run.tested) and run.has_one_metric
+    gain_head = "<th>over best scalar</th>" if with_gain else ""
     lines = [f"<tr><th>model</th>{head}{gain_head}</tr>"]
     for subject in [*run.references, *(f"trial:{trial.number}" for trial in run.front)]:
         scores = [measured[subject].scores[objective.name] for objective in run.objectives]
         cells = "".join(f"<td>{score.value:.3f} ± {score.stderr:.3f}</td>" for score in scores)
-        if run.tested:
+        if with_gain:
             gain, error = run.gain(subject, run.best_scalar)
             cells += "<td></td>" if subject == run.best_scalar else f"<td>{gain:+.3f} ± {error:.3f}</td>"
         kind = "knee" if subject == knee else "front" if subject.startswith("trial:") else "reference"

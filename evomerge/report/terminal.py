@@ -1,5 +1,6 @@
 """What a person sees in the terminal: progress, tables, and what to type next; within 100 columns."""
 
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,15 @@ from evomerge.splits import SPLITS
 
 NUM_ROWS = 12
 console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 100)
+
+
+def _command() -> str:
+    """How the command is typed here: by its name, or by the path that was used where the name is not found."""
+    typed = Path(sys.argv[0])
+    return str(typed) if typed.name == "evomerge" and shutil.which("evomerge") is None else "evomerge"
+
+
+COMMAND = _command()
 
 
 def say(line: str) -> None:
@@ -150,10 +160,10 @@ def print_front(run: Run, *, everything: bool = False) -> None:
     table.add_column("model", no_wrap=True)
     for objective in run.objectives:
         table.add_column(objective.name + (" ↓" if objective.direction == "min" else ""), justify="right", no_wrap=True)
-    if _is_uniform(run):
+    if run.has_one_metric:
         table.add_column("mean", justify="right")
-    if run.tested:
-        table.add_column("over scalar", justify="right", no_wrap=True)
+        if run.tested:
+            table.add_column("over scalar", justify="right", no_wrap=True)
     for subject in run.references if run.tested else [name for name in ("base", "uniform") if name in measured]:
         table.add_row(subject, *_cells(run, measured, subject, compact=compact), style="dim")
     table.add_section()
@@ -178,8 +188,10 @@ def print_finished(run: Run, file: Path, *, was_finished: bool) -> None:
     if was_finished:
         say(f"this campaign had finished: nothing was done; raise budget.evaluations in {file} to extend it")
     say(f"run      {run.folder}")
+    if not run.front:
+        return
     for number, command in enumerate(("report {}", "export {} --knee --out merged --verify", "front {} --all")):
-        say(("next     " if number == 0 else "         ") + "evomerge " + command.format(run.folder))
+        say(("next     " if number == 0 else "         ") + f"{COMMAND} " + command.format(run.folder))
 
 
 def print_export(run: Run, trial: Trial, out: Path, *, verified: bool) -> None:
@@ -187,7 +199,7 @@ def print_export(run: Run, trial: Trial, out: Path, *, verified: bool) -> None:
     say(f"export   {out}  (trial {trial.number} of {run.folder}; checkpoint, recipe.yaml, README.md)")
     say(f'load     transformers.AutoModel.from_pretrained("{out}")')
     if not verified:
-        say(f"next     evomerge export {run.folder} --trial {trial.number} --out {out}-again --verify")
+        say(f"next     {COMMAND} export {run.folder} --trial {trial.number} --out {out}-again --verify")
 
 
 def print_verification(rows: Sequence[Verification]) -> None:
@@ -233,7 +245,7 @@ def print_check(file: Path, report: CheckReport) -> None:
         counts = [str(len(plan.splits[objective.task][split])) for split in SPLITS]
         items.add_row(objective.name, objective.task, f"{objective.metric} ({objective.direction})", *counts)
     console.print(items)
-    say(f"next     evomerge search {file}")
+    say(f"next     {COMMAND} search {file}")
 
 
 def make_family(name: str, out: Path) -> None:
@@ -255,7 +267,7 @@ def make_family(name: str, out: Path) -> None:
     for note in family.notes:
         say(f"note     {note}")
     shown = out / "campaign.yaml"
-    say(f"next     evomerge check {shown}\n         evomerge search {shown}")
+    say(f"next     {COMMAND} check {shown}\n         {COMMAND} search {shown}")
 
 
 def sum_seconds(seconds: Mapping[str, float]) -> float:
@@ -277,10 +289,12 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _print_notes(run: Run, num_hidden: int, *, compact: bool) -> None:
+    if not run.front:
+        say("no candidate has succeeded and kept every floor and ceiling: loosen them, or raise the budget")
     if num_hidden:
-        say(f"{num_hidden} more on the front: evomerge front {run.folder} --all")
+        say(f"{num_hidden} more on the front: {COMMAND} front {run.folder} --all")
     say(f"hypervolume {run.hypervolume():.4g} above the base, on search items; by those the table is sorted")
-    if run.tested:
+    if run.tested and run.has_one_metric:
         say(f"over scalar: paired difference of the mean to {run.best_scalar}, the best single coefficient")
     failed = [trial for trial in run.trials if trial.failure]
     if failed:
@@ -296,17 +310,12 @@ def _cells(run: Run, measured: dict[str, Measurement], subject: str, *, compact:
     """Return a row's scores with standard errors, their mean, and the paired gain over the best single scalar."""
     scores = [measured[subject].scores[objective.name] for objective in run.objectives]
     cells = [f"{score.value:.3f}" if compact else f"{score.value:.3f} ±{_short(score.stderr)}" for score in scores]
-    if _is_uniform(run):
+    if run.has_one_metric:
         cells.append(f"{np.mean([score.value for score in scores]):.3f}")
-    if run.tested:
-        gain, error = run.gain(subject, run.best_scalar)
-        cells.append("" if subject == run.best_scalar else f"{gain:+.3f} ±{_short(error)}")
+        if run.tested:
+            gain, error = run.gain(subject, run.best_scalar)
+            cells.append("" if subject == run.best_scalar else f"{gain:+.3f} ±{_short(error)}")
     return cells
-
-
-def _is_uniform(run: Run) -> bool:
-    """Whether all objectives are of one metric, so that their mean says something."""
-    return len({objective.metric for objective in run.objectives}) == 1
 
 
 def _short(error: float) -> str:
