@@ -42,10 +42,11 @@ def write_report(run: Run, path: Path) -> None:
 
     knee = f"trial:{run.pick(at_knee=True).number}"
     split = "test" if run.tested else "search"
+    title = f"The front, on {split} items" if len(run.objectives) > 1 else "Candidates, on search items"
     sections = [
         f"<h1>{html.escape(run.campaign.name)}</h1>",
         f'<p class="lead">{_lead(run)}</p>',
-        f"<h2>The front, on {split} items</h2>",
+        f"<h2>{title}</h2>",
         _picture(_front_figure(run, knee)),
         "<h2>Models</h2>",
         f'<div class="scroll">{_table(run, knee)}</div>',

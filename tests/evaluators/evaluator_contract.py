@@ -1,0 +1,135 @@
+"""What every evaluator promises; a test class of an evaluator inherits ``EvaluatorContract``."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from evomerge.evaluators.evaluator import Evaluator, ItemScores
+
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums in another order, where batches are put together otherwise
+
+
+def assert_same_scores(one: ItemScores, other: ItemScores) -> None:
+    assert one.keys() == other.keys()
+    for metric, scores in one.items():
+        np.testing.assert_allclose(scores, other[metric], **TOLERANCE)
+
+
+class EvaluatorContract:
+    """tasks names tasks of at least ten items; evaluator and model make what is tested, the same every time.
+
+    mean_loss_tasks are those whose ``ce`` loss is the mean of the items' ``loss``.
+    """
+
+    tasks: Sequence[str]
+    mean_loss_tasks: Sequence[str]
+
+    @pytest.fixture
+    def evaluator(self) -> Evaluator:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def one_at_a_time(self) -> Evaluator:
+        """The same with a batch size of one."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def model(self) -> Any:
+        raise NotImplementedError
+
+    def everything(self, evaluator: Evaluator, task: str) -> np.ndarray:
+        return np.arange(len(evaluator.sources[task]))
+
+    def test_each_item_has_a_source(self, evaluator: Evaluator) -> None:
+        assert evaluator.sources.keys() == set(self.tasks)
+        for task in self.tasks:
+            assert len(evaluator.sources[task]) >= 10
+            assert all(isinstance(source, int | str) for source in evaluator.sources[task])
+
+    def test_it_reports_the_metrics_that_it_declares(self, evaluator: Evaluator, model: Any) -> None:
+        for task in self.tasks:
+            items = self.everything(evaluator, task)
+            scores = evaluator.score(model, task, items)
+            assert scores.keys() == evaluator.metrics(task).keys()
+            assert set(evaluator.metrics(task).values()) <= {"max", "min"}
+            for of_items in scores.values():
+                assert of_items.dtype == np.float32
+                assert of_items.shape == items.shape
+                assert np.isfinite(of_items).all()
+
+    def test_scores_follow_the_order_of_the_items(self, evaluator: Evaluator, model: Any) -> None:
+        for task in self.tasks:
+            items = self.everything(evaluator, task)
+            order = np.random.default_rng(0).permutation(items)
+            full, shuffled = evaluator.score(model, task, items), evaluator.score(model, task, order)
+            assert len(np.unique(full["loss"])) > 3, "items that all score the same would prove nothing"
+            assert_same_scores({metric: of_items[order] for metric, of_items in full.items()}, shuffled)
+
+    def test_a_part_of_the_items_scores_as_in_the_whole(self, evaluator: Evaluator, model: Any) -> None:
+        for task in self.tasks:
+            full = evaluator.score(model, task, self.everything(evaluator, task))
+            for items in (np.array([7]), np.array([8, 2, 5]), np.array([3, 3, 0])):
+                part = evaluator.score(model, task, items)
+                assert_same_scores({metric: of_items[items] for metric, of_items in full.items()}, part)
+
+    def test_the_batch_size_does_not_matter(self, evaluator: Evaluator, one_at_a_time: Evaluator, model: Any) -> None:
+        for task in self.tasks:
+            items = self.everything(evaluator, task)
+            assert_same_scores(evaluator.score(model, task, items), one_at_a_time.score(model, task, items))
+            for name in sorted(evaluator.losses):
+                with torch.no_grad():
+                    one, other = (float(e.loss(model, task, items, name)) for e in (evaluator, one_at_a_time))
+                assert one == pytest.approx(other, rel=1e-5)
+
+    def test_the_cross_entropy_is_the_mean_of_the_items_losses(self, evaluator: Evaluator, model: Any) -> None:
+        for task in self.mean_loss_tasks:
+            items = self.everything(evaluator, task)[2:9]
+            mean = evaluator.score(model, task, items)["loss"].mean()
+            assert float(evaluator.loss(model, task, items, "ce").detach()) == pytest.approx(float(mean), rel=1e-5)
+
+    def test_losses_are_differentiable_in_the_weights(self, evaluator: Evaluator, model: Any) -> None:
+        """And right: a small step down the gradient lowers the loss by what the gradient says."""
+        assert "ce" in evaluator.losses
+        for task in self.tasks:
+            items = self.everything(evaluator, task)[:6]
+            for name in sorted(evaluator.losses):
+                model.requires_grad_(True)
+                before = evaluator.loss(model, task, items, name)
+                assert before.ndim == 0
+                before.backward()
+                norm = sum(float((p.grad.double() ** 2).sum()) for p in model.parameters() if p.grad is not None)
+                assert norm > 0
+                step = 0.01 * float(before.detach().abs()) / norm
+                moved = [p for p in model.parameters() if p.grad is not None]
+                with torch.no_grad():
+                    for tensor in moved:
+                        tensor.sub_(step * tensor.grad)
+                    after = float(evaluator.loss(model, task, items, name))
+                    for tensor in moved:
+                        tensor.add_(step * tensor.grad)
+                fallen = float(before.detach()) - after
+                assert fallen == pytest.approx(step * norm, rel=0.2)
+                model.zero_grad()
+
+    def test_scoring_leaves_the_model_as_it_was(self, evaluator: Evaluator, model: Any) -> None:
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        pointers = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+        for task in self.tasks:
+            evaluator.score(model, task, self.everything(evaluator, task))
+        after = model.state_dict()
+        assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+        assert pointers == {name: tensor.data_ptr() for name, tensor in after.items()}
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    def test_a_model_in_bfloat16_is_scored_in_float32(self, evaluator: Evaluator, model: Any) -> None:
+        for task in self.tasks:
+            items = self.everything(evaluator, task)
+            exact = evaluator.score(model, task, items)["loss"]
+            rounded = evaluator.score(model.bfloat16(), task, items)["loss"]
+            model.float()
+            assert rounded.dtype == np.float32
+            np.testing.assert_allclose(rounded, exact, rtol=0.1, atol=0.1)
+            assert len(np.unique(rounded)) > len(items) // 2, "log-probabilities rounded to bfloat16 would coincide"

@@ -1,0 +1,210 @@
+"""The space: point to values and back."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evomerge.errors import CampaignError
+from evomerge.records import ParameterSpec
+from evomerge.space.space import Range, Searched, Setting, Space
+
+COEFFICIENT = ParameterSpec(name="coefficient", meaning="of a task vector", default=0.3, low=-0.2, high=1.2)
+DENSITY = ParameterSpec(name="density", meaning="kept", default=0.2, low=0.1, high=0.9, minimum=0.0, maximum=1.0)
+SCALE = ParameterSpec(name="scale", meaning="of all", default=1.0, low=0.3, high=3.0, per_expert=False)
+EXPERTS = ("math", "chat", "code")
+GROUPS = {"before": ("e",), "layer0": ("a", "b"), "layer1": ("c",), "after": ("h",)}
+SEARCHED = Range(low=-0.2, high=1.2, start=0.3)
+
+
+def searched(setting: Setting = SEARCHED, *, by_group: bool = True, **exceptions: Setting) -> Searched:
+    named = {place.replace("__", "/"): given for place, given in exceptions.items()}
+    return Searched(spec=COEFFICIENT, setting=setting, by_group=by_group, exceptions=named)
+
+
+def space(*parameters: Searched) -> Space:
+    return Space(EXPERTS, GROUPS, parameters)
+
+
+@st.composite
+def ranges(draw: st.DrawFn) -> Range:
+    low, start, high = sorted(draw(st.lists(st.floats(-5, 5), min_size=3, max_size=3)))
+    return Range(low=low, start=start, high=high if high > low + 1e-3 else low + 1.0)
+
+
+@st.composite
+def spaces(draw: st.DrawFn) -> Space:
+    """Of one per-expert parameter with exceptions, one shared over groups, and one of the whole merge."""
+    first = Searched(
+        spec=COEFFICIENT,
+        setting=draw(ranges()),
+        by_group=draw(st.booleans()),
+        exceptions={"math/before": draw(st.one_of(ranges(), st.floats(-3, 3)))} if draw(st.booleans()) else {},
+    )
+    density = Searched(
+        spec=DENSITY,
+        setting=draw(st.sampled_from([0.5, Range(low=0.1, high=0.9, start=0.2)])),
+        by_group=draw(st.booleans()),
+    )
+    scale = Searched(
+        spec=SCALE,
+        setting=draw(st.sampled_from([1.0, Range(low=0.5, high=2.0, start=1.0)])),
+        by_group=draw(st.booleans()),
+    )
+    return space(first, density, scale)
+
+
+@given(spaces(), st.integers(0, 2**31))
+def test_values_stay_in_range_and_each_dimension_moves_what_it_names(held: Space, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    lowest, highest = held.values(np.zeros(len(held))), held.values(np.ones(len(held)))
+    values = held.values(rng.random(len(held)))
+    for name, matrix in values.items():
+        assert matrix.shape == (1 if name == "scale" else 3, 4)
+        assert (matrix >= np.minimum(lowest[name], highest[name]) - 1e-12).all()
+        assert (matrix <= np.maximum(lowest[name], highest[name]) + 1e-12).all()
+    for d, dimension in enumerate(held.dimensions):
+        point = np.zeros(len(held))
+        point[d] = 1.0
+        moved = held.values(point)
+        changed = {name: moved[name] != lowest[name] for name in moved}
+        assert {name for name in changed if changed[name].any()} == {dimension.parameter}
+        matrix = moved[dimension.parameter]
+        assert np.allclose(matrix[changed[dimension.parameter]], dimension.high, rtol=0, atol=1e-12)
+        assert np.allclose(lowest[dimension.parameter][changed[dimension.parameter]], dimension.low, rtol=0, atol=1e-12)
+        rows = {EXPERTS[k] for k in np.nonzero(changed[dimension.parameter])[0]} if len(matrix) == 3 else {None}
+        assert rows == {dimension.expert}
+
+
+@given(spaces())
+def test_the_start_decodes_to_the_starts(held: Space) -> None:
+    assert held.start.shape == (len(held),)
+    assert ((held.start >= 0) & (held.start <= 1)).all()
+    values = held.values(held.start)
+    for d, dimension in enumerate(held.dimensions):
+        nudged = held.start.copy()
+        nudged[d] += 0.25
+        moved = held.values(nudged)[dimension.parameter] != values[dimension.parameter]
+        assert np.allclose(values[dimension.parameter][moved], dimension.start, rtol=0, atol=1e-12)
+        assert moved.any()
+
+
+@given(spaces(), st.integers(0, 2**31))
+def test_pull_back_equals_finite_differences(held: Space, seed: int) -> None:
+    """Of f(values) = sum of sines, in the searched numbers' own units."""
+    rng = np.random.default_rng(seed)
+    point, step = rng.random(len(held)), 1e-5
+
+    def f(at: np.ndarray) -> float:
+        return sum(float(np.sin(matrix).sum()) for matrix in held.values(at).values())
+
+    gradient = held.pull_back({name: np.cos(matrix) for name, matrix in held.values(point).items()})
+    for d in range(len(held)):
+        up, down = point.copy(), point.copy()
+        up[d] += step / held.spans_D[d]
+        down[d] -= step / held.spans_D[d]
+        assert gradient[d] == pytest.approx((f(up) - f(down)) / (2 * step), abs=1e-6)
+
+
+def test_one_number_a_group_for_every_expert() -> None:
+    held = space(searched())
+    assert [dimension.name for dimension in held.dimensions] == [
+        f"coefficient {expert}/{group}" for expert in EXPERTS for group in GROUPS
+    ]
+    point = np.arange(12) / 12
+    np.testing.assert_allclose(held.values(point)["coefficient"], -0.2 + 1.4 * point.reshape(3, 4), atol=1e-15)
+    np.testing.assert_allclose(held.spans_D, np.full(12, 1.4))
+
+
+def test_one_number_for_the_whole_model() -> None:
+    held = space(searched(by_group=False))
+    assert [dimension.name for dimension in held.dimensions] == [
+        "coefficient math",
+        "coefficient chat",
+        "coefficient code",
+    ]
+    assert held.values([0.0, 0.5, 1.0])["coefficient"] == pytest.approx(np.repeat([[-0.2], [0.5], [1.2]], 4, axis=1))
+
+
+def test_a_parameter_of_the_whole_merge_has_one_row() -> None:
+    one = space(Searched(spec=SCALE, setting=Range(low=0.5, high=2.5, start=1.0), by_group=False))
+    assert [dimension.name for dimension in one.dimensions] == ["scale"]
+    assert one.values([0.5])["scale"].tolist() == [[1.5, 1.5, 1.5, 1.5]]
+    by_group = space(Searched(spec=SCALE, setting=Range(low=0.5, high=2.5, start=1.0)))
+    assert [dimension.name for dimension in by_group.dimensions] == [f"scale {group}" for group in GROUPS]
+
+
+def test_fixed_numbers_take_no_dimension() -> None:
+    held = space(searched(by_group=False), Searched(spec=DENSITY, setting=0.4))
+    assert len(held) == 3
+    for point in (np.zeros(3), np.ones(3)):
+        assert (held.values(point)["density"] == 0.4).all()
+
+
+def test_groups_of_one_are_left_out_of_the_names() -> None:
+    held = Space(EXPERTS, {"model": ("a", "b")}, [searched()])
+    assert [dimension.name for dimension in held.dimensions] == [
+        "coefficient math",
+        "coefficient chat",
+        "coefficient code",
+    ]
+
+
+def test_the_first_exception_that_matches_wins() -> None:
+    held = space(searched(0.0, math__layer0=0.9, **{"math__*": 0.5, "*__layer0": Range(low=1.0, high=2.0, start=1.5)}))
+    assert [dimension.name for dimension in held.dimensions] == ["coefficient chat/layer0", "coefficient code/layer0"]
+    assert held.values([0.0, 1.0])["coefficient"].tolist() == [[0.5, 0.9, 0.5, 0.5], [0, 1, 0, 0], [0, 2, 0, 0]]
+
+
+def test_exceptions_to_a_number_shared_over_groups() -> None:
+    """What is no exception still shares one number an expert."""
+    held = space(searched(by_group=False, **{"chat__layer0": Range(low=0.0, high=0.1, start=0.0), "code__*": 0.25}))
+    assert len(held) == 3
+    values = held.values([0.0, 1.0, 1.0])["coefficient"]
+    assert values == pytest.approx(np.array([[-0.2] * 4, [1.2, 0.1, 1.2, 1.2], [0.25] * 4]))
+
+
+@pytest.mark.parametrize(
+    ("exceptions", "words"),
+    [
+        ({"maths/*": 0.5}, ["coefficient", "'maths/*'", "math/"]),
+        ({"*/*": 0.5, "math/layer0": Range(low=0.0, high=1.0, start=0.5)}, ["'math/layer0'"]),
+    ],
+)
+def test_an_exception_that_matches_nothing_is_an_error(exceptions: Mapping[str, Setting], words: list[str]) -> None:
+    with pytest.raises(CampaignError) as caught:
+        space(Searched(spec=COEFFICIENT, setting=SEARCHED, exceptions=exceptions))
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        (Range(low=-0.1, high=0.5, start=0.2), ["density", "[0, 1]", "-0.1"]),
+        (Range(low=0.1, high=1.5, start=0.2), ["density", "[0, 1]", "1.5"]),
+        (1.01, ["density", "1.01"]),
+        (float("nan"), ["density", "nan"]),
+        (Range(low=0.5, high=0.2, start=0.3), ["low <= start <= high"]),
+        (Range(low=0.1, high=0.5, start=0.7), ["low <= start <= high", "start 0.7"]),
+        (Range(low=0.5, high=0.5, start=0.5), ["both 0.5", "fix it"]),
+    ],
+)
+def test_ranges_that_cannot_be_are_errors(setting: Setting, words: list[str]) -> None:
+    with pytest.raises(CampaignError) as caught:
+        space(searched(), Searched(spec=DENSITY, setting=setting))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_nothing_searched_is_an_error() -> None:
+    with pytest.raises(CampaignError, match="nothing is searched"):
+        space(searched(0.3))
+
+
+@pytest.mark.parametrize("shape", [(1,), (), (11,), (13,), (3, 4)])
+def test_a_point_of_another_size_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="expected 12 coordinates"):
+        space(searched()).values(np.zeros(shape))
