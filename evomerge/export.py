@@ -10,9 +10,9 @@ import torch
 from evomerge.card import model_card
 from evomerge.errors import EvoMergeError, RunError
 from evomerge.materialize.checkpoint import open_checkpoint
-from evomerge.materialize.export import export, require_new
 from evomerge.materialize.materializer import Materializer
 from evomerge.materialize.resident import load_model
+from evomerge.materialize.write import require_new, write_checkpoint
 from evomerge.plan import choose_device, make_plan
 from evomerge.recipe_file import read_recipe, write_recipe
 from evomerge.records import Split, Trial
@@ -57,7 +57,7 @@ def export_trial(run: Run, trial: Trial, out: Path, loading: Loading) -> None:
         write_recipe(recipe, folder / "recipe.yaml")
         (folder / "README.md").write_text(model_card(run, trial, recipe))
 
-    export(materializer, plan.base, out, add)
+    write_checkpoint(materializer, plan.base, out, add)
 
 
 def merge_recipe(path: Path, out: Path, device: str, loading: Loading) -> str:
@@ -68,7 +68,9 @@ def merge_recipe(path: Path, out: Path, device: str, loading: Loading) -> str:
         read.base, read.experts, dtype=read.recipe.dtype, device=choose_device(device), progress=loading
     )
     materializer.build(read.operator, read.recipe)
-    return export(materializer, read.base, out, lambda folder: write_recipe(read.recipe, folder / "recipe.yaml"))
+    return write_checkpoint(
+        materializer, read.base, out, lambda folder: write_recipe(read.recipe, folder / "recipe.yaml")
+    )
 
 
 def verify_export(run: Run, trial: Trial, folder: Path, loading: Loading) -> list[Verification]:

@@ -15,7 +15,7 @@ from evomerge.errors import RunError, did_you_mean
 from evomerge.front.compare import paired_difference
 from evomerge.front.front import front_hypervolume, front_of, maximized
 from evomerge.front.pick import knee, prefer
-from evomerge.ledger.ledger import FILE_NAME, Ledger
+from evomerge.ledger.ledger import Ledger
 from evomerge.records import Measurement, Objective, Trial
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class Run:
 def open_run(location: str | Path) -> Run:
     """Open a run by its folder, or by its name under runs/. Raises: RunError."""
     folder = Path(location)
-    if not (folder / FILE_NAME).is_file() and (Path("runs") / folder / FILE_NAME).is_file():
+    if not Ledger.exists(folder) and Ledger.exists(Path("runs") / folder):
         folder = Path("runs") / folder
     ledger = Ledger.open(folder)
     facts = ledger.facts()
@@ -167,7 +167,7 @@ def search(
 
     folder = Path(folder)
     with _driving(folder):
-        started = (folder / FILE_NAME).is_file()
+        started = Ledger.exists(folder)
         if started:
             run = open_run(folder)
             _require_same_meaning(run, campaign)

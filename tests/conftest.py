@@ -10,26 +10,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from silent_watcher import Silent
 from small_families import SMALL
 
 from evomerge.campaign import Campaign, read_campaign
 from evomerge.families.family import FamilySummary, make
 
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits
-
-
-class Silent:
-    """A watcher that remembers what it was told."""
-
-    def __init__(self) -> None:
-        self.phases: list[tuple[str, int, int]] = []
-        self.num_advances = 0
-
-    def phase(self, title: str, total: int, done: int) -> None:
-        self.phases.append((title, total, done))
-
-    def advance(self, trial: object) -> None:
-        self.num_advances += 1
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Silent
+from silent_watcher import Silent
 from sqlalchemy import Engine, event
 
 from evomerge.campaign import Campaign, read_campaign
@@ -98,7 +98,7 @@ def test_kill_9_at_any_moment_loses_no_recorded_trial(uninterrupted: Run, small_
     """A real process, killed at four random moments of its search, then left to finish."""
     folder, ledger = tmp_path / "run", tmp_path / "run" / FILE_NAME
     program = (
-        "import sys; from pathlib import Path; import conftest, test_driver as t; from evomerge.run import search; "
+        "import sys; from pathlib import Path; import torch; import test_driver as t; torch.set_num_threads(1); from evomerge.run import search; "
         "from evomerge.campaign import read_campaign; c = read_campaign(Path(sys.argv[1])); "
         "c = c.model_copy(update={'search': t.chain(), 'budget': t.budget(60)}); "
         "search(c, Path(sys.argv[2]), watcher=t.Silent())"
@@ -294,3 +294,10 @@ def test_descents_lower_the_loss_they_descend(make_campaign: Callable[..., Campa
     assert losses[-1] < losses[0]
     assert run.trials[1].candidate.point == arrivals[0].point
     assert all(trial.measurement.cost > 1 for trial in run.trials if trial.measurement)
+
+
+def test_a_run_whose_ledger_was_never_begun_starts_anew(make_campaign: Callable[..., Campaign], tmp_path: Path) -> None:
+    """A process killed while it creates the ledger leaves an empty file."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / FILE_NAME).touch()
+    assert search(make_campaign(budget={"evaluations": 2}), tmp_path / "run", watcher=Silent()).is_finished

@@ -152,7 +152,7 @@ def _tokenize(task: str, lines: Sequence[Mapping[str, Any]], tokenizer: Any) -> 
     sequences = []
     for number, line in enumerate(lines, start=1):
         if form == "text":
-            tokens = tuple(tokenizer(line["text"])["input_ids"])
+            tokens = _tokens(tokenizer, line["text"])
             item: tuple[_Sequence, ...] = (_Sequence(tokens, len(tokens) - 1),)
         else:
             answers = line["choices"] if form == "choice" else [line["answer"]]
@@ -165,8 +165,15 @@ def _tokenize(task: str, lines: Sequence[Mapping[str, Any]], tokenizer: Any) -> 
 
 def _continuation(tokenizer: Any, prompt: str, answer: str) -> _Sequence:
     """Tokenize prompt and answer as one text, as the model was trained, and score the answer's part."""
-    whole = tuple(tokenizer(prompt + answer)["input_ids"])
-    return _Sequence(whole, min(len(whole) - len(tokenizer(prompt)["input_ids"]), len(whole) - 1))
+    whole = _tokens(tokenizer, prompt + answer)
+    return _Sequence(whole, min(len(whole) - len(_tokens(tokenizer, prompt)), len(whole) - 1))
+
+
+def _tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
+    """Tokenize, without the end token that some tokenizers append: the text goes on, or is scored as it stands."""
+    tokens = tuple(tokenizer(text)["input_ids"])
+    ends = tokenizer.eos_token_id is not None and tokens[-1:] == (tokenizer.eos_token_id,)
+    return tokens[:-1] if ends and not text.endswith(tokenizer.eos_token) else tokens
 
 
 def _read_lines(folder: Path, task: str) -> list[dict[str, Any]]:

@@ -53,11 +53,17 @@ class Ledger:
             )
         return ledger
 
+    @staticmethod
+    def exists(folder: Path) -> bool:
+        """Whether a ledger was started here; an empty file is what a process leaves that dies while it creates one."""
+        path = folder / FILE_NAME
+        return path.is_file() and path.stat().st_size > 0
+
     @classmethod
     def open(cls, folder: Path) -> "Ledger":
         """Open an existing ledger."""
         ledger = cls(folder)
-        if not ledger.path.is_file():
+        if not cls.exists(folder):
             raise RunError(
                 f"{folder}: expected a run folder with {FILE_NAME}, found none; runs start with evomerge search"
             )
@@ -115,11 +121,12 @@ class Ledger:
         failure = outcome if isinstance(outcome, str) else None
         with self._transaction() as connection:
             order = _next(connection, tables.trials.c.finish_order)
-            connection.execute(
-                update(tables.trials)
-                .where(tables.trials.c.number == trial.number)
-                .values(finish_order=order, finished=time.time(), fingerprint=fingerprint, failure=failure)
-            )
+            pending = (tables.trials.c.number == trial.number) & tables.trials.c.finish_order.is_(None)
+            fate = {"finish_order": order, "finished": time.time(), "fingerprint": fingerprint, "failure": failure}
+            if connection.execute(update(tables.trials).where(pending).values(fate)).rowcount != 1:
+                raise EvoMergeError(
+                    f"trial {trial.number} is not pending: it was never issued, or has its result already"
+                )
             if measurement is not None:
                 _insert(connection, f"trial:{trial.number}", measurement)
         return replace(trial, order=order, measurement=measurement, failure=failure)

@@ -75,7 +75,8 @@ class Materializer:
         """Return the sum of the losses and its gradient in the recipe's (K, G) numbers, by parameter.
 
         One backward a loss; each tensor's gradient is reduced to K + 1 inner products as soon as it is complete, and
-        freed. dL/dw[k, s] = <dL/dtheta_s, tau_k,s>, then autograd through the operator's weights.
+        freed. dL/dw[k, s] = <dL/dtheta_s, tau_k,s>, then autograd through the operator's weights. Persistent buffers
+        (running statistics) are merged too, but no gradient reaches them.
         """
         self.build(operator, recipe)
         values = {name: matrix.requires_grad_(True) for name, matrix in self._spread(recipe).items()}

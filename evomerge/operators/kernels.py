@@ -28,7 +28,7 @@ def lincomb(out_P: Tensor, base_P: Tensor, experts_KP: Tensor, weights_KB: Tenso
 
     Shapes: weights_KB (K+1, B), float64: row 0 scales the base, the others the task vectors. The task vectors are
     never formed: base is read once with the coefficient ``w[0] - sum_k w[k]``, so that all-zero weights give the base
-    and one expert at 1 gives that expert, bit for bit.
+    and one expert at 1 gives that expert, bit for bit (but for the sign of a zero).
     """
     base_weight_B1 = (weights_KB[0] - weights_KB[1:].sum(0)).float()[:, None]
     expert_weights_KB1 = weights_KB[1:].float()[:, :, None]

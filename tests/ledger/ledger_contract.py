@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from evomerge.errors import EvoMergeError
 from evomerge.ledger.ledger import Ledger
 from evomerge.records import Arrival, Candidate, Descent, Measurement, Score, Trial
 
@@ -236,6 +238,14 @@ class LedgerContract:
         assert ledger.measurements("search") == {}
         assert ledger.trials()[0].order is None
         assert ledger.record(trial, measured(), None).order == 0
+
+    def test_a_trial_has_one_fate(self, ledger: Ledger) -> None:
+        trial = ledger.issue(0, 0, Candidate(point=(0.5,)))
+        ledger.record(trial, "first", None)
+        for twice in (trial, replace(trial, number=7)):
+            with pytest.raises(EvoMergeError, match="is not pending"):
+                ledger.record(twice, "second", None)
+        assert [(trial.order, trial.failure) for trial in ledger.trials()] == [(0, "first")]
 
     def test_a_place_in_a_stage_is_issued_once(self, ledger: Ledger) -> None:
         ledger.issue(0, 0, candidate())

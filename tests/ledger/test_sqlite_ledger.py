@@ -32,13 +32,23 @@ def test_no_ledger_in_the_folder(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "looking must not make a file"
 
 
-@pytest.mark.parametrize("content", [b"", b"not a database", b"SQLite format 3\0" + bytes(4080)])
+@pytest.mark.parametrize("content", [b"not a database", b"SQLite format 3\0" + bytes(4080)])
 def test_a_file_that_is_no_ledger(tmp_path: Path, content: bytes) -> None:
     (tmp_path / FILE_NAME).write_bytes(content)
     with pytest.raises(RunError, match="not a readable ledger") as caught:
         Ledger.open(tmp_path)
     assert str(tmp_path / FILE_NAME) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_empty_file_is_no_ledger_yet(tmp_path: Path) -> None:
+    """A process that dies while it creates the ledger leaves one; the next search may begin there."""
+    (tmp_path / FILE_NAME).touch()
+    assert not Ledger.exists(tmp_path)
+    with pytest.raises(RunError, match="found none"):
+        Ledger.open(tmp_path)
+    Ledger.create(tmp_path, {}, {}).close()
+    assert Ledger.exists(tmp_path)
 
 
 def test_a_database_of_something_else(tmp_path: Path) -> None:

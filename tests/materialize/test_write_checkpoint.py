@@ -12,9 +12,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from evomerge.errors import EvoMergeError, InputError
 from evomerge.materialize.checkpoint import Checkpoint, open_checkpoint
-from evomerge.materialize.export import export
 from evomerge.materialize.materializer import Materializer
 from evomerge.materialize.resident import quiet_transformers
+from evomerge.materialize.write import write_checkpoint
 from evomerge.operators.linear import TaskArithmetic
 from evomerge.records import Recipe
 
@@ -49,7 +49,7 @@ def test_transformers_loads_the_same_bits(
 ) -> None:
     held = built(materializer(kind, dtype))
     out = tmp_path / "vit" if kind == "vit" else tmp_path / "out"
-    returned = export(held, checkpoints(kind, dtype)[0], out, nothing)
+    returned = write_checkpoint(held, checkpoints(kind, dtype)[0], out, nothing)
     with quiet_transformers():
         loader = AutoModel if kind == "vit" else AutoModelForCausalLM
         loaded, report = loader.from_pretrained(out, dtype="auto", output_loading_info=True)
@@ -68,7 +68,7 @@ def test_what_was_exported_is_a_checkpoint_of_ours(
 ) -> None:
     """It can be the base of the next search, and its hash says that it is the same model."""
     held = built(materializer("tied"))
-    returned = export(held, checkpoints("tied", "float32")[0], tmp_path / "out", nothing)
+    returned = write_checkpoint(held, checkpoints("tied", "float32")[0], tmp_path / "out", nothing)
     again = Materializer(open_checkpoint("base", tmp_path / "out"), [], dtype="float32")
     assert list(again.hashes.values()) == [returned]
 
@@ -84,7 +84,7 @@ def test_companions_are_copied_from_the_base_and_nothing_else(materializer: Make
     }
     for name in (*companions, "README.md", "training_args.bin", "optimizer.pt"):
         (base_folder / name).write_text(f"this is {name}")
-    export(built(materializer("llama")), open_checkpoint("base", base_folder), tmp_path / "out", nothing)
+    write_checkpoint(built(materializer("llama")), open_checkpoint("base", base_folder), tmp_path / "out", nothing)
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {"model.safetensors", "config.json", "generation_config.json", *companions}
     assert all((tmp_path / "out" / name).read_text() == f"this is {name}" for name in companions)
@@ -98,7 +98,7 @@ def test_what_add_writes_lies_beside_the_weights(materializer: Make, checkpoints
         (folder / "README.md").write_text("a card")
 
     out = tmp_path / "deep" / "er" / "out"
-    export(built(materializer("vit")), checkpoints("vit", "float32")[0], out, add)
+    write_checkpoint(built(materializer("vit")), checkpoints("vit", "float32")[0], out, add)
     assert (out / "README.md").read_text() == "a card"
     assert "model.safetensors" in seen
     assert [path.name for path in out.parent.iterdir()] == ["out"]
@@ -106,7 +106,7 @@ def test_what_add_writes_lies_beside_the_weights(materializer: Make, checkpoints
 
 def test_an_empty_folder_may_be_there(materializer: Make, checkpoints: Checkpoints, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    export(built(materializer("vit")), checkpoints("vit", "float32")[0], tmp_path / "out", nothing)
+    write_checkpoint(built(materializer("vit")), checkpoints("vit", "float32")[0], tmp_path / "out", nothing)
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
@@ -119,7 +119,7 @@ def test_what_is_already_there_is_left_alone(
     precious.parent.mkdir(exist_ok=True)
     precious.write_text("mine")
     with pytest.raises(InputError, match="new or empty.*another --out"):
-        export(built(materializer("vit")), checkpoints("vit", "float32")[0], out, nothing)
+        write_checkpoint(built(materializer("vit")), checkpoints("vit", "float32")[0], out, nothing)
     assert precious.read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -130,7 +130,7 @@ def test_nothing_is_left_behind_when_add_fails(materializer: Make, checkpoints: 
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        export(built(materializer("vit")), checkpoints("vit", "float32")[0], tmp_path / "out", add)
+        write_checkpoint(built(materializer("vit")), checkpoints("vit", "float32")[0], tmp_path / "out", add)
     assert not list(tmp_path.iterdir())
 
 
@@ -145,5 +145,5 @@ def test_nothing_is_left_behind_when_the_written_weights_differ(
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     with pytest.raises(EvoMergeError, match="other tensors"):
-        export(built(materializer("vit")), checkpoints("vit", "float32")[0], tmp_path / "out", flip)
+        write_checkpoint(built(materializer("vit")), checkpoints("vit", "float32")[0], tmp_path / "out", flip)
     assert not list(tmp_path.iterdir())

@@ -25,7 +25,7 @@ COMPANIONS = (  # what a checkpoint's user needs beside the weights; taken from 
 )
 
 
-def export(materializer: Materializer, base: Checkpoint, out: Path, add: Callable[[Path], None]) -> str:
+def write_checkpoint(materializer: Materializer, base: Checkpoint, out: Path, add: Callable[[Path], None]) -> str:
     """Write the resident model to ``out`` as a Hugging Face checkpoint; return the SHA-256 of its tensors.
 
     Tokenizer and processor files come from the base; ``add`` writes whatever else belongs beside them. What was
