@@ -16,7 +16,7 @@ from evomerge.materialize.write import require_new, write_checkpoint
 from evomerge.plan import choose_device, make_plan
 from evomerge.recipe_file import read_recipe, write_recipe
 from evomerge.records import Split, Trial
-from evomerge.run import Run, same_checkpoints
+from evomerge.run import Run, require_same_inputs
 from evomerge.scorer import score_of
 
 Loading = Callable[[str], None]
@@ -43,7 +43,7 @@ def export_trial(run: Run, trial: Trial, out: Path, loading: Loading) -> None:
     materializer = Materializer(
         plan.base, list(plan.experts.values()), dtype=plan.dtype, device=plan.device, progress=loading
     )
-    same_checkpoints(run, materializer.hashes)
+    require_same_inputs(run, plan, materializer.hashes)
     recipe = plan.recipe(trial.point)
     materializer.build(plan.operator, recipe)
     tested = run.tested.get(f"trial:{trial.number}")

@@ -178,7 +178,7 @@ def search(
         scorer = Scorer(plan, loading)
         dumped = campaign.model_dump(mode="json")
         if started:
-            same_checkpoints(run, scorer.materializer.hashes)
+            require_same_inputs(run, plan, scorer.materializer.hashes)
             run.ledger.update_campaign(dumped)
             ledger = run.ledger
         else:
@@ -217,6 +217,7 @@ def _facts(plan: "Plan", scorer: "Scorer") -> dict[str, Any]:
         "objectives": [asdict(objective) for objective in plan.objectives],
         "space": [asdict(dimension) for dimension in plan.space.dimensions],
         "hashes": scorer.materializer.hashes,
+        "items": plan.evaluator.digest,
         "test_sources": {
             task: [plan.evaluator.sources[task][item] for item in splits["test"]]
             for task, splits in plan.splits.items()
@@ -239,10 +240,13 @@ def _require_same_meaning(run: Run, campaign: Campaign) -> None:
         )
 
 
-def same_checkpoints(run: Run, hashes: Mapping[str, str]) -> None:
-    """Raise RunError if a checkpoint's tensors are no longer those that the run began with."""
-    for folder, found in hashes.items():
-        if run.facts["hashes"].get(folder) not in (None, found):
-            raise RunError(
-                f"{folder}: the checkpoint has changed since {run.folder} began; its scores do not compare: use --run"
-            )
+def require_same_inputs(run: Run, plan: "Plan", hashes: Mapping[str, str]) -> None:
+    """Raise RunError if checkpoints or items are no longer those that the run began with."""
+    changed = [folder for folder, found in hashes.items() if run.facts["hashes"].get(folder) != found]
+    if plan.evaluator.digest != run.facts["items"]:
+        changed.append(str(run.campaign.evaluation.get("data", "the evaluation's items")))
+    if changed:
+        raise RunError(
+            f"{changed[0]} has changed since {run.folder} began; its scores do not compare: put it back, or begin "
+            "another run with --run"
+        )

@@ -1,6 +1,7 @@
 """A real campaign on a small real family: whatever interrupts it, nothing recorded is lost and nothing changes."""
 
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -13,12 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from silent_watcher import Silent
 from sqlalchemy import Engine, event
 
 from evomerge.campaign import Campaign, read_campaign
 from evomerge.errors import EvoMergeError, RunError
 from evomerge.evaluators.classification import ClassificationEvaluator
+from evomerge.families.family import FamilySummary
 from evomerge.ledger.ledger import FILE_NAME
 from evomerge.records import Trial
 from evomerge.run import Run, open_run, search
@@ -266,22 +269,22 @@ def test_a_base_that_cannot_be_scored_ends_the_run_with_its_reason(
         search(make_campaign(), tmp_path / "run", watcher=Silent())
 
 
-def test_changed_checkpoints_are_noticed(
-    make_campaign: Callable[..., Campaign], small_digits: Any, tmp_path: Path
+@pytest.mark.parametrize("changed", ["expert/model.safetensors", "data/parity.safetensors"])
+def test_changed_inputs_are_noticed(
+    make_campaign: Callable[..., Campaign], small_digits: FamilySummary, tmp_path: Path, changed: str
 ) -> None:
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    copy = tmp_path / "expert"
-    shutil.copytree(small_digits.path / "experts" / "rot90", copy)
-    campaign = make_campaign(experts={"rot90": str(copy)}, budget={"evaluations": 2})
+    shutil.copytree(small_digits.path / "experts" / "rot90", tmp_path / "expert")
+    shutil.copytree(small_digits.path / "data", tmp_path / "data")
+    evaluation = {"kind": "classification", "data": str(tmp_path / "data")}
+    campaign = make_campaign(
+        experts={"rot90": str(tmp_path / "expert")}, evaluation=evaluation, budget={"evaluations": 2}
+    )
     search(campaign, tmp_path / "run", watcher=Silent())
-    tensors = load_file(copy / "model.safetensors")
-    tensors["layernorm.weight"] += 1
-    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    tensors = load_file(tmp_path / changed)
+    next(tensor for tensor in tensors.values() if tensor.is_floating_point()).add_(0.5)
+    save_file(tensors, tmp_path / changed, metadata={"format": "pt"})
     longer = campaign.model_copy(update={"budget": budget(3)})
-    with pytest.raises(RunError, match="the checkpoint has changed"):
+    with pytest.raises(RunError, match=f"{changed.split('/', maxsplit=1)[0]} has changed"):
         search(longer, tmp_path / "run", watcher=Silent())
 
 

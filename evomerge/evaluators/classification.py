@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from evomerge.errors import DataError
-from evomerge.evaluators.evaluator import ItemScores
+from evomerge.evaluators.evaluator import ItemScores, digest_of
 from evomerge.records import Direction, Items, Options
 
 
@@ -38,6 +38,7 @@ class ClassificationEvaluator:
     def __init__(self, options: ClassificationOptions, tasks: Sequence[str]) -> None:
         self.batch_size = options.batch_size
         self._data = {task: _read_task(Path(options.data), task) for task in tasks}
+        self.digest = digest_of(Path(options.data) / f"{task}.safetensors" for task in tasks)
         self.sources: Mapping[str, Sequence[int | str]] = {
             task: tensors["sources"].tolist() for task, tensors in self._data.items()
         }

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.errors import DataError
-from evomerge.evaluators.evaluator import ItemScores
+from evomerge.evaluators.evaluator import ItemScores, digest_of
 from evomerge.records import Direction, Items, Options
 
 Form = Literal["text", "answer", "choice"]
@@ -85,6 +85,7 @@ class LanguageEvaluator:
             longest = max(len(sequence.tokens) for item in self._tasks[task].sequences for sequence in item)
             if limit is not None and longest > limit:
                 raise DataError(f"task {task}: an item has {longest} tokens, but the model takes {limit}; cut it")
+        self.digest = digest_of(Path(options.data) / f"{task}.jsonl" for task in tasks)
 
     def metrics(self, task: str) -> Mapping[str, Direction]:
         """Depends on the form of the task's lines."""
