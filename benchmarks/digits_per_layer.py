@@ -25,7 +25,7 @@ from evomerge.run import Run, search
 
 SEEDS = (0, 1, 2)
 DESCENT = {"loss": "ce", "steps": 25, "learning_rate": 1e-2}
-SEARCHERS: dict[str, list[dict[str, Any]]] = {
+SEARCHERS: dict[str, list[dict[str, Any]] | int] = {  # stages, or for ``search: auto`` the number of evaluations
     "sobol": [{"proposer": "sobol", "evaluations": 240}],
     "tpe": [{"proposer": "tpe", "evaluations": 240}],
     "nsga2": [{"proposer": "nsga2", "evaluations": 240}],
@@ -35,6 +35,7 @@ SEARCHERS: dict[str, list[dict[str, Any]]] = {
         {"proposer": "adamerging", "evaluations": 8, "options": DESCENT},
         {"proposer": "cma_es", "evaluations": 205, "options": {"sigma": 0.08}},
     ],
+    "auto": 220,
 }
 
 
@@ -66,10 +67,13 @@ def main() -> None:
     Console(width=130).print(table)
 
 
-def _measure(campaign_file: Path, stages: list[dict[str, Any]], seed: int) -> list[str]:
+def _measure(campaign_file: Path, stages: list[dict[str, Any]] | int, seed: int) -> list[str]:
     sections = read_campaign(campaign_file).model_dump()
-    budget = {"evaluations": sum(stage["evaluations"] for stage in stages)}
-    sections |= {"search": stages, "budget": budget, "seed": seed}
+    if isinstance(stages, int):
+        sections |= {"search": "auto", "budget": {"evaluations": stages}, "seed": seed}
+    else:
+        budget = {"evaluations": sum(stage["evaluations"] for stage in stages)}
+        sections |= {"search": stages, "budget": budget, "seed": seed}
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         run = search(Campaign.model_validate(sections), Path(folder) / "run")

@@ -8,8 +8,8 @@ from evomerge.errors import CandidateError, EvoMergeError
 from evomerge.plan import Plan, make_plan
 from evomerge.records import Measurement
 from evomerge.references import reference_recipes
-from evomerge.scorer import BACKWARD_COST, Scorer
-from evomerge.stages import Stage, make_stages
+from evomerge.scorer import Scorer
+from evomerge.stages import Stage, descent_cost, make_stages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,16 +55,6 @@ def check_campaign(campaign: Campaign, loading: Callable[[str], None]) -> CheckR
         plan=plan,
         stages=stages,
         evaluation=evaluation,
-        equivalents=sum(stage.num_evaluations * (1 + _descent_cost(plan, stage)) for stage in stages),
+        equivalents=sum(stage.num_evaluations * (1 + descent_cost(plan, stage.options)) for stage in stages),
         reference_evaluations=len(recipes),
     )
-
-
-def _descent_cost(plan: Plan, stage: Stage) -> float:
-    """Equivalents of the gradient steps that come before each evaluation of a stage."""
-    options = stage.options.model_dump()
-    if "steps" not in options:
-        return 0.0
-    num_items = sum(min(options["batch_size"], len(splits["adapt"])) for splits in plan.splits.values())
-    num_search = sum(len(splits["search"]) for splits in plan.splits.values())
-    return float(BACKWARD_COST * options["steps"] * num_items / num_search)

@@ -6,7 +6,12 @@ from evomerge.assemble import PROPOSERS
 from evomerge.campaign import Campaign
 from evomerge.errors import CampaignError
 from evomerge.plan import Plan
+from evomerge.proposers.adamerging import AdaMerging, AdaMergingOptions
 from evomerge.records import Options
+from evomerge.scorer import BACKWARD_COST
+
+AUTO_DESCENT_COST = 30.0
+AUTO_MAX_LEGS = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +21,8 @@ class Stage:
     proposer: str
     options: Options
     num_evaluations: int
+    reason: str = ""
+    """Why ``search: auto`` chose it."""
 
 
 def make_stages(campaign: Campaign, plan: Plan) -> list[Stage]:
@@ -54,8 +61,37 @@ def make_stages(campaign: Campaign, plan: Plan) -> list[Stage]:
     return stages
 
 
+def descent_cost(plan: Plan, options: Options) -> float:
+    """Return the full-evaluation equivalents of the gradient steps before each of a proposer's evaluations."""
+    settings = options.model_dump()
+    if "steps" not in settings:
+        return 0.0
+    num_items = sum(min(settings["batch_size"], len(splits["adapt"])) for splits in plan.splits.values())
+    num_search = sum(len(splits["search"]) for splits in plan.splits.values())
+    return float(BACKWARD_COST * settings["steps"] * num_items / num_search)
+
+
 def _auto(campaign: Campaign, plan: Plan) -> list[Stage]:
-    """One objective: CMA-ES. Several: NSGA-II, its population no larger than a small budget can turn over."""
-    name = "cma_es" if len(plan.objectives) == 1 else "nsga2"
-    options = PROPOSERS[name].options_type()
-    return [Stage(proposer=name, options=options, num_evaluations=campaign.budget.evaluations)]
+    """Descend the labels of the adapt items where there are gradients, then search around where that ends.
+
+    The descents cost at most AUTO_DESCENT_COST, whatever the budget, so that a larger budget only lengthens the search.
+    """
+    budget, stages = campaign.budget.evaluations, []
+    if plan.operator.differentiable and campaign.split.adapt > 0 and "ce" in plan.evaluator.losses:
+        options = AdaMergingOptions(loss="ce", steps=25, learning_rate=1e-2)
+        num_legs = int(AUTO_DESCENT_COST / (1 + descent_cost(plan, options)))
+        num_legs = min(max(1, num_legs), AUTO_MAX_LEGS, budget)
+        stages.append(
+            Stage(
+                proposer=AdaMerging.name,
+                options=options,
+                num_evaluations=num_legs,
+                reason="there are gradients: descend the adapt items' labels",
+            )
+        )
+        budget -= num_legs
+    name, reason = ("cma_es", "one objective") if len(plan.objectives) == 1 else ("nsga2", "several objectives")
+    if budget:
+        defaults = PROPOSERS[name].options_type()
+        stages.append(Stage(proposer=name, options=defaults, num_evaluations=budget, reason=reason))
+    return stages

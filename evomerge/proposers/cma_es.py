@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from evomerge.proposers.proposer import Problem
+from evomerge.proposers.proposer import Problem, rank
 from evomerge.records import Candidate, Floats, Observation, Options
 
 DIAGONAL_BEYOND = 100
@@ -49,7 +49,7 @@ class CmaEs:
 
     def tell(self, observation: Observation) -> None:
         """Take a result; the last of a generation moves the distribution."""
-        self._told[observation.index] = _rank(observation)
+        self._told[observation.index] = rank(observation)
         if len(self._told) < len(self._points):
             return
         values = np.array([self._told[self._first_index + i] for i in range(len(self._points))])
@@ -70,7 +70,6 @@ class CmaEs:
             warnings.simplefilter("ignore")  # it would like matplotlib, for plots that we do not make
             import cma
 
-        best = max(self.problem.history, key=_rank, default=None)
         settings: dict[str, Any] = {
             "bounds": [0.0, 1.0],
             "randn": self._randn,
@@ -83,8 +82,7 @@ class CmaEs:
         }
         if options.population is not None:
             settings["popsize"] = options.population
-        start_D = self.problem.start_D if best is None else best.point
-        return cma.CMAEvolutionStrategy(np.clip(start_D, 0.01, 0.99), options.sigma, settings)
+        return cma.CMAEvolutionStrategy(np.clip(self.problem.best_point, 0.01, 0.99), options.sigma, settings)
 
     def _randn(self, *shape: int) -> Floats:
         return self._rng.standard_normal(shape)
@@ -93,9 +91,3 @@ class CmaEs:
         self._rng = self.problem.rng(self._generation)
         # pycma has returned points outside the bounds that it was given (64 dimensions): clip.
         return [np.clip(point, 0.0, 1.0) for point in self._es.ask()]
-
-
-def _rank(observation: Observation) -> float:
-    """The mean of the objectives, less what floors and ceilings are missed by; a failed candidate ranks last."""
-    values_M = observation.values_M
-    return -np.inf if values_M is None else float(values_M.mean()) - observation.violation

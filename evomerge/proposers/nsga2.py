@@ -27,6 +27,7 @@ class Nsga2(OptunaProposer):
 
     def __init__(self, problem: Problem, options: Nsga2Options) -> None:
         self.options = options
+        self.num_startup = options.population
         super().__init__(problem)
 
     def make_sampler(self, seed: int) -> Any:

@@ -31,6 +31,12 @@ class Problem:
         """Length of a point."""
         return len(self.start_D)
 
+    @property
+    def best_point(self) -> Floats:
+        """Where a search begins: the best mean of the earlier results, else the space's start."""
+        best = max(self.history, key=rank, default=None)
+        return self.start_D if best is None else best.point
+
     def rng(self, index: int) -> np.random.Generator:
         """Return the generator of the ``index``-th ask (or generation)."""
         return np.random.default_rng([*self.seed, index])
@@ -51,3 +57,9 @@ class Proposer(Protocol):
 
     def recall(self, candidate: Candidate) -> None:
         """Take back a candidate that was asked before the run was interrupted, in the order of asking."""
+
+
+def rank(observation: Observation) -> float:
+    """The mean of the objectives, less what floors and ceilings are missed by; a failed candidate ranks last."""
+    values_M = observation.values_M
+    return -np.inf if values_M is None else float(values_M.mean()) - observation.violation

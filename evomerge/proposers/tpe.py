@@ -26,6 +26,7 @@ class Tpe(OptunaProposer):
 
     def __init__(self, problem: Problem, options: TpeOptions) -> None:
         self.options = options
+        self.num_startup = options.num_startup
         super().__init__(problem)
 
     def make_sampler(self, seed: int) -> Any:

@@ -30,6 +30,7 @@ from evomerge.records import Measurement, Trial
 from evomerge.run import Run, open_run
 from evomerge.run import search as run_search
 from evomerge.splits import SPLITS
+from evomerge.stages import Stage
 
 NUM_ROWS = 12
 console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 100)
@@ -227,7 +228,7 @@ def print_check(file: Path, report: CheckReport) -> None:
     table.add_row(
         "space", f"{len(plan.space)} dimensions over {len(plan.space.groups)} groups ({_some(list(plan.space.groups))})"
     )
-    table.add_row("search", ", then ".join(f"{stage.proposer} {stage.num_evaluations}" for stage in report.stages))
+    table.add_row("search", ", then ".join(map(_stage, report.stages)))
     table.add_row(
         "memory", f"{plan.size_bytes / 1e6:,.1f} MB for base, experts and the merged model; activations come on top"
     )
@@ -273,6 +274,11 @@ def make_family(name: str, out: Path) -> None:
 def sum_seconds(seconds: Mapping[str, float]) -> float:
     """Return the total of a family's seconds by part."""
     return seconds.get("total", sum(seconds.values()))
+
+
+def _stage(stage: Stage) -> str:
+    reason = f" ({stage.reason})" if stage.reason else ""
+    return f"{stage.proposer} {stage.num_evaluations}{reason}"
 
 
 def _duration(seconds: float) -> str:
