@@ -52,8 +52,12 @@ def search(
 
     campaign = read_campaign(file)
     folder = run or Path("runs") / campaign.name
-    with Loading() as loading:
-        finished_before, result = search_shown(campaign, folder, loading)
+    try:
+        with Loading() as loading:
+            finished_before, result = search_shown(campaign, folder, loading)
+    except KeyboardInterrupt as interrupt:
+        typer.echo("evomerge: stopped; the same command goes on where this one ended", err=True)
+        raise typer.Exit(130) from interrupt
     print_finished(result, file, was_finished=finished_before)
 
 
@@ -160,9 +164,6 @@ def main() -> None:
     except OSError as error:
         typer.echo(f"evomerge: failed: {error}; make room or give access, and type the command again", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("\nevomerge: stopped; the same command goes on where this one ended", err=True)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

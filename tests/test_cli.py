@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import yaml
 from transformers import AutoModel
 
 from evomerge.families.family import FamilySummary
+from evomerge.ledger.ledger import Ledger
 from evomerge.run import open_run
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +64,26 @@ def test_the_same_command_again_says_that_it_is_finished(run_folder: Path) -> No
     done = evomerge("search", "campaign.yaml", cwd=run_folder.parent.parent)
     assert done.returncode == 0
     assert "this campaign had finished: nothing was done" in done.stdout
+
+
+def test_ctrl_c_says_how_to_go_on(digits4: FamilySummary, tmp_path: Path) -> None:
+    """Interrupted in the midst of its search, the command ends with status 130 and keeps what it has."""
+    command = [sys.executable, "-m", "evomerge.cli", "search", str(digits4.campaign), "--run", str(tmp_path / "run")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while num_finished(tmp_path / "run") < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors.strip() == "evomerge: stopped; the same command goes on where this one ended"
+    assert 3 <= num_finished(tmp_path / "run") < 60
+
+
+def num_finished(folder: Path) -> int:
+    """How many trials have their result, read while the run goes on."""
+    return sum(trial.order is not None for trial in open_run(folder).trials) if Ledger.exists(folder) else 0
 
 
 def test_check_says_what_will_happen(digits4: FamilySummary) -> None:
