@@ -7,10 +7,11 @@ and carries its proposer's memo. Only the driver writes; any number of readers m
 """
 
 import json
+import sqlite3
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,15 @@ class Ledger:
 
     @staticmethod
     def exists(folder: Path) -> bool:
-        """Whether a ledger was started here; an empty file is what a process leaves that dies while it creates one."""
+        """Whether a ledger was started here; a process that dies while it creates one leaves a file without tables."""
         path = folder / FILE_NAME
-        return path.is_file() and path.stat().st_size > 0
+        if not path.is_file():
+            return False
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+            try:
+                return bool(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
+            except sqlite3.DatabaseError:
+                return True  # something else lies here; ``open`` says so
 
     @classmethod
     def open(cls, folder: Path) -> "Ledger":

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,11 @@ def test_a_file_that_is_no_ledger(tmp_path: Path, content: bytes) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_an_empty_file_is_no_ledger_yet(tmp_path: Path) -> None:
+def test_a_file_without_tables_is_no_ledger_yet(tmp_path: Path) -> None:
     """A process that dies while it creates the ledger leaves one; the next search may begin there."""
-    (tmp_path / FILE_NAME).touch()
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+    assert (tmp_path / FILE_NAME).stat().st_size > 0
     assert not Ledger.exists(tmp_path)
     with pytest.raises(RunError, match="found none"):
         Ledger.open(tmp_path)
@@ -72,7 +75,7 @@ def test_a_ledger_is_created_whole_or_not_at_all(tmp_path: Path) -> None:
     """Where creating stops halfway there are no tables without the row that says what run this is."""
     with pytest.raises(TypeError, match="JSON"):
         Ledger.create(tmp_path, {"not JSON": object()}, {})
-    with pytest.raises(RunError, match="not a readable ledger"):
+    with pytest.raises(RunError, match="found none"):
         Ledger.open(tmp_path)
     Ledger.create(tmp_path, {"name": "again"}, {}).close()
     ledger = Ledger.open(tmp_path)
