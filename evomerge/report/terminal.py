@@ -226,7 +226,8 @@ def print_check(file: Path, report: CheckReport) -> None:
         f"{plan.num_parameters / 1e6:,.2f} M parameters in {len(plan.tensors)} tensors, {plan.dtype}, {plan.device}",
     )
     table.add_row(
-        "space", f"{len(plan.space)} dimensions over {len(plan.space.groups)} groups ({_some(list(plan.space.groups))})"
+        "space",
+        f"{len(plan.space)} dimensions over {len(plan.space.groups)} groups ({_some([dimension.name for dimension in plan.space.dimensions])})",
     )
     table.add_row("search", ", then ".join(map(_stage, report.stages)))
     table.add_row(
@@ -291,7 +292,7 @@ def _duration(seconds: float) -> str:
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) <= 4 else f"{names[0]}, {names[1]}, ..., {names[-1]}"
+    return ", ".join(names) if len(names) <= 2 else f"{names[0]}, ..., {names[-1]}"
 
 
 def _print_notes(run: Run, num_hidden: int, *, compact: bool) -> None:
