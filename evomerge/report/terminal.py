@@ -225,10 +225,8 @@ def print_check(file: Path, report: CheckReport) -> None:
         "model",
         f"{plan.num_parameters / 1e6:,.2f} M parameters in {len(plan.tensors)} tensors, {plan.dtype}, {plan.device}",
     )
-    table.add_row(
-        "space",
-        f"{len(plan.space)} dimensions over {len(plan.space.groups)} groups ({_some([dimension.name for dimension in plan.space.dimensions])})",
-    )
+    dimensions = _some([dimension.name for dimension in plan.space.dimensions])
+    table.add_row("space", f"{len(plan.space)} dimensions over {len(plan.space.groups)} groups ({dimensions})")
     table.add_row("search", ", then ".join(map(_stage, report.stages)))
     table.add_row(
         "memory", f"{plan.size_bytes / 1e6:,.1f} MB for base, experts and the merged model; activations come on top"
