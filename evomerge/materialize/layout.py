@@ -58,7 +58,8 @@ class Layout:
 
     def first_non_finite(self, buffer_P: Tensor) -> str | None:
         """Name the first tensor that holds a NaN or an infinity, or None."""
-        if bool(torch.isfinite(buffer_P.sum(dtype=torch.float64))):
-            return None  # one pass, no temporaries; a sum of finite weights cannot overflow in float64
+        # A NaN or an infinity makes the sum one too, in a single pass; a sum that overflowed is found out below.
+        if bool(buffer_P.sum().isfinite()):
+            return None
         pairs = zip(self.tensors, self.segments, strict=True)
         return next((tensor.name for tensor, place in pairs if not bool(buffer_P[place].isfinite().all())), None)
