@@ -71,3 +71,11 @@ def test_infinities_of_both_signs_do_not_cancel() -> None:
     buffer_P = torch.zeros(layout.num_padded)
     buffer_P[layout.segments[1]] = torch.tensor([float("inf"), float("-inf")])
     assert layout.first_non_finite(buffer_P) == "t1"
+
+
+def test_finite_numbers_whose_sum_overflows_are_finite() -> None:
+    layout = layout_of((4,), (4,))
+    buffer_P = torch.zeros(layout.num_padded, dtype=torch.float16)
+    buffer_P[layout.segments[1]] = 60000.0
+    assert not buffer_P.sum().isfinite()
+    assert layout.first_non_finite(buffer_P) is None
