@@ -48,16 +48,11 @@ def run_folder(digits4: FamilySummary, tmp_path_factory: pytest.TempPathFactory)
     return folder / "runs" / "digits4"
 
 
-def test_help_answers_at_once() -> None:
-    evomerge("--help")  # the first call compiles
-    started = time.perf_counter()
+def test_help_lists_the_commands() -> None:
+    """That it answers at once is seen to by test_architecture: it loads nothing heavy."""
     done = evomerge("--help")
-    seconds = time.perf_counter() - started
     assert done.returncode == 0
-    assert all(
-        command in done.stdout for command in ("check", "search", "front", "report", "export", "merge", "families")
-    )
-    assert seconds < 2  # half a second on an idle machine; this one may be busy
+    assert all(command in done.stdout for command in ("check", "search", "front", "report", "export", "merge", "families"))
 
 
 def test_the_same_command_again_says_that_it_is_finished(run_folder: Path) -> None:
