@@ -52,7 +52,9 @@ def test_help_lists_the_commands() -> None:
     """That it answers at once is seen to by test_architecture: it loads nothing heavy."""
     done = evomerge("--help")
     assert done.returncode == 0
-    assert all(command in done.stdout for command in ("check", "search", "front", "report", "export", "merge", "families"))
+    assert all(
+        command in done.stdout for command in ("check", "search", "front", "report", "export", "merge", "families")
+    )
 
 
 def test_the_same_command_again_says_that_it_is_finished(run_folder: Path) -> None:
