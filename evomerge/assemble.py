@@ -1,10 +1,11 @@
 """The tables: which names a campaign may use, and what they stand for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from evomerge.errors import CampaignError, did_you_mean
 from evomerge.evaluators.classification import ClassificationEvaluator, ClassificationOptions
 from evomerge.evaluators.evaluator import Evaluator
 from evomerge.evaluators.language import LanguageEvaluator, LanguageOptions
@@ -19,6 +20,8 @@ from evomerge.proposers.proposer import Proposer
 from evomerge.proposers.sobol import Sobol
 from evomerge.proposers.tpe import Tpe
 from evomerge.records import Options
+
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +43,10 @@ EVALUATORS = {
     ),
     "language": EvaluatorEntry(LanguageOptions, LanguageEvaluator),
 }
+
+
+def look_up(table: Mapping[str, Entry], name: object, kind: str, where: str) -> Entry:
+    """Return what a name stands for. Raises: CampaignError that names the place and what is known."""
+    if name not in table:
+        raise CampaignError(f"{where}: unknown {kind} {name!r}{did_you_mean(str(name), table)}")
+    return table[str(name)]

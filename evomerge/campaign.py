@@ -181,25 +181,17 @@ def _located(campaign: Campaign, folder: Path) -> Campaign:
 
 def _check_names(campaign: Campaign) -> None:
     """Look the names up that the sections only hold as text, and the options that go with them."""
-    name = campaign.operator.get("name")
-    if name not in assemble.OPERATORS:
-        raise CampaignError(f"operator.name: unknown operator {name!r}{did_you_mean(str(name), assemble.OPERATORS)}")
-    kind = campaign.evaluation.get("kind")
-    if kind not in assemble.EVALUATORS:
-        raise CampaignError(
-            f"evaluation.kind: unknown evaluator {kind!r}{did_you_mean(str(kind), assemble.EVALUATORS)}"
-        )
+    assemble.look_up(assemble.OPERATORS, campaign.operator.get("name"), "operator", "operator.name")
+    assemble.look_up(assemble.EVALUATORS, campaign.evaluation.get("kind"), "evaluator", "evaluation.kind")
     campaign.evaluation_options()
     shares = campaign.split
     names = [objective.name for objective in campaign.objectives]
     if doubles := sorted({name for name in names if names.count(name) > 1}):
         raise CampaignError(f"objectives: the name {doubles[0]!r} is given twice")
     for number, stage in enumerate([] if isinstance(campaign.search, str) else campaign.search):
-        if stage.proposer not in assemble.PROPOSERS:
-            known = did_you_mean(stage.proposer, assemble.PROPOSERS)
-            raise CampaignError(f"search[{number}].proposer: unknown proposer {stage.proposer!r}{known}")
+        proposer = assemble.look_up(assemble.PROPOSERS, stage.proposer, "proposer", f"search[{number}].proposer")
         campaign.stage_options(number)
-        if assemble.PROPOSERS[stage.proposer].needs_gradients and shares.adapt == 0:
+        if proposer.needs_gradients and shares.adapt == 0:
             raise CampaignError(
                 f"search[{number}]: {stage.proposer} trains on adapt items, but evaluation.split.adapt is 0"
             )

@@ -50,14 +50,13 @@ class Driver:
 
     def _run_stage(self, number: int, stage: Stage, seed: int) -> None:
         trials = self.ledger.trials()
-        mine = [trial for trial in trials if trial.stage == number]
         proposer, pending = self._rebuild(number, stage, seed, trials)
         for trial in pending.values():
             self.pool.submit(trial.number, trial.candidate, "search")
-        num_issued = len(mine)
+        num_issued = sum(trial.stage == number for trial in trials)
         while True:
-            while pending_room := min(self.pool.num_free, stage.num_evaluations - num_issued):
-                asked = proposer.ask(pending_room, [trial.candidate for trial in pending.values()])
+            while room := min(self.pool.num_free, stage.num_evaluations - num_issued):
+                asked = proposer.ask(room, [trial.candidate for trial in pending.values()])
                 if not asked:
                     break
                 for candidate in asked:
@@ -122,7 +121,8 @@ class Driver:
 
     def _measure(self, title: str, subjects: Mapping[str, Recipe], split: Split) -> None:
         """Score what the ledger does not hold yet; a reference model that fails ends the run."""
-        missing = [name for name in subjects if name not in self.ledger.measurements(split)]
+        held = self.ledger.measurements(split)
+        missing = [name for name in subjects if name not in held]
         self.watcher.phase(title, len(subjects), len(subjects) - len(missing))
         for name in missing:
             self.pool.submit(0, subjects[name], split)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from evomerge.assemble import EVALUATORS, OPERATORS
+from evomerge.assemble import EVALUATORS, OPERATORS, look_up
 from evomerge.campaign import Campaign, ParameterSection, RangeSection
 from evomerge.errors import CampaignError, did_you_mean
 from evomerge.evaluators.evaluator import Evaluator
@@ -103,7 +103,7 @@ def open_checkpoints(base: str, experts: Mapping[str, str]) -> tuple[Checkpoint,
 
 def make_operator(section: Mapping[str, Any]) -> tuple[Operator, dict[str, Any]]:
     """Return the named operator with its options, and what the section says of its parameters."""
-    operator_type = OPERATORS[section["name"]]
+    operator_type = look_up(OPERATORS, section.get("name"), "operator", "operator.name")
     options = {key: value for key, value in section.items() if key in operator_type.options_type.model_fields}
     operator = operator_type(parse(operator_type.options_type, options, "operator"))  # type: ignore[call-arg]
     parameters = [spec.name for spec in operator.parameters[1:]]

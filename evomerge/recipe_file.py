@@ -18,7 +18,6 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from evomerge.assemble import OPERATORS
 from evomerge.campaign import locate
 from evomerge.errors import CampaignError, did_you_mean
 from evomerge.materialize.checkpoint import Checkpoint
@@ -56,9 +55,6 @@ def read_recipe(path: Path) -> ReadRecipe:
     given = {key: value for key, value in data.items() if key not in fixed}
     try:
         section = parse(RecipeSection, fixed, "")
-        if section.operator.get("name") not in OPERATORS:
-            name = str(section.operator.get("name"))
-            raise CampaignError(f"operator.name: unknown operator {name!r}{did_you_mean(name, OPERATORS)}")
         operator, inside = make_operator(section.operator)
         if inside:
             raise CampaignError(

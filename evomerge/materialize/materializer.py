@@ -115,9 +115,9 @@ class Materializer:
     def _prepare(self, operator: Operator, values: Mapping[str, Tensor]) -> Any:
         """Repeat the operator's preparation only if a structural value changed."""
         structural = {spec.name: values[spec.name] for spec in operator.parameters if spec.structural}
-        earlier = self._state[2] if self._state and self._state[0] is operator else None
+        earlier = None
         if self._state and self._state[0] is operator:
-            before = self._state[1]
+            _, before, earlier = self._state
             if all(torch.equal(before[name], matrix) for name, matrix in structural.items()):
                 return earlier
         state = operator.prepare(self.base_P, self.experts_KP, self.layout.segments, values, earlier)
