@@ -15,7 +15,7 @@ from evomerge.materialize.resident import empty_model, tensor_index, tied_names
 from evomerge.operators.linear import TaskArithmetic
 from evomerge.operators.operator import Operator
 from evomerge.records import Floats, Objective, ParameterSpec, Recipe, TensorIndex
-from evomerge.space.groups import make_groups
+from evomerge.space.groups import Groups, make_groups
 from evomerge.space.space import Range, Searched, Setting, Space
 from evomerge.splits import TaskSplits, split_items
 from evomerge.strict import parse
@@ -55,18 +55,28 @@ class Plan:
         groups = {"model": tuple(tensor.name for tensor in self.tensors)}
         return self._recipe(TaskArithmetic(), groups, {"coefficient": torch.tensor([coefficients]).T.double().numpy()})
 
-    def _recipe(
-        self, operator: Operator, groups: Mapping[str, tuple[str, ...]], values: Mapping[str, Floats]
-    ) -> Recipe:
-        return Recipe(
-            operator=operator.name,
-            options=operator.options.model_dump(),
-            base=str(self.base.folder),
-            experts={name: str(expert.folder) for name, expert in self.experts.items()},
-            dtype=self.dtype,
-            groups=groups,
-            values={name: tuple(map(tuple, matrix.tolist())) for name, matrix in values.items()},
-        )
+    def _recipe(self, operator: Operator, groups: Groups, values: Mapping[str, Floats]) -> Recipe:
+        return make_recipe(operator, self.base, self.experts, self.dtype, groups, values)
+
+
+def make_recipe(
+    operator: Operator,
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    dtype: str,
+    groups: Groups,
+    values: Mapping[str, Floats],
+) -> Recipe:
+    """Put a recipe together from parts that are checked; values are (K, G) or (1, G) matrices by parameter."""
+    return Recipe(
+        operator=operator.name,
+        options=operator.options.model_dump(),
+        base=str(base.folder),
+        experts={name: str(expert.folder) for name, expert in experts.items()},
+        dtype=dtype,
+        groups=groups,
+        values={name: tuple(map(tuple, matrix.tolist())) for name, matrix in values.items()},
+    )
 
 
 def make_plan(campaign: Campaign) -> Plan:

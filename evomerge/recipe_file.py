@@ -22,7 +22,7 @@ from evomerge.campaign import locate
 from evomerge.errors import CampaignError, did_you_mean
 from evomerge.materialize.checkpoint import Checkpoint
 from evomerge.operators.operator import Operator
-from evomerge.plan import make_operator, open_checkpoints
+from evomerge.plan import make_operator, make_recipe, open_checkpoints
 from evomerge.records import Floats, Options, ParameterSpec, Recipe
 from evomerge.space.groups import Groups, make_groups
 from evomerge.strict import parse, read_yaml
@@ -72,15 +72,8 @@ def read_recipe(path: Path) -> ReadRecipe:
         values = {name: _matrix(spec, given.get(name), list(experts), groups) for name, spec in specs.items()}
     except CampaignError as error:
         raise CampaignError(f"{path}: {error}") from error.__cause__
-    recipe = Recipe(
-        operator=operator.name,
-        options=operator.options.model_dump(),
-        base=str(base.folder),
-        experts={name: str(expert.folder) for name, expert in experts.items()},
-        dtype=base.dtype if section.dtype == "auto" else section.dtype,
-        groups=groups,
-        values={name: tuple(map(tuple, matrix.tolist())) for name, matrix in values.items()},
-    )
+    dtype = base.dtype if section.dtype == "auto" else section.dtype
+    recipe = make_recipe(operator, base, experts, dtype, groups, values)
     return ReadRecipe(recipe=recipe, base=base, experts=tuple(experts.values()), operator=operator)
 
 
