@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test test-all lint format bench-overhead bench-digits clean
+.PHONY: help setup demo test test-all lint format bench-overhead bench-materialize bench-digits clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -47,6 +47,9 @@ format: setup  ## Format the code
 
 bench-overhead: setup  ## Milliseconds a candidate beyond the forward: driver, ledger, materialization
 	@$(BIN)/python benchmarks/overhead.py
+
+bench-materialize: setup  ## Seconds a merge of 350 M parameters, beside memory, a naive loop and mergekit (an hour)
+	@$(BIN)/python benchmarks/materialize.py
 
 bench-digits: setup  ## Per-layer search against uniform average and best single coefficient, several seeds
 	@$(BIN)/python benchmarks/digits_per_layer.py

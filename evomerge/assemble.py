@@ -9,9 +9,27 @@ from evomerge.errors import CampaignError, did_you_mean
 from evomerge.evaluators.classification import ClassificationEvaluator, ClassificationOptions
 from evomerge.evaluators.evaluator import Evaluator
 from evomerge.evaluators.language import LanguageEvaluator, LanguageOptions
+from evomerge.operators.arcee_fusion import ArceeFusion
+from evomerge.operators.breadcrumbs import Breadcrumbs, BreadcrumbsTies
+from evomerge.operators.consensus import Consensus
+from evomerge.operators.dare import DareLinear, DareTies
+from evomerge.operators.della import Della, DellaLinear
+from evomerge.operators.iso import IsoC, IsoCts
+from evomerge.operators.knots import Knots
 from evomerge.operators.linear import Linear, TaskArithmetic
+from evomerge.operators.lora import Lora
+from evomerge.operators.model_stock import ModelStock
+from evomerge.operators.nearswap import NearSwap
+from evomerge.operators.opcm import Opcm
 from evomerge.operators.operator import Operator
-from evomerge.operators.ties import Ties
+from evomerge.operators.passthrough import Passthrough
+from evomerge.operators.pcb import Pcb
+from evomerge.operators.ram import Ram, RamPlusTl
+from evomerge.operators.sce import Sce
+from evomerge.operators.spherical import Karcher, MultiSlerp, NuSlerp, Slerp
+from evomerge.operators.ties import Ties, TiesPaper
+from evomerge.operators.tsv import TsvM
+from evomerge.operators.widen import Widen
 from evomerge.proposers.adamerging import AdaMerging
 from evomerge.proposers.cma_es import CmaEs
 from evomerge.proposers.gp import Gp
@@ -32,7 +50,38 @@ class EvaluatorEntry:
     make: Callable[[Any, Sequence[str], Path], Evaluator]
 
 
-_OPERATORS: tuple[type[Operator], ...] = (Linear, TaskArithmetic, Ties)
+_OPERATORS: tuple[type[Operator], ...] = (
+    ArceeFusion,
+    Breadcrumbs,
+    BreadcrumbsTies,
+    Consensus,
+    DareLinear,
+    DareTies,
+    Della,
+    DellaLinear,
+    IsoC,
+    IsoCts,
+    Knots,
+    Linear,
+    TaskArithmetic,
+    Lora,
+    ModelStock,
+    NearSwap,
+    Opcm,
+    Passthrough,
+    Pcb,
+    Ram,
+    RamPlusTl,
+    Sce,
+    Slerp,
+    NuSlerp,
+    MultiSlerp,
+    Karcher,
+    Ties,
+    TiesPaper,
+    TsvM,
+    Widen,
+)
 _PROPOSERS: tuple[type[Proposer], ...] = (Sobol, CmaEs, Tpe, Nsga2, Gp, AdaMerging)
 
 OPERATORS = {operator.name: operator for operator in _OPERATORS}

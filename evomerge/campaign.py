@@ -23,11 +23,23 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class RangeSection(Options):
-    """A searched number: bounds and start (default: the operator's, within the bounds)."""
+    """A searched number: bounds and start (default: the operator's, within the bounds), one a group.
+
+    knots: instead, this many numbers evenly spaced over the depth of the network, with straight lines between; 1 is one
+    number for all groups that the range is for.
+    """
 
     low: float | None = None
     high: float | None = None
     start: float | None = None
+    knots: int | None = Field(default=None, ge=1)
+
+
+Fixed = float | Annotated[list[float], Field(min_length=1)]
+"""A number, or numbers evenly spaced over the depth of the network, with straight lines between."""
+
+Exceptions = dict[str, Fixed | RangeSection]
+"""By "expert/group" pattern, a fixed number or a range of its own; the first that matches wins."""
 
 
 class CoefficientSection(RangeSection):
@@ -35,23 +47,24 @@ class CoefficientSection(RangeSection):
 
 
 class ParameterSection(RangeSection):
-    """A searched operator parameter: one number for the whole model (an expert), or one a group."""
+    """A searched operator parameter: one number for the whole model (an expert), one a group, or knots over depth."""
 
-    per: Literal["model", "group"] = "model"
+    per: Literal["model", "group"] | None = None
+    exceptions: Exceptions = {}
 
-
-Exceptions = dict[str, float | RangeSection]
+    @model_validator(mode="after")
+    def _say_it_once(self) -> "ParameterSection":
+        if self.per and self.knots:
+            raise ValueError("give per or knots, not both: knots are laid over the groups")
+        return self
 
 
 class SpaceSection(Options):
-    """Which tensors share a number, and where the coefficients are searched.
-
-    exceptions: by "expert/group" pattern, a fixed number or a range of its own; the first that matches wins.
-    """
+    """Which tensors share a number, and where the coefficients are searched."""
 
     preset: str | None = None
     groups: Literal["model", "layer", "module", "tensor"] | dict[str, str | list[str]] = "layer"
-    coefficient: float | CoefficientSection = CoefficientSection()
+    coefficient: Fixed | CoefficientSection = CoefficientSection()
     exceptions: Exceptions = {}
 
 
@@ -110,7 +123,7 @@ class Campaign(Options):
     name: Name
     base: str
     experts: dict[Name, str] = Field(min_length=1)
-    operator: dict[str, Any] = {"name": "task_arithmetic"}
+    operator: dict[str, Any] | Annotated[list[dict[str, Any]], Field(min_length=1)] = {"name": "task_arithmetic"}
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     space: SpaceSection = SpaceSection()
     objectives: list[ObjectiveSection] = Field(min_length=1)
@@ -119,6 +132,7 @@ class Campaign(Options):
     budget: BudgetSection
     workers: WorkersSection = WorkersSection()
     device: str = "auto"
+    residence: Literal["auto", "resident", "int8", "host"] = "auto"
     seed: int = Field(default=0, ge=0)
 
     @field_validator("workers", mode="before")
@@ -126,6 +140,18 @@ class Campaign(Options):
     def _by_kind(cls, given: Any) -> Any:
         """``workers: inline`` is short for ``workers: {kind: inline}``."""
         return {"kind": given} if isinstance(given, str) else given
+
+    @property
+    def operators(self) -> dict[str, dict[str, Any]]:
+        """Path in the file -> section of each operator that the search may choose; mostly one."""
+        if isinstance(self.operator, dict):
+            return {"operator": self.operator}
+        return {f"operator[{number}]": section for number, section in enumerate(self.operator)}
+
+    @property
+    def operator_names(self) -> list[str]:
+        """Names of the operators that the search may choose, in the order of the file."""
+        return [section["name"] for section in self.operators.values()]
 
     @property
     def split(self) -> SplitSection:
@@ -145,7 +171,8 @@ class Campaign(Options):
 
     def meaning(self) -> dict[str, Any]:
         """Return the keys that change what a score means or what is proposed; a run is bound to them."""
-        return self.model_dump(mode="json", exclude={"budget", "workers", "name", "device"})
+        exclude = {"budget", "workers", "name", "device"} | ({"residence"} if self.residence != "int8" else set())
+        return self.model_dump(mode="json", exclude=exclude)
 
 
 def read_campaign(path: str | Path) -> Campaign:
@@ -181,7 +208,10 @@ def _located(campaign: Campaign, folder: Path) -> Campaign:
 
 def _check_names(campaign: Campaign) -> None:
     """Look the names up that the sections only hold as text, and the options that go with them."""
-    assemble.look_up(assemble.OPERATORS, campaign.operator.get("name"), "operator", "operator.name")
+    for where, section in campaign.operators.items():
+        assemble.look_up(assemble.OPERATORS, section.get("name"), "operator", f"{where}.name")
+    if doubles := sorted({name for name in campaign.operator_names if campaign.operator_names.count(name) > 1}):
+        raise CampaignError(f"operator: {doubles[0]} is listed twice; list it once, the search ranges over its numbers")
     assemble.look_up(assemble.EVALUATORS, campaign.evaluation.get("kind"), "evaluator", "evaluation.kind")
     campaign.evaluation_options()
     shares = campaign.split

@@ -6,8 +6,11 @@ from evomerge.records import Recipe, Trial
 from evomerge.run import Run
 
 
-def model_card(run: Run, trial: Trial, recipe: Recipe) -> str:
-    """Return the card's Markdown: what was merged, what it scores on which items, how to build it again."""
+def model_card(run: Run, trial: Trial, recipe: Recipe, inexpressible: str | None) -> str:
+    """Return the card's Markdown: what was merged, what it scores on which items, how to build it again.
+
+    inexpressible: why mergekit cannot make the same merge, if it cannot.
+    """
     head = yaml.safe_dump(
         {
             "base_model": [recipe.base, *recipe.experts.values()],
@@ -39,5 +42,10 @@ def model_card(run: Run, trial: Trial, recipe: Recipe) -> str:
         lines.append(f"SHA-256 of the merged tensors as scored: `{tested.weights}`.")
     lines.append(
         "Build it again from `recipe.yaml`, which lies beside this card:\n\n    evomerge merge recipe.yaml --out merged"
+    )
+    lines.append(
+        f"mergekit cannot make this merge: {inexpressible}."
+        if inexpressible
+        else "`mergekit.yaml` describes the same merge for mergekit:\n\n    mergekit-yaml mergekit.yaml merged"
     )
     return "\n\n".join(lines) + "\n"

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from evomerge.campaign import Campaign
 from evomerge.errors import CandidateError, EvoMergeError
+from evomerge.guard import GuardReport, inspect_experts
+from evomerge.materialize.residence import Residence
 from evomerge.plan import Plan, make_plan
 from evomerge.records import Measurement
 from evomerge.references import reference_recipes
@@ -19,6 +21,10 @@ class CheckReport:
     campaign: Campaign
     plan: Plan
     stages: list[Stage]
+    guard: GuardReport
+    residence: Residence
+    kernels: str
+    """How merges are computed, in words."""
     evaluation: Measurement
     equivalents: float
     """Full-evaluation equivalents of the search, descents included; references and the final test come on top."""
@@ -43,6 +49,8 @@ def check_campaign(campaign: Campaign, loading: Callable[[str], None]) -> CheckR
     plan = make_plan(campaign)
     stages = make_stages(campaign, plan)
     scorer = Scorer(plan, loading)
+    loading("and comparing task vectors")
+    guard = inspect_experts(scorer.materializer.sources, list(plan.experts), plan.base.config)
     recipes = reference_recipes(plan)
     loading("and timing one evaluation")
     try:
@@ -54,6 +62,9 @@ def check_campaign(campaign: Campaign, loading: Callable[[str], None]) -> CheckR
         campaign=campaign,
         plan=plan,
         stages=stages,
+        guard=guard,
+        residence=scorer.materializer.residence,
+        kernels=scorer.materializer.kernels,
         evaluation=evaluation,
         equivalents=sum(stage.num_evaluations * (1 + descent_cost(plan, stage.options)) for stage in stages),
         reference_evaluations=len(recipes),

@@ -120,17 +120,42 @@ def export(
 
 @app.command()
 def merge(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML), ours or mergekit's.")],
     out: OutFolder,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
 ) -> None:
-    """Build one merged model from a recipe, without a search."""
+    """Build one merged model from a recipe, or from a mergekit configuration as it is, without a search."""
     from evomerge.export import merge_recipe
     from evomerge.report.terminal import Loading
 
+    notes: list[str] = []
     with Loading() as loading:
-        digest = merge_recipe(recipe, out, device, loading)
+        digest = merge_recipe(recipe, out, device, loading, notes.append)
+    for note in notes:
+        typer.echo(note)
     typer.echo(f"merged   {out}  (tensors {digest[:12]})")
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A mergekit or mergekit-evolve configuration.")],
+    out: Annotated[Path, typer.Option(help="New file: a recipe, or of mergekit-evolve's a campaign.")],
+) -> None:
+    """Turn a mergekit configuration into a recipe, or a mergekit-evolve configuration into a campaign."""
+    from evomerge.interop.convert import convert
+
+    kind, notes = convert(file, out)
+    for note in notes:
+        typer.echo(f"note     {note}")
+    typer.echo(f"{kind:8} {out}")
+
+
+@app.command()
+def operators() -> None:
+    """List the operators: what each does, and the numbers that can be set or searched, with default and range."""
+    from evomerge.report.terminal import print_operators
+
+    print_operators()
 
 
 @families_app.command("make")

@@ -9,12 +9,15 @@ import torch
 
 from evomerge.card import model_card
 from evomerge.errors import EvoMergeError, RunError
+from evomerge.interop.read import read_any_recipe
+from evomerge.interop.write import write_mergekit
 from evomerge.materialize.checkpoint import open_checkpoint
 from evomerge.materialize.materializer import Materializer
+from evomerge.materialize.residence import Place
 from evomerge.materialize.resident import load_model
 from evomerge.materialize.write import require_new, write_checkpoint
 from evomerge.plan import choose_device, make_plan
-from evomerge.recipe_file import read_recipe, write_recipe
+from evomerge.recipe_file import write_recipe
 from evomerge.records import Split, Trial
 from evomerge.run import Run, require_same_inputs
 from evomerge.scorer import score_of
@@ -41,43 +44,64 @@ def export_trial(run: Run, trial: Trial, out: Path, loading: Loading) -> None:
     require_new(out)
     plan = make_plan(run.campaign)
     materializer = Materializer(
-        plan.base, list(plan.experts.values()), dtype=plan.dtype, device=plan.device, progress=loading
+        plan.base, list(plan.experts.values()), dtype=plan.dtype, place=plan.place, progress=loading
     )
     require_same_inputs(run, plan, materializer.hashes)
     recipe = plan.recipe(trial.point)
-    materializer.build(plan.operator, recipe)
+    materializer.build(plan.operators[recipe.operator], recipe)
     tested = run.tested.get(f"trial:{trial.number}")
     if tested and tested.weights != materializer.weights_hash():
         raise EvoMergeError(
-            f"trial {trial.number}: the rebuilt tensors differ from those that were tested: another device or another "
-            f"version of torch; rebuild where the run was made"
+            f"trial {trial.number}: the rebuilt tensors differ from those that were tested: another device, "
+            f"number of threads or version of torch; rebuild where the run was made"
         )
 
     def add(folder: Path) -> None:
         write_recipe(recipe, folder / "recipe.yaml")
-        (folder / "README.md").write_text(model_card(run, trial, recipe))
+        inexpressible = write_mergekit(recipe, (plan.base, *plan.experts.values()), folder / "mergekit.yaml")
+        (folder / "README.md").write_text(model_card(run, trial, recipe, inexpressible))
 
     write_checkpoint(materializer, plan.base, out, add)
 
 
-def merge_recipe(path: Path, out: Path, device: str, loading: Loading) -> str:
-    """Build the model of a recipe file at ``out``; return the hash of its tensors."""
+def merge_recipe(
+    path: Path, out: Path, device: str, loading: Loading, say: Callable[[str], None] = lambda _: None
+) -> str:
+    """Build the model of a recipe file, ours or mergekit's, at ``out``; return the hash of its tensors.
+
+    say is told what of the file has no effect, and why mergekit cannot make the same merge.
+    """
     require_new(out)
-    read = read_recipe(path)
+    read = read_any_recipe(path)
+    for note in read.notes:
+        say(f"note     {note}")
     materializer = Materializer(
-        read.base, read.experts, dtype=read.recipe.dtype, device=choose_device(device), progress=loading
+        read.base,
+        read.experts,
+        dtype=read.recipe.dtype,
+        output=read.output,
+        place=Place(
+            device=choose_device(device),
+            residence="int8" if read.recipe.int8 else "auto",
+            factored=read.operator.reads_factors,
+        ),
+        progress=loading,
     )
     materializer.build(read.operator, read.recipe)
-    return write_checkpoint(
-        materializer, read.base, out, lambda folder: write_recipe(read.recipe, folder / "recipe.yaml")
-    )
+
+    def add(folder: Path) -> None:
+        write_recipe(read.recipe, folder / "recipe.yaml")
+        if inexpressible := write_mergekit(read.recipe, (read.base, *read.experts), folder / "mergekit.yaml"):
+            say(f"note     no mergekit.yaml: {inexpressible}")
+
+    return write_checkpoint(materializer, read.base, out, add)
 
 
 def verify_export(run: Run, trial: Trial, folder: Path, loading: Loading) -> list[Verification]:
     """Load an exported model as any user would and score it on the items of the ledger's measurements."""
     loading(str(folder))
     plan = make_plan(run.campaign)
-    model = load_model(open_checkpoint(str(folder), folder), plan.dtype).to(torch.device(plan.device))
+    model = load_model(open_checkpoint(str(folder), folder), plan.dtype).to(torch.device(plan.place.device))
     rows = []
     for split, measured in (("search", run.searched), ("test", run.tested)):
         recorded = measured.get(f"trial:{trial.number}")

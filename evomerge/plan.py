@@ -1,20 +1,27 @@
 """The plan: a checked campaign put together, everything but the weights."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from evomerge.assemble import EVALUATORS, OPERATORS, look_up
-from evomerge.campaign import Campaign, ParameterSection, RangeSection
+from evomerge.campaign import Campaign, ParameterSection, RangeSection, SpaceSection
 from evomerge.errors import CampaignError, did_you_mean
 from evomerge.evaluators.evaluator import Evaluator
-from evomerge.materialize.checkpoint import Checkpoint, open_checkpoint, require_same_tensors
+from evomerge.materialize.adapter import Adapter, open_expert
+from evomerge.materialize.arrangement import arrange
+from evomerge.materialize.checkpoint import Checkpoint, fit_to_base, open_checkpoint
+from evomerge.materialize.residence import Place, Residence
 from evomerge.materialize.resident import empty_model, tensor_index, tied_names
+from evomerge.materialize.vocabulary import vocabulary_tensors
 from evomerge.operators.linear import TaskArithmetic
 from evomerge.operators.operator import Operator
-from evomerge.records import Floats, Objective, ParameterSpec, Recipe, TensorIndex
+from evomerge.records import Floats, Layers, Objective, ParameterSpec, Recipe, TensorIndex
+from evomerge.space.choice import COEFFICIENT, Choice
+from evomerge.space.depth import group_depths
 from evomerge.space.groups import Groups, make_groups
 from evomerge.space.space import Range, Searched, Setting, Space
 from evomerge.splits import TaskSplits, split_items
@@ -23,15 +30,16 @@ from evomerge.strict import parse
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A checked campaign: everything but the weights."""
+    """A checked campaign: everything but the weights. operators: by name, in the order of the file."""
 
     base: Checkpoint
-    experts: Mapping[str, Checkpoint]
+    experts: Mapping[str, Checkpoint | Adapter]
     tensors: TensorIndex
     dtype: str
-    device: str
-    operator: Operator
-    space: Space
+    place: Place
+    operators: Mapping[str, Operator]
+    groups: Groups
+    space: Choice
     evaluator: Evaluator
     objectives: tuple[Objective, ...]
     splits: TaskSplits
@@ -43,12 +51,47 @@ class Plan:
 
     @property
     def size_bytes(self) -> int:
-        """Memory that the run holds: base, experts and the resident model."""
-        return (len(self.experts) + 2) * self.num_parameters * torch.finfo(getattr(torch, self.dtype)).bits // 8
+        """Memory that the run holds: base, experts and the resident model.
+
+        An adapter takes that of its factors, and of a whole model beside it if an operator needs its tensors whole.
+        """
+        return self.device_bytes["int8" if self.place.residence == "int8" else "resident"]
+
+    @property
+    def device_bytes(self) -> dict[Residence, int]:
+        """What each residence holds on the device."""
+        element_bytes = torch.finfo(getattr(torch, self.dtype)).bits // 8
+        return self.place.needed_bytes(self.num_parameters, element_bytes, list(self.experts.values()))
+
+    @property
+    def decisions(self) -> list[str]:
+        """What was decided about experts that are not in every respect like the base; a person should know."""
+        found = []
+        for name, expert in self.experts.items():
+            if isinstance(expert, Adapter):
+                continue
+            if expert.alignment is not None:
+                found.append(f"expert {name}: another vocabulary, aligned by token: {expert.alignment.decision}")
+            if dtypes := sorted(expert.dtypes - {self.dtype}):
+                found.append(f"expert {name}: its {' and '.join(dtypes)} tensors are rounded to {self.dtype}")
+        return found
+
+    @property
+    def rigid(self) -> str | None:
+        """The first operator that a point can choose and that has a gradient in none of its searched numbers."""
+        for branch in self.space.branches:
+            operator = self.operators[branch.operator]
+            searched = {dimension.parameter for dimension in branch.space.dimensions}
+            fixed = {spec.name for spec in operator.parameters if spec.structural}
+            if not operator.differentiable or (searched and searched <= fixed):
+                return operator.name
+        return None
 
     def recipe(self, point: Sequence[float] | Floats) -> Recipe:
-        """Return the recipe of a point of the space."""
-        return self._recipe(self.operator, self.space.groups, self.space.values(point))
+        """Return the recipe of a point of the space, by the operator that it chooses."""
+        branch = self.space.branch(point)
+        values = branch.space.values(np.asarray(point)[branch.columns_d])
+        return self._recipe(self.operators[branch.operator], self.groups, values)
 
     def task_arithmetic(self, coefficients: Sequence[float]) -> Recipe:
         """Return the reference recipe with one coefficient an expert: zeros are the base, one-hot is an expert."""
@@ -56,13 +99,14 @@ class Plan:
         return self._recipe(TaskArithmetic(), groups, {"coefficient": torch.tensor([coefficients]).T.double().numpy()})
 
     def _recipe(self, operator: Operator, groups: Groups, values: Mapping[str, Floats]) -> Recipe:
-        return make_recipe(operator, self.base, self.experts, self.dtype, groups, values)
+        recipe = make_recipe(operator, self.base, self.experts, self.dtype, groups, values)
+        return replace(recipe, int8=self.place.residence == "int8")
 
 
 def make_recipe(
     operator: Operator,
     base: Checkpoint,
-    experts: Mapping[str, Checkpoint],
+    experts: Mapping[str, Checkpoint | Adapter],
     dtype: str,
     groups: Groups,
     values: Mapping[str, Floats],
@@ -82,8 +126,8 @@ def make_recipe(
 def make_plan(campaign: Campaign) -> Plan:
     """Check everything that can be checked without loading weights. Raises: InputError."""
     base, experts, tensors = open_checkpoints(campaign.base, campaign.experts)
-    operator, settings = make_operator(campaign.operator)
-    space = _make_space(campaign, tensors, operator, settings)
+    groups = make_groups(tensors, campaign.space.groups)
+    operators, space = _make_choice(campaign, tensors, groups)
     tasks = list(dict.fromkeys(objective.task for objective in campaign.objectives))
     entry = EVALUATORS[campaign.evaluation["kind"]]
     evaluator = entry.make(campaign.evaluation_options(), tasks, base.folder)
@@ -92,8 +136,13 @@ def make_plan(campaign: Campaign) -> Plan:
         experts=experts,
         tensors=tensors,
         dtype=base.dtype if campaign.dtype == "auto" else campaign.dtype,
-        device=choose_device(campaign.device),
-        operator=operator,
+        place=Place(
+            device=choose_device(campaign.device),
+            residence=campaign.residence,
+            factored=all(operator.reads_factors for operator in operators.values()),
+        ),
+        operators=operators,
+        groups=groups,
         space=space,
         evaluator=evaluator,
         objectives=_objectives(campaign, evaluator),
@@ -101,30 +150,45 @@ def make_plan(campaign: Campaign) -> Plan:
     )
 
 
-def open_checkpoints(base: str, experts: Mapping[str, str]) -> tuple[Checkpoint, dict[str, Checkpoint], TensorIndex]:
+def open_checkpoints(
+    base: str, experts: Mapping[str, str], layers: Layers | None = None
+) -> tuple[Checkpoint, dict[str, Checkpoint | Adapter], TensorIndex]:
     """Open base and experts and compare their tensors; return them with the list of what is merged."""
     opened = open_checkpoint("base", base)
-    others = {name: open_checkpoint(f"expert {name}", location) for name, location in experts.items()}
     model = empty_model(opened)
-    for expert in others.values():
-        require_same_tensors(opened, expert, tied_names(model))
-    return opened, others, tensor_index(model)
+    others = {name: open_expert(f"expert {name}", location, model) for name, location in experts.items()}
+    if layers:
+        return opened, others, arrange((opened, *others.values()), layers).tensors
+    tied, vocabulary = tied_names(model), vocabulary_tensors(model)
+    fitted = {
+        name: expert if isinstance(expert, Adapter) else fit_to_base(opened, expert, tied, vocabulary)
+        for name, expert in others.items()
+    }
+    return opened, fitted, tensor_index(model)
 
 
-def make_operator(section: Mapping[str, Any]) -> tuple[Operator, dict[str, Any]]:
+def make_operator(section: Mapping[str, Any], where: str = "operator") -> tuple[Operator, dict[str, Any]]:
     """Return the named operator with its options, and what the section says of its parameters."""
-    operator_type = look_up(OPERATORS, section.get("name"), "operator", "operator.name")
+    operator_type = look_up(OPERATORS, section.get("name"), "operator", f"{where}.name")
     options = {key: value for key, value in section.items() if key in operator_type.options_type.model_fields}
-    operator = operator_type(parse(operator_type.options_type, options, "operator"))  # type: ignore[call-arg]
-    parameters = [spec.name for spec in operator.parameters[1:]]
+    operator = operator_type(parse(operator_type.options_type, options, where))  # type: ignore[call-arg]
+    parameters = [spec.name for spec in operator.parameters if spec.name != COEFFICIENT]
     settings = {key: value for key, value in section.items() if key not in options and key != "name"}
     for key in settings:
         if key not in parameters:
-            if key == "coefficient":
-                raise CampaignError("operator.coefficient: coefficients are given under space.coefficient")
+            if key == COEFFICIENT:
+                raise CampaignError(f"{where}.coefficient: coefficients are given under space.coefficient")
             known = [*operator_type.options_type.model_fields, *parameters]
-            raise CampaignError(f"operator.{key}: unknown key{did_you_mean(key, known)}")
+            raise CampaignError(f"{where}.{key}: unknown key{did_you_mean(key, known)}")
     return operator, settings
+
+
+def fixed_number(given: Any, where: str, further: str = "") -> float | tuple[float, ...]:
+    """Read a number, or a list of numbers over depth. Raises: CampaignError; further: what else may stand there."""
+    numbers = given if isinstance(given, list) else [given]
+    if not numbers or any(isinstance(number, bool) or not isinstance(number, int | float) for number in numbers):
+        raise CampaignError(f"{where}: expected a number or a list of numbers over depth{further}, found {given!r}")
+    return tuple(map(float, numbers)) if isinstance(given, list) else float(given)
 
 
 def choose_device(asked: str) -> str:
@@ -139,37 +203,67 @@ def choose_device(asked: str) -> str:
     return asked
 
 
-def _make_space(campaign: Campaign, tensors: TensorIndex, operator: Operator, settings: Mapping[str, Any]) -> Space:
-    first, *others = operator.parameters
-    section = campaign.space
-    coefficients = Searched(
-        spec=first,
-        setting=_setting(first, section.coefficient),
-        exceptions={place: _setting(first, given) for place, given in section.exceptions.items()},
-    )
-    searched = [coefficients, *(_searched(spec, settings.get(spec.name, spec.default)) for spec in others)]
-    return Space(list(campaign.experts), make_groups(tensors, section.groups), searched)
+def _make_choice(campaign: Campaign, tensors: TensorIndex, groups: Groups) -> tuple[dict[str, Operator], Choice]:
+    """Return the operators and the choice between their spaces, which share experts, groups and coefficients."""
+    operators: dict[str, Operator] = {}
+    spaces: dict[str, Space] = {}
+    depths = group_depths(tensors, groups)
+    for where, section in campaign.operators.items():
+        operator, settings = make_operator(section, where)
+        searched = [
+            _coefficient(spec, campaign.space)
+            if spec.name == COEFFICIENT
+            else _parameter(spec, settings.get(spec.name, spec.default), where)
+            for spec in operator.parameters
+        ]
+        operators[operator.name] = operator
+        try:
+            spaces[operator.name] = Space(list(campaign.experts), groups, depths, searched)
+        except CampaignError as error:
+            raise CampaignError(str(error) if where == "operator" else f"{where}: {error}") from error
+    _require_use(campaign.space, operators)
+    return operators, Choice(spaces)
 
 
-def _searched(spec: ParameterSpec, given: Any) -> Searched:
-    """Read what a campaign says of one of the operator's other parameters."""
-    where = f"operator.{spec.name}"
-    if isinstance(given, bool) or not isinstance(given, int | float | dict):
-        raise CampaignError(f"{where}: expected a number or {{low, high, start, per}}, found {given!r}")
-    if not isinstance(given, dict):
-        return Searched(spec=spec, setting=float(given), by_group=False)
+def _require_use(section: SpaceSection, operators: Mapping[str, Operator]) -> None:
+    """Refuse coefficients that no operator has; those of a preset are for the operators that have some."""
+    given = "exceptions" if section.exceptions else "coefficient" if "coefficient" in section.model_fields_set else None
+    if any(spec.name == COEFFICIENT for operator in operators.values() for spec in operator.parameters):
+        return
+    if given and section.preset is None:
+        raise CampaignError(
+            f"space.{given}: there is no coefficient in {' or '.join(operators)}; give the numbers under operator"
+        )
+
+
+def _coefficient(spec: ParameterSpec, section: SpaceSection) -> Searched:
+    exceptions = {place: _setting(spec, given) for place, given in section.exceptions.items()}
+    return Searched(spec=spec, setting=_setting(spec, section.coefficient), exceptions=exceptions)
+
+
+def _parameter(spec: ParameterSpec, given: Any, where: str) -> Searched:
+    """Read what a campaign says of one of the operator's other parameters; a range is one number unless it says so."""
+    where = f"{where}.{spec.name}"
+    if not isinstance(given, Mapping):
+        return Searched(spec=spec, setting=fixed_number(given, where, " or {low, high, start, per, knots, exceptions}"))
     section = parse(ParameterSection, given, where)
-    return Searched(spec=spec, setting=_setting(spec, section), by_group=section.per == "group")
+    knots = None if section.per == "group" else section.knots or 1
+    exceptions = {place: _setting(spec, given) for place, given in section.exceptions.items()}
+    return Searched(spec=spec, setting=_range(spec, section, knots), exceptions=exceptions)
 
 
-def _setting(spec: ParameterSpec, given: float | RangeSection) -> Setting:
+def _setting(spec: ParameterSpec, given: float | list[float] | RangeSection) -> Setting:
+    if isinstance(given, RangeSection):
+        return _range(spec, given, given.knots)
+    return tuple(given) if isinstance(given, list) else float(given)
+
+
+def _range(spec: ParameterSpec, given: RangeSection, knots: int | None) -> Range:
     """Fill what a range leaves open from the operator's own: the default start is moved into the bounds."""
-    if isinstance(given, int | float):
-        return float(given)
     low = spec.low if given.low is None else given.low
     high = spec.high if given.high is None else given.high
     start = min(max(spec.default, low), high) if given.start is None else given.start
-    return Range(low=low, high=high, start=start)
+    return Range(low=low, high=high, start=start, knots=knots)
 
 
 def _objectives(campaign: Campaign, evaluator: Evaluator) -> tuple[Objective, ...]:

@@ -38,9 +38,19 @@ class TensorInfo:
         """Number of elements; 1 for a scalar."""
         return int(np.prod(self.shape, dtype=np.int64))
 
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns: the first dimension by all others (of a convolution, filters); a vector is one row."""
+        rows = self.shape[0] if len(self.shape) > 1 else 1
+        return rows, self.num_elements // max(rows, 1)
+
 
 TensorIndex = tuple[TensorInfo, ...]
 """Every merged tensor, in the order in which the model holds them (embeddings first, head last)."""
+
+
+Layers = tuple[tuple[int | None, ...], ...]
+"""Per layer of a merged model, which layer of the base and of each expert it is made of; None for none of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +78,9 @@ class Recipe:
 
     groups maps a group to its tensors; together they hold every merged tensor once. values maps a parameter to its
     (K, G) numbers, experts and groups in the order of their mappings; a parameter of the whole merge has one row.
+    dtype is that of the inputs; the result is rounded to out_dtype where it has another. layers: of a model whose
+    layers are arranged anew; otherwise each layer is merged from the layers of its number. int8: task vectors are
+    rounded to 8 bits, with a factor for each 1,024 elements.
     """
 
     operator: str
@@ -77,10 +90,13 @@ class Recipe:
     dtype: str
     groups: Mapping[str, tuple[str, ...]]
     values: Mapping[str, tuple[tuple[float, ...], ...]]
+    out_dtype: str | None = None
+    layers: Layers | None = None
+    int8: bool = False
 
     def fingerprint(self, hashes: Mapping[str, str]) -> str:
         """Return 16 hex digits of the merge itself; ``hashes`` maps a checkpoint's path to the hash of its tensors."""
-        merge = {
+        merge: dict[str, Any] = {
             "operator": self.operator,
             "options": dict(self.options),
             "base": hashes[self.base],
@@ -89,6 +105,9 @@ class Recipe:
             "groups": list(self.groups.values()),
             "values": dict(self.values),
         }
+        merge |= {"out_dtype": self.out_dtype} if self.out_dtype else {}
+        merge |= {"layers": self.layers} if self.layers else {}
+        merge |= {"int8": True} if self.int8 else {}
         return digest(merge)[:16]
 
 

@@ -17,6 +17,7 @@ from evomerge.front.front import front_hypervolume, front_of, maximized
 from evomerge.front.pick import knee, prefer
 from evomerge.ledger.ledger import Ledger
 from evomerge.records import Measurement, Objective, Trial
+from evomerge.space.choice import chosen
 
 if TYPE_CHECKING:
     from evomerge.driver import Watcher
@@ -79,6 +80,31 @@ class Run:
     def gain(self, subject: str, over: str) -> tuple[float, float]:
         """Return the paired difference of two subjects' mean test scores over objectives, and its standard error."""
         return paired_difference(self.tested[subject], self.tested[over], self.objectives, self.facts["test_sources"])
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether the operator was searched too."""
+        return "choice" in self.facts
+
+    def operator_of(self, trial: Trial) -> str:
+        """Name of the operator that a trial chose."""
+        names = self.campaign.operator_names
+        return names[chosen(trial.point, len(names))]
+
+    def label(self, trial: Trial) -> str:
+        """How a trial is shown: by its number, and its operator where there was a choice."""
+        return f"trial {trial.number}" + (f" by {self.operator_of(trial)}" if self.has_choice else "")
+
+    def numbers_of(self, trial: Trial) -> list[tuple[Mapping[str, Any], float]]:
+        """Return the dimensions of a trial's operator (as ``asdict`` gives them), each with its number."""
+        space, point = self.facts["space"], trial.point
+        if self.has_choice:
+            branch = self.facts["choice"][self.operator_of(trial)]
+            space, point = branch["space"], tuple(point[column] for column in branch["columns"])
+        return [
+            (dimension, dimension["low"] + x * (dimension["high"] - dimension["low"]))
+            for dimension, x in zip(space, point, strict=True)
+        ]
 
     def hypervolume(self) -> float:
         """Of the front's search values above the base's."""
@@ -213,7 +239,7 @@ def _driving(folder: Path) -> Iterator[None]:
 
 def _facts(plan: "Plan", scorer: "Scorer") -> dict[str, Any]:
     """What readers of a run need and the campaign file does not say."""
-    return {
+    facts = {
         "objectives": [asdict(objective) for objective in plan.objectives],
         "space": [asdict(dimension) for dimension in plan.space.dimensions],
         "hashes": scorer.materializer.hashes,
@@ -223,6 +249,15 @@ def _facts(plan: "Plan", scorer: "Scorer") -> dict[str, Any]:
             for task, splits in plan.splits.items()
         },
     }
+    if len(plan.operators) > 1:
+        facts["choice"] = {
+            branch.operator: {
+                "columns": branch.columns_d.tolist(),
+                "space": [asdict(dimension) for dimension in branch.space.dimensions],
+            }
+            for branch in plan.space.branches
+        }
+    return facts
 
 
 def _require_same_meaning(run: Run, campaign: Campaign) -> None:

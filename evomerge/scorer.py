@@ -5,6 +5,7 @@ Shape letters: D dimensions of the space.
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -22,18 +23,21 @@ ADAM = (0.9, 0.999, 1e-8)
 
 
 class Scorer:
-    """Scores candidates and recipes of one plan."""
+    """Scores candidates and recipes of one plan. Raises: InputError if the experts do not suit an operator."""
 
     def __init__(self, plan: Plan, progress: Callable[[str], None] = lambda _: None) -> None:
         self.plan = plan
         self.materializer = Materializer(
-            plan.base, list(plan.experts.values()), dtype=plan.dtype, device=plan.device, progress=progress
+            plan.base, list(plan.experts.values()), dtype=plan.dtype, place=plan.place, progress=progress
         )
-        self._operators: dict[str, Operator] = {
-            TaskArithmetic.name: TaskArithmetic(),
-            plan.operator.name: plan.operator,
-        }
+        self._operators: dict[str, Operator] = {TaskArithmetic.name: TaskArithmetic(), **plan.operators}
         self._num_search_items = sum(len(splits["search"]) for splits in plan.splits.values())
+        # Prepared before the first candidate: experts that do not suit an operator are a mistake of the user's.
+        for start_D in plan.space.starts:
+            recipe = plan.recipe(start_D)
+            progress(f"and preparing {recipe.operator}")
+            with suppress(CandidateError):
+                self.materializer.build(self._operators[recipe.operator], recipe)
 
     def score(self, subject: Candidate | Recipe, split: Split) -> Measurement:
         """Build the merge and score it on all items of a split; a descent comes first.
@@ -87,14 +91,19 @@ class Scorer:
     def _descend(self, candidate: Candidate) -> tuple[Arrival, float]:
         """Follow Adam on minibatches of the adapt items; return where it ended, and its cost.
 
-        The loss is the sum over tasks; coefficients are projected into their ranges after every step.
+        The loss is the sum over tasks; coefficients are projected into their ranges after every step. The operator
+        stays the one that the candidate chose, and so do the numbers that it does not read.
         """
         descent = candidate.descent
         assert descent is not None
         plan, model = self.plan, self.materializer.resident.module
-        if not plan.operator.differentiable:
-            raise CandidateError(f"{plan.operator.name} has no gradient in its coefficients")
+        branch = plan.space.branch(candidate.point)
+        operator = plan.operators[branch.operator]
+        if not operator.differentiable:
+            raise CandidateError(f"{operator.name} has no gradient in its coefficients")
         point_D = np.array(candidate.point)
+        gradient_D, spans_D = np.zeros(len(point_D)), np.ones(len(point_D))
+        spans_D[branch.columns_d] = branch.space.spans_D
         moments: list[Floats] = [
             np.array(moment) if moment else np.zeros(len(point_D))
             for moment in (descent.first_moment, descent.second_moment)
@@ -109,10 +118,11 @@ class Scorer:
             }
             num_items += sum(map(len, batches.values()))
             terms = [partial(plan.evaluator.loss, model, task, items, descent.loss) for task, items in batches.items()]
-            loss, gradients = self.materializer.gradient(plan.operator, plan.recipe(point_D), terms)
+            loss, gradients = self.materializer.gradient(operator, plan.recipe(point_D), terms)
             losses.append(loss)
-            step_D = _adam(plan.space.pull_back(gradients), moments, descent.steps_before + step)
-            point_D = np.clip(point_D - descent.learning_rate * step_D / plan.space.spans_D, 0.0, 1.0)
+            gradient_D[branch.columns_d] = branch.space.pull_back(gradients)
+            step_D = _adam(gradient_D, moments, descent.steps_before + step)
+            point_D = np.clip(point_D - descent.learning_rate * step_D / spans_D, 0.0, 1.0)
         arrival = Arrival(
             point=tuple(point_D.tolist()),
             first_moment=tuple(moments[0].tolist()),

@@ -46,9 +46,9 @@ def make_stages(campaign: Campaign, plan: Plan) -> list[Stage]:
         )
     stages = []
     for number, stage in enumerate(campaign.search):
-        if PROPOSERS[stage.proposer].needs_gradients and not plan.operator.differentiable:
+        if PROPOSERS[stage.proposer].needs_gradients and plan.rigid:
             raise CampaignError(
-                f"search[{number}].proposer: {stage.proposer} needs gradients, which {plan.operator.name} does not "
+                f"search[{number}].proposer: {stage.proposer} needs gradients, which {plan.rigid} does not "
                 "give; use task_arithmetic or linear, or another proposer"
             )
         stages.append(
@@ -77,7 +77,7 @@ def _auto(campaign: Campaign, plan: Plan) -> list[Stage]:
     The descents cost at most AUTO_DESCENT_COST, whatever the budget, so that a larger budget only lengthens the search.
     """
     budget, stages = campaign.budget.evaluations, []
-    if plan.operator.differentiable and campaign.split.adapt > 0 and "ce" in plan.evaluator.losses:
+    if plan.rigid is None and campaign.split.adapt > 0 and "ce" in plan.evaluator.losses:
         options = AdaMergingOptions(loss="ce", steps=25, learning_rate=1e-2)
         num_legs = int(AUTO_DESCENT_COST / (1 + descent_cost(plan, options)))
         num_legs = min(max(1, num_legs), AUTO_MAX_LEGS, budget)

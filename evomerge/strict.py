@@ -81,10 +81,14 @@ def _join(where: str, steps: list[Any]) -> str:
 
 
 def _deepest(error: ValidationError) -> tuple[Any, list[Any]]:
-    """Return the first mistake and its path; of alternatives that all failed, the one that came farthest."""
+    """Return the first mistake and its path; of alternatives that all failed, the one that came farthest.
+
+    What has the right type and a wrong value came farther than what has another type.
+    """
     found = [(mistake, [step for step in mistake["loc"] if not _is_union_branch(step)]) for mistake in error.errors()]
     prefix = found[0][1]
-    return max((pair for pair in found if pair[1][: len(prefix)] == prefix), key=lambda pair: len(pair[1]))
+    rivals = [pair for pair in found if pair[1][: len(prefix)] == prefix]
+    return max(rivals, key=lambda pair: (len(pair[1]), not pair[0]["type"].endswith("_type")))
 
 
 def _is_union_branch(step: Any) -> bool:

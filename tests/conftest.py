@@ -17,6 +17,8 @@ from evomerge.campaign import Campaign, read_campaign
 from evomerge.families.family import FamilySummary, make
 
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its interpreter runs kernels on the CPU
 
 
 @pytest.fixture

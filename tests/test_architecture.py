@@ -12,12 +12,13 @@ LAYERS = (
     {"materialize", "ledger"},
     {"proposers", "evaluators", "workers", "families"},
     {"campaign", "assemble", "plan", "scorer", "stages", "references", "driver", "recipe_file"},
-    {"run", "check", "export", "card"},
+    {"interop"},
+    {"run", "check", "export", "card", "guard"},
     {"report"},
     {"cli"},
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
-MAY_BE_SIBLINGS = {4, 5}  # single modules, not packages
+MAY_BE_SIBLINGS = {4, 6}  # single modules, not packages
 CONFINED = {  # library -> where alone it may be imported
     "transformers": {"materialize", "evaluators", "families"},
     "cma": {"proposers"},

@@ -4,12 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from evomerge.assemble import OPERATORS
 from evomerge.campaign import Campaign, presets_folder, read_campaign
 from evomerge.errors import CampaignError, CheckpointError, DataError, InputError
 from evomerge.families.family import FamilySummary
+from evomerge.operators.linear import TaskArithmetic
 from evomerge.plan import make_plan
+from evomerge.records import Options, ParameterSpec
 from evomerge.stages import make_stages
 
 OBJECTIVE = {"name": "rot90", "task": "rot90", "metric": "accuracy"}
@@ -29,6 +33,29 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"operator": {"name": "ties", "density": {"low": 0.1, "hihg": 0.9}}}, "operator.density.hihg: unknown key.*'high'"),
     ({"operator": {"name": "ties", "density": 1.5}, "space": {}}, r"density: expected a number in \[0, 1\], found 1.5"),
     ({"operator": {"name": "task_arithmetic", "coefficient": 1}}, "given under space.coefficient"),
+    ({"operator": {"name": "ties", "density": []}}, r"operator.density: expected a number or a list .*found \[\]"),
+    ({"operator": {"name": "ties", "density": [0.1, True]}}, r"operator.density: .*found \[0.1, True\]"),
+    ({"operator": {"name": "ties", "density": {"knots": 0}}}, "operator.density.knots: .*greater than or equal to 1, found 0"),
+    ({"operator": {"name": "ties", "density": {"knots": 2, "per": "group"}}}, "operator.density: give per or knots, not both"),
+    ({"operator": {"name": "ties", "density": {"exceptions": {"rot91/*": 1.0}}}, "space": {}}, "density: no expert/group matches 'rot91/"),
+    ({"operator": {"name": "ties", "density": {"exceptions": {"*": {"lwo": 0}}}}}, r"operator.density.exceptions.\*.lwo: unknown key.*'low'"),
+    ({"operator": {"name": "ties", "density": [0.1, 1.5]}, "space": {}}, r"density: expected a number in \[0, 1\], found 1.5"),
+    ({"operator": []}, "operator: .*at least 1 item"),
+    ({"operator": 3}, "operator: expected a valid dictionary, found 3"),
+    ({"operator": [{"name": "ties"}, "linear"]}, r"operator\[1\]: expected a valid dictionary, found 'linear'"),
+    ({"operator": [{"name": "ties"}, {"name": "liner"}]}, r"operator\[1\].name: unknown operator 'liner'; did you mean 'linear'\?"),
+    ({"operator": [{"name": "ties"}, {}]}, r"operator\[1\].name: unknown operator None"),
+    ({"operator": [{"name": "ties", "normalize": False}, {"name": "ties"}]}, "operator: ties is listed twice"),
+    ({"operator": [{"name": "linear"}, {"name": "ties", "densty": 1}]}, r"operator\[1\].densty: unknown key; did you mean 'density'\?"),
+    ({"operator": [{"name": "linear"}, {"name": "ties", "density": {"low": 0.1, "hgih": 1}}]}, r"operator\[1\].density.hgih: unknown key"),
+    ({"operator": [{"name": "linear"}, {"name": "ties", "density": 2}], "space": {}}, r"operator\[1\]: space: density: expected .*found 2"),
+    ({"operator": [{"name": "linear"}, {"name": "ties"}], "space": {"coefficient": {"low": -1.0}}}, r"operator\[1\]: space: coefficient: .*found -1"),
+    ({"operator": [{"name": "linear"}, {"name": "ties"}], "space": {}, "search": [{"proposer": "adamerging"}]}, "adamerging needs gradients, which ties"),
+    ({"space": {"coefficient": []}}, "space.coefficient: .*at least 1"),
+    ({"space": {"coefficient": [0.1, "x"]}}, r"space.coefficient\[1\]: expected a valid number, found 'x'"),
+    ({"space": {"groups": "model", "coefficient": {"knots": 2}}}, "coefficient: group 'model' is not at one depth.*groups: layer"),
+    ({"space": {"groups": "model", "exceptions": {"rot90/*": [0, 1]}}}, "coefficient: group 'model' is not at one depth"),
+    ({"space": {"coefficient": {"knots": 5}}}, "coefficient: no group lies near the knot 'coefficient noise/depth 0.25'; use fewer"),
     ({"space": {"gruops": "layer"}}, r"space.gruops: unknown key; did you mean 'groups'\?"),
     ({"space": {"groups": "layers"}}, "space.groups: expected 'model', 'layer', 'module' or 'tensor', found 'layers'"),
     ({"space": {"coefficient": {"low": 0, "hi": 1}}}, "space.coefficient.hi: unknown key.*'high'"),
@@ -136,9 +163,118 @@ def test_ranges_and_exceptions_reach_the_space(make_campaign: Callable[..., Camp
         )
     )
     names = [dimension.name for dimension in plan.space.dimensions]
-    num_groups = len(plan.space.groups)
+    num_groups = len(plan.groups)
     assert len(names) == (3 * num_groups - 1) + 3 * num_groups + 1
     assert "coefficient rot90/before" not in names
     after = next(dimension for dimension in plan.space.dimensions if dimension.name == "coefficient parity/after")
     assert (after.low, after.high, after.start) == (0.25, 0.75, 0.75)
     assert names[-1] == "scale"
+
+
+def test_numbers_over_depth_reach_the_space(make_campaign: Callable[..., Campaign]) -> None:
+    plan = make_plan(
+        make_campaign(
+            operator={
+                "name": "ties",
+                "density": {
+                    "low": 0.1,
+                    "high": 0.9,
+                    "knots": 2,
+                    "exceptions": {"*/*.norm": 1.0, "*/*.mlp": [0.2, 0.4]},
+                },
+                "scale": [1.0, 2.0],
+            },
+            space={
+                "groups": "module",
+                "coefficient": {"low": 0.0, "high": 1.0, "start": 0.5, "knots": 2},
+                "exceptions": {"rot90/*.attn": {"low": 0.0, "high": 2.0, "knots": 1}, "*/before.*": [0.25]},
+            },
+        )
+    )
+    names = [dimension.name for dimension in plan.space.dimensions]
+    assert names[4:7] == ["coefficient rot90/*.attn", "coefficient rot90/depth 0", "coefficient rot90/depth 1"]
+    assert len(names) == (3 * 2 + 1) + 3 * 2
+    recipe = plan.recipe([0.5, 0.5, 0.5, 0.5, 0.5, 0.0, 1.0, *[0.5] * 6])
+    rot90 = dict(zip(recipe.groups, recipe.values["coefficient"][2], strict=True))
+    assert (rot90["before.embed"], rot90["layer0.mlp"], rot90["layer1.mlp"], rot90["layer0.attn"]) == (
+        0.25,
+        0.0,
+        1.0,
+        1.0,
+    )
+    density = dict(zip(recipe.groups, recipe.values["density"][0], strict=True))
+    assert (density["layer0.mlp"], density["layer1.mlp"], density["layer1.norm"]) == (0.2, 0.4, 1.0)
+    assert density["layer1.attn"] == pytest.approx(0.5)
+    scale = dict(zip(recipe.groups, recipe.values["scale"][0], strict=True))
+    assert (scale["before.embed"], scale["layer0.attn"], scale["layer1.attn"]) == (1.0, 1.0, 2.0)
+
+
+def test_a_list_of_operators_is_a_choice(make_campaign: Callable[..., Campaign]) -> None:
+    operators = [
+        {"name": "task_arithmetic"},
+        {"name": "ties", "density": {"low": 0.1, "high": 0.9}},
+        {"name": "linear"},
+    ]
+    plan = make_plan(make_campaign(operator=operators, space={"groups": "model", "coefficient": {"high": 0.8}}))
+    names = [dimension.name for dimension in plan.space.dimensions]
+    experts = ["noise", "parity", "rot90"]
+    assert names == [
+        "operator",
+        *(f"coefficient {name}" for name in experts),
+        *(f"ties.density {name}" for name in experts),
+    ]
+    assert list(plan.operators) == ["task_arithmetic", "ties", "linear"]
+    assert plan.rigid == "ties"
+    point = plan.space.start.copy()
+    assert plan.recipe(point).operator == "task_arithmetic"
+    assert plan.recipe(point).values["coefficient"] == pytest.approx(np.array([[0.3]] * 3))
+    point[:2] = 0.5, 0.0
+    ties = plan.recipe(point)
+    assert (ties.operator, ties.options["normalize"]) == ("ties", True)
+    assert ties.values["coefficient"][0] == (0.0,)
+    assert ties.values.keys() == {"coefficient", "density", "scale"}
+    point[:2] = 0.9, 1.0
+    linear = plan.recipe(point)
+    assert (linear.operator, linear.values["coefficient"][0]) == ("linear", (0.8,))
+    assert make_plan(make_campaign(operator=[operators[0], operators[2]])).rigid is None
+
+
+def test_gradients_are_of_no_use_where_only_structural_numbers_are_searched(
+    make_campaign: Callable[..., Campaign],
+) -> None:
+    assert make_plan(make_campaign(operator={"name": "iso_c"})).rigid == "iso_c"
+    scaled = make_campaign(operator={"name": "iso_c", "scale": {}}, space={"groups": "model", "coefficient": 1.0})
+    assert make_plan(scaled).rigid is None
+
+
+def test_a_list_of_one_operator_is_that_operator(make_campaign: Callable[..., Campaign]) -> None:
+    one, other = (make_plan(make_campaign(operator=given)) for given in ({"name": "linear"}, [{"name": "linear"}]))
+    assert one.space.dimensions == other.space.dimensions
+    assert one.recipe(one.space.start) == other.recipe(other.space.start)
+
+
+class Coefficientless(TaskArithmetic):
+    """A rule with a parameter of its own and no coefficients, as Model Stock is."""
+
+    name = "coefficientless"
+
+    def __init__(self, options: Options | None = None) -> None:
+        super().__init__(options)
+        self.parameters = (ParameterSpec(name="t", meaning="reach", default=0.5, low=0.0, high=1.0, per_expert=False),)
+
+
+def test_operators_without_coefficients(
+    make_campaign: Callable[..., Campaign], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(OPERATORS, "coefficientless", Coefficientless)
+    alone = {"name": "coefficientless", "t": {"low": 0.1, "high": 0.9, "per": "group"}}
+    plan = make_plan(make_campaign(operator=alone, space={"groups": "layer"}))
+    assert [dimension.name for dimension in plan.space.dimensions] == [f"t {group}" for group in plan.groups]
+    assert make_plan(make_campaign(operator=alone, space={"preset": "per-layer"})).space.dimensions
+    with pytest.raises(CampaignError, match="space.coefficient: there is no coefficient in coefficientless; give"):
+        make_plan(make_campaign(operator=alone))
+    plan = make_plan(
+        make_campaign(operator=[{"name": "linear"}, {"name": "coefficientless"}], space={"groups": "model"})
+    )
+    assert [dimension.parameter for dimension in plan.space.dimensions] == ["operator", *["coefficient"] * 3]
+    assert plan.recipe([1.0, 0.0, 0.0, 0.0]).values == {"t": ((0.5,),)}

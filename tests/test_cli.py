@@ -131,6 +131,8 @@ def test_export_of_the_knee_is_the_model_that_was_scored(run_folder: Path, tmp_p
     assert again.returncode == 0, again.stderr
     first, second = (tmp_path / name / "model.safetensors" for name in ("merged", "again"))
     assert first.read_bytes() == second.read_bytes()
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "mergekit cannot make this merge: tensors have other names in the checkpoint's files" in card
 
 
 def test_export_by_preference_and_by_number(run_folder: Path, tmp_path: Path) -> None:
@@ -168,6 +170,7 @@ MISTAKES = [
     (("export", "RUN", "--prefer", "rot90=0,parity=0", "--out", "x"), "all weights are 0"),
     (("export", "RUN", "--knee", "--out", "RUN"), "expected a folder that is new or empty"),
     (("merge", "nowhere.yaml", "--out", "x"), "nowhere.yaml: no such file"),
+    (("import", "nowhere.yaml", "--out", "x"), "nowhere.yaml: no such file"),
     (("families", "make", "digitz", "--out", "x"), "family 'digitz' is unknown; did you mean 'digits'?"),
 ]
 
@@ -189,9 +192,43 @@ def test_a_mistake_in_the_file_reaches_the_user(campaign_file: Callable[..., Pat
     assert done.stderr.rstrip().endswith("space.coefficient.hihg: unknown key; did you mean 'high'?")
 
 
+def test_merge_says_what_a_mergekit_file_has_in_vain(digits4: FamilySummary, tmp_path: Path) -> None:
+    models = [{"model": str(digits4.path / "experts" / name)} for name in ("rot90", "parity")]
+    sections = {"merge_method": "karcher", "models": models, "parameters": {"int8_mask": True}}
+    (tmp_path / "mergekit.yaml").write_text(yaml.safe_dump(sections))
+    done = evomerge("merge", "mergekit.yaml", "--out", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "note     parameters.int8_mask: saves memory in mergekit; has no effect here" in done.stdout
+    done = evomerge("import", "mergekit.yaml", "--out", "recipe.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = evomerge("merge", "recipe.yaml", "--out", "again", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, other = (tmp_path / name / "model.safetensors" for name in ("out", "again"))
+    assert one.read_bytes() == other.read_bytes()
+    done = evomerge("merge", tmp_path / "out" / "mergekit.yaml", "--out", tmp_path / "third")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "third" / "model.safetensors").read_bytes() == one.read_bytes()
+
+
 def test_families_list_and_cached_make(digits4: FamilySummary) -> None:
     assert "digits4" in evomerge("families", "list").stdout
     done = evomerge("families", "make", "digits4", "--out", digits4.path)
     assert done.returncode == 0, done.stderr
     assert "was there already" in done.stdout
     assert json.loads((digits4.path / "family.json").read_text())["name"] == "digits4"
+
+
+@pytest.mark.parametrize("command", ["check", "search"])
+def test_experts_that_do_not_suit_the_operator_are_a_mistake_found_before_any_candidate(
+    command: str, campaign_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    done = evomerge(command, campaign_file(operator={"name": "slerp"}), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "slerp: expected one expert (the base is the other end), found" in done.stderr
+
+
+def test_the_operators_are_listed_with_what_can_be_searched() -> None:
+    done = evomerge("operators")
+    assert done.returncode == 0
+    assert "task_arithmetic" in done.stdout
+    assert "density = 0.2 [0.05, 1]" in done.stdout

@@ -5,9 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evomerge.campaign import BudgetSection, StageSection, read_campaign
+from evomerge.campaign import BudgetSection, CoefficientSection, SpaceSection, StageSection, read_campaign
+from evomerge.export import export_trial, verify_export
 from evomerge.families.family import FamilySummary
 from evomerge.records import Measurement
+from evomerge.report.html import write_report
+from evomerge.report.terminal import print_front
 from evomerge.run import Run, search
 
 
@@ -80,3 +83,52 @@ def test_a_language_campaign_runs_on_all_three_forms(small_text: FamilySummary, 
     assert not [trial.failure for trial in run.trials if trial.failure]
     assert {objective.metric for objective in run.objectives} == {"loss", "exact_match", "accuracy"}
     assert run.is_finished
+
+
+def test_a_choice_of_operators_is_searched_shown_and_exported(digits4: FamilySummary, tmp_path: Path) -> None:
+    """Three operators, shared coefficients over depth: every one is tried, and what is exported scores the same."""
+    operators = [
+        {"name": "task_arithmetic"},
+        {"name": "ties", "density": {"low": 0.1, "high": 0.9}},
+        {"name": "linear"},
+    ]
+    update = {
+        "operator": operators,
+        "space": SpaceSection(coefficient=CoefficientSection(knots=2)),
+        "search": [StageSection(proposer="sobol")],
+        "budget": BudgetSection(evaluations=8),
+    }
+    campaign = read_campaign(digits4.campaign)
+    campaign = campaign.model_copy(update=update | {"objectives": campaign.objectives[:2]})
+    run = search(campaign, tmp_path / "run")
+    assert {run.operator_of(trial) for trial in run.trials} == {"task_arithmetic", "ties", "linear"}
+    assert not [trial.failure for trial in run.trials if trial.failure]
+    for trial in run.trials:
+        plain, own = len(run.campaign.experts) * 2, len(run.campaign.experts)
+        assert len(run.numbers_of(trial)) == plain + (own if run.operator_of(trial) == "ties" else 0)
+    print_front(run)
+    write_report(run, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    picked = run.pick(at_knee=True)
+    assert f"Coefficients of the knee: trial {picked.number} by {run.operator_of(picked)}" in page
+    assert "merged by task_arithmetic or ties or linear in 13 dimensions" in page
+    by_ties = next(trial for trial in run.trials if run.operator_of(trial) == "ties")
+    export_trial(run, by_ties, tmp_path / "out", lambda _: None)
+    assert all(row.rescored == row.recorded for row in verify_export(run, by_ties, tmp_path / "out", lambda _: None))
+
+
+def test_a_choice_of_operators_with_gradients_descends_within_the_chosen_one(
+    digits4: FamilySummary, tmp_path: Path
+) -> None:
+    update = {
+        "operator": [{"name": "linear", "normalize": False}, {"name": "task_arithmetic"}],
+        "search": [StageSection(proposer="adamerging", options={"loss": "ce", "steps": 4, "learning_rate": 0.01})],
+        "budget": BudgetSection(evaluations=2),
+    }
+    campaign = read_campaign(digits4.campaign)
+    campaign = campaign.model_copy(update=update | {"objectives": campaign.objectives[:1]})
+    run = search(campaign, tmp_path / "run")
+    first, second = run.trials
+    assert first.point[0] == second.point[0] == 0.25
+    assert first.point[1:] != first.candidate.point[1:]
+    assert second.candidate.point == first.point

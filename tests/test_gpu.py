@@ -31,7 +31,8 @@ def test_merges_agree(small_digits: FamilySummary, operator: dict[str, Any]) -> 
     for device in ("cpu", "cuda"):
         held = scorer(small_digits, device, operator)
         point = np.random.default_rng(0).random(len(held.plan.space))
-        held.materializer.build(held.plan.operator, held.plan.recipe(point))
+        recipe = held.plan.recipe(point)
+        held.materializer.build(held.plan.operators[recipe.operator], recipe)
         buffers.append(held.materializer.out_P.cpu())
     torch.testing.assert_close(buffers[1], buffers[0], rtol=1e-6, atol=1e-7)
 
@@ -44,7 +45,9 @@ def test_gradients_agree(small_digits: FamilySummary) -> None:
         items = held.plan.splits["rot90"]["adapt"]
         recipe = held.plan.recipe(held.plan.space.start)
         _, gradient = held.materializer.gradient(
-            held.plan.operator, recipe, [lambda m=model, e=evaluator, i=items: e.loss(m, "rot90", i, "ce")]
+            held.plan.operators[recipe.operator],
+            recipe,
+            [lambda m=model, e=evaluator, i=items: e.loss(m, "rot90", i, "ce")],
         )
         gradients.append(gradient["coefficient"])
     np.testing.assert_allclose(gradients[1], gradients[0], rtol=1e-2, atol=1e-4)

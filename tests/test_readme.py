@@ -37,11 +37,15 @@ def checkout(tmp_path: Path, digits4: FamilySummary, monkeypatch: pytest.MonkeyP
 
 
 def test_the_campaign_and_its_stages_are_read(checkout: Path) -> None:
-    campaign, stages, _ = blocks("yaml")
+    campaign, choice, stages, *_ = blocks("yaml")
     path = checkout / "campaign.yaml"
     path.write_text(campaign)
     plan = make_plan(read_campaign(path))
     assert len(plan.space) == 15  # 2 experts x 8 groups, one of them fixed
+    path.write_text(yaml.safe_dump(yaml.safe_load(campaign) | yaml.safe_load(choice), sort_keys=False))
+    assert (
+        len(make_plan(read_campaign(path)).space) == 13
+    )  # the operator; 2 experts x (3 + 1 coefficients, 2 densities)
     path.write_text(
         campaign.replace(next(line for line in campaign.splitlines() if line.startswith("search:")), stages)
     )
@@ -51,7 +55,7 @@ def test_the_campaign_and_its_stages_are_read(checkout: Path) -> None:
 
 def test_the_recipe_is_read(checkout: Path) -> None:
     path = checkout / "recipe.yaml"
-    path.write_text(blocks("yaml")[2])
+    path.write_text(next(block for block in blocks("yaml") if "name: ties}" in block and "base:" in block))
     assert read_recipe(path).recipe.values["coefficient"] == ((1.0,), (0.7,))
 
 

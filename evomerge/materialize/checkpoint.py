@@ -5,11 +5,12 @@ safetensors only: a pickle can run code. Index files cannot point outside their 
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from evomerge.errors import CheckpointError
+from evomerge.materialize.vocabulary import Alignment, align, read_vocabulary
 
 Header = dict[str, tuple[tuple[int, ...], str]]
 """Tensor name in the file -> (shape, safetensors dtype such as BF16)."""
@@ -25,17 +26,24 @@ class Checkpoint:
     folder: Path
     config: Mapping[str, Any]
     header: Header
+    alignment: Alignment | None = None
+    """Where this expert's rows go, if its vocabulary is not the base's."""
+
+    @property
+    def dtypes(self) -> set[str]:
+        """The floating dtypes of its tensors, by torch's names where torch merges them."""
+        return {FLOAT_DTYPES.get(dtype, dtype) for _, dtype in self.header.values() if "F" in dtype}
 
     @property
     def dtype(self) -> str:
         """The one floating dtype of its tensors. Raises: CheckpointError if there are several or an unknown one."""
-        found = sorted({dtype for _, dtype in self.header.values() if "F" in dtype})
-        if len(found) != 1 or found[0] not in FLOAT_DTYPES:
+        found = sorted(self.dtypes)
+        if len(found) != 1 or found[0] not in FLOAT_DTYPES.values():
             raise CheckpointError(
                 f"{self.name}: expected tensors of one dtype out of {', '.join(FLOAT_DTYPES)}, found "
                 f"{', '.join(found) or 'none'}; say which to merge in: dtype: bfloat16"
             )
-        return FLOAT_DTYPES[found[0]]
+        return found[0]
 
 
 def open_checkpoint(name: str, location: str | Path) -> Checkpoint:
@@ -43,19 +51,22 @@ def open_checkpoint(name: str, location: str | Path) -> Checkpoint:
 
     name says in messages whose checkpoint this is. Raises: CheckpointError if there is none or it cannot be read.
     """
-    folder = Path(location)
-    if not folder.is_dir():
-        folder = _download(name, str(location), folder)
+    folder = find_folder(name, location)
     config_file = folder / "config.json"
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(f"{name}: {folder} holds an adapter; expected a checkpoint (an expert can be either)")
     if not config_file.is_file():
         raise CheckpointError(f"{name}: expected a checkpoint folder with config.json, found none in {folder}")
-    return Checkpoint(name, folder, _read_json(name, config_file), _read_header(name, folder))
+    return Checkpoint(name, folder, read_json(name, config_file), _read_header(name, folder))
 
 
-def require_same_tensors(base: Checkpoint, expert: Checkpoint, tied: frozenset[str]) -> None:
-    """Raise CheckpointError unless both hold tensors of the same names and shapes.
+def fit_to_base(base: Checkpoint, expert: Checkpoint, tied: frozenset[str], vocabulary: frozenset[str]) -> Checkpoint:
+    """Return the expert, with its alignment if it has another vocabulary.
 
     ``tied`` names tensors that share another's storage: some tools write them, some do not; they are left out.
+    ``vocabulary`` names those with one row a token: only they may differ in their first dimension, and only where
+    both tokenizers are at hand.
+    Raises: CheckpointError unless both hold tensors of the same names and shapes.
     """
     ours = {name: shape for name, (shape, _) in base.header.items() if name not in tied}
     theirs = {name: shape for name, (shape, _) in expert.header.items() if name not in tied}
@@ -64,12 +75,31 @@ def require_same_tensors(base: Checkpoint, expert: Checkpoint, tied: frozenset[s
         if names:
             raise CheckpointError(f"{expert.name} {verb} {_count(names)} against the base: {_some(names)}; {hint}")
     differing = {name for name, shape in ours.items() if theirs[name] != shape}
-    if differing:
-        first = min(differing)
+    by_token = ours.keys() & vocabulary
+    padded = {name for name in differing & by_token if ours[name][1:] == theirs[name][1:]}
+    alignment = _align(base, expert, ours[min(by_token)][0], same_rows=not padded) if by_token else None
+    if beyond := differing - (padded if alignment else set()):
+        first = min(beyond)
+        others = "same head" if beyond - padded else "no tokenizer lies beside both to align the tokens by"
         raise CheckpointError(
             f"{expert.name}: {first}: expected shape {_shape(ours[first])} as in the base, found "
-            f"{_shape(theirs[first])} ({_count(differing)} differ); {hint} (same vocabulary, same head)"
+            f"{_shape(theirs[first])} ({_count(beyond)} differ); {hint} (same vocabulary; {others})"
         )
+    return replace(expert, alignment=alignment)
+
+
+def _align(base: Checkpoint, expert: Checkpoint, num_rows: int, *, same_rows: bool) -> Alignment | None:
+    """Compare the tokenizers; None if one is not at hand, or if every token has the same row."""
+    ours, theirs = read_vocabulary(base.folder), read_vocabulary(expert.folder)
+    if ours is None or theirs is None or (ours == theirs and same_rows):
+        return None
+    return align(ours, theirs, num_rows)
+
+
+def find_folder(name: str, location: str | Path) -> Path:
+    """Return a local folder, or where the hub's files of that id lie. Raises: CheckpointError."""
+    folder = Path(location)
+    return folder if folder.is_dir() else _download(name, str(location), folder)
 
 
 def _download(name: str, repo_id: str, folder: Path) -> Path:
@@ -92,21 +122,21 @@ def _download(name: str, repo_id: str, folder: Path) -> Path:
 def _read_header(name: str, folder: Path) -> Header:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        weight_map = _read_json(name, index).get("weight_map")
+        weight_map = read_json(name, index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise CheckpointError(f"{name}: {index}: expected weight_map to say in which file each tensor is")
         shards = {}
         for shard in sorted(set(weight_map.values())):
             if Path(shard).name != shard:
                 raise CheckpointError(f"{name}: {index}: shard {shard!r} lies outside the folder; refused")
-            shards[shard] = _read_safetensors_header(name, folder / shard)
+            shards[shard] = read_safetensors_header(name, folder / shard)
         header = {tensor: info for shard in shards.values() for tensor, info in shard.items()}
         if header.keys() != weight_map.keys():
             wrong = header.keys() ^ weight_map.keys()
             raise CheckpointError(f"{name}: {index} and its shards disagree about {_count(wrong)}: {_some(wrong)}")
         return header
     if single.is_file():
-        return _read_safetensors_header(name, single)
+        return read_safetensors_header(name, single)
     others = [path.name for path in folder.glob("*.bin")]
     raise CheckpointError(
         f"{name}: expected model.safetensors or model.safetensors.index.json in {folder}, found "
@@ -114,7 +144,8 @@ def _read_header(name: str, folder: Path) -> Header:
     )
 
 
-def _read_safetensors_header(name: str, path: Path) -> Header:
+def read_safetensors_header(name: str, path: Path) -> Header:
+    """Return what a safetensors file holds, without reading it. Raises: CheckpointError if it is damaged."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -133,7 +164,8 @@ def _read_safetensors_header(name: str, path: Path) -> Header:
     return found
 
 
-def _read_json(name: str, path: Path) -> dict[str, Any]:
+def read_json(name: str, path: Path) -> dict[str, Any]:
+    """Return a file's JSON object. Raises: CheckpointError."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -5,69 +5,97 @@ Shape letters: K experts, G groups, S tensors, P padded elements, B blocks.
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evomerge.errors import CandidateError, CheckpointError
+from evomerge.materialize.adapter import Adapter, factors_hash, load_adapter
+from evomerge.materialize.arrangement import LIKE_THE_BASE, Output, arrange
 from evomerge.materialize.checkpoint import Checkpoint
-from evomerge.materialize.resident import ResidentModel, load_model, merged_tensors
+from evomerge.materialize.residence import ON_THE_CPU, Place, to_int8
+from evomerge.materialize.resident import DTYPES, ResidentModel, load_model, merged_tensors, tensor_index
+from evomerge.materialize.vocabulary import vocabulary_tensors
 from evomerge.operators.kernels import task_vector_products
-from evomerge.operators.operator import Operator
+from evomerge.operators.launch import path
+from evomerge.operators.layout import BLOCK, Layout
+from evomerge.operators.operator import LinearOperator, Operator
+from evomerge.operators.sources import Dense, Expert, LowRank, Sources
 from evomerge.records import Floats, Recipe
 
 
 class Materializer:
     """Holds base, experts and the resident model, and rebuilds the model for each recipe.
 
-    base and experts are flat buffers of the resident model's dtype: (K + 2) times the model's size in all.
+    base and experts are flat buffers of ``dtype``: (K + 2) times the model's size in all, but see ``residence.py``.
+    Adapters are held as their factors; the first operator that does not read factors makes a buffer of each, too.
     hashes maps each checkpoint's folder to the SHA-256 of its tensors.
-    Raises: CheckpointError if a checkpoint holds a NaN or an infinity.
+    Raises: CheckpointError if a checkpoint holds a NaN or an infinity; InputError if the device has too little memory.
     """
 
     def __init__(
         self,
         base: Checkpoint,
-        experts: Sequence[Checkpoint],
+        experts: Sequence[Checkpoint | Adapter],
         *,
         dtype: str,
-        device: str = "cpu",
+        output: Output = LIKE_THE_BASE,
+        place: Place = ON_THE_CPU,
         progress: Callable[[str], None] = lambda _: None,
     ) -> None:
         progress(base.name)
-        self.resident = ResidentModel(load_model(base, dtype), torch.device(device))
-        self.layout, self.out_P = self.resident.layout, self.resident.out_P
-        self.base_P = self.out_P.clone()
-        self.experts_KP = self.out_P.new_zeros(len(experts), self.layout.num_padded)
         self.hashes: dict[str, str] = {}
-        for checkpoint, buffer_P in zip((base, *experts), (self.base_P, *self.experts_KP), strict=True):
-            if checkpoint is not base:
-                progress(checkpoint.name)
-                expert = load_model(checkpoint, dtype)
-                self.layout.flatten(merged_tensors(expert), buffer_P)
-            self._require_finite(checkpoint, buffer_P)
-            self.hashes[str(checkpoint.folder)] = sha256(buffer_P)
-        self._block_segment = self.layout.block_segment.to(device)
-        self._built: tuple[Operator, Recipe] | None = None
-        self._state: tuple[Operator, Mapping[str, Tensor], Any] | None = None
+        self._arrangement = arrange((base, *experts), output.layers) if output.layers else None
+        out_dtype = output.dtype or dtype
+        module = self._load_base(base, out_dtype)
+        num_elements = sum(tensor.numel() for tensor in merged_tensors(module).values())
+        element_bytes = max(DTYPES[dtype].itemsize, DTYPES[out_dtype].itemsize)
+        self.residence = place.choose(place.needed_bytes(num_elements, element_bytes, experts))
+        self.resident = ResidentModel(module, torch.device(place.device))
+        self.layout, self.out_P = self.resident.layout, self.resident.out_P
+        self._merged_P = self.out_P
+        if self.residence == "host":
+            self._merged_P = self.out_P.to("cpu", copy=True).pin_memory()  # shipped from there at the bus's full speed
+        self.base_P = self._merged_P.clone()
+        if out_dtype != dtype:
+            self.base_P = self._flat(merged_tensors(self._load_base(base, dtype))).to(self.base_P.device)
+        self._require_finite(base, self.base_P)
+        self.hashes.setdefault(str(base.folder), sha256(self.base_P))
+        held: list[Expert] = []
+        for k, expert in enumerate(experts):
+            progress(expert.name)
+            held.append(
+                self._load_adapter(expert) if isinstance(expert, Adapter) else self._load_dense(k, expert, dtype)
+            )
+        self.sources = Sources(self.layout, self.base_P, tuple(held))
+        self._densified: Sources | None = None
+        self._built: tuple[Operator, Recipe, Mapping[str, Tensor]] | None = None
+        self._states: dict[Operator, tuple[Mapping[str, Tensor], Any]] = {}
 
     def build(self, operator: Operator, recipe: Recipe) -> None:
         """Overwrite the resident model with the recipe's merge.
 
         Raises: CandidateError if the merge is undefined or not finite; EvoMergeError if the views are broken.
         """
+        assert recipe.int8 == (self.residence == "int8")
         self.resident.check_views()
-        if self._built == (operator, recipe):
+        if self._built and self._built[:2] == (operator, recipe):
             return
-        self._built = None
         values = self._spread(recipe)
-        weights_KB = operator.weights(values).to(self.out_P.device)[:, self._block_segment]
-        operator.merge(self.out_P, self.base_P, self.experts_KP, weights_KB, self._prepare(operator, values))
-        if flawed := self.layout.first_non_finite(self.out_P):
+        changed = self._changed(operator, values)
+        self._built = None
+        state = self._prepare(operator, values)
+        operator.merge(self._merged_P, self._sources_of(operator), operator.weights(values, state), state, changed)
+        if flawed := self.layout.first_non_finite(self._merged_P, changed):
             raise CandidateError(f"the merged tensor {flawed} is not finite")
-        self._built = operator, recipe
+        if self._merged_P is not self.out_P:
+            for run in self.layout.runs(changed):
+                here = slice(run.start * BLOCK, run.stop * BLOCK)
+                self.out_P[here].copy_(self._merged_P[here])
+        self._built = operator, recipe, values
 
     def gradient(
         self, operator: Operator, recipe: Recipe, losses: Iterable[Callable[[], Tensor]]
@@ -75,15 +103,19 @@ class Materializer:
         """Return the sum of the losses and its gradient in the recipe's (K, G) numbers, by parameter.
 
         One backward a loss; each tensor's gradient is reduced to K + 1 inner products as soon as it is complete, and
-        freed. dL/dw[k, s] = <dL/dtheta_s, tau_k,s>, then autograd through the operator's weights. Persistent buffers
-        (running statistics) are merged too, but no gradient reaches them.
+        freed. dL/dw[k, s] = <dL/dtheta_s, d_k,s>, d_k the operator's directions (by default the task vectors), then
+        autograd through its weights. Persistent buffers (running statistics) are merged too, but no gradient reaches
+        them.
         """
+        assert isinstance(operator, LinearOperator)
         self.build(operator, recipe)
         values = {name: matrix.requires_grad_(True) for name, matrix in self._spread(recipe).items()}
-        weights_KS = operator.weights(values)
+        state = self._prepare(operator, values)
+        weights_KS = operator.weights(values, state)
         products_KS = torch.zeros_like(weights_KS)
+        directions = operator.directions(self._sources_of(operator), state)
         total = 0.0
-        with _ReducedGradients(self, products_KS), torch.enable_grad():
+        with _ReducedGradients(self, directions, products_KS), torch.enable_grad():
             for loss in losses:
                 value = loss()
                 value.backward()
@@ -101,6 +133,11 @@ class Materializer:
             gradients[name] = gradient_KG.numpy()
         return total, gradients
 
+    @property
+    def kernels(self) -> str:
+        """How merges are computed, in words."""
+        return path(self.sources.device, self.layout.num_padded)
+
     def weights_hash(self) -> str:
         """SHA-256 of the merged tensors as they are: what is exported must have the same."""
         return sha256(self.out_P)
@@ -112,17 +149,79 @@ class Materializer:
             for name, matrix in recipe.values.items()
         }
 
+    def _changed(self, operator: Operator, values: Mapping[str, Tensor]) -> list[int] | None:
+        """Return the tensors whose values differ from what the model holds, or None for all."""
+        if self._built is None or self._built[0] is not operator or not operator.local:
+            return None
+        before = self._built[2]
+        differs_S = torch.zeros(len(self.layout.tensors), dtype=torch.bool)
+        for name, matrix in values.items():
+            differs_S |= (matrix != before[name]).any(0)
+        return [int(s) for s in differs_S.nonzero()]
+
     def _prepare(self, operator: Operator, values: Mapping[str, Tensor]) -> Any:
         """Repeat the operator's preparation only if a structural value changed."""
         structural = {spec.name: values[spec.name] for spec in operator.parameters if spec.structural}
-        earlier = None
-        if self._state and self._state[0] is operator:
-            _, before, earlier = self._state
-            if all(torch.equal(before[name], matrix) for name, matrix in structural.items()):
-                return earlier
-        state = operator.prepare(self.base_P, self.experts_KP, self.layout.segments, values, earlier)
-        self._state = operator, structural, state
+        # Taken out, since prepare may overwrite it: a preparation that fails midway leaves nothing half-made behind.
+        held = self._states.pop(operator, None)
+        if held and all(torch.equal(held[0][name], matrix) for name, matrix in structural.items()):
+            state = held[1]
+        else:
+            state = operator.prepare(self._sources_of(operator), values, held[1] if held else None)
+        self._states[operator] = structural, state
         return state
+
+    def _sources_of(self, operator: Operator) -> Sources:
+        """Return the sources as the operator reads them; dense adapters are made when first needed, and kept."""
+        if operator.reads_factors:
+            return self.sources
+        if self._densified is None:
+            # One after the other: in 8 bits they never lie side by side in the model's dtype.
+            alone = (replace(self.sources, experts=(expert,)).densified() for expert in self.sources.experts)
+            self._densified = replace(self.sources, experts=tuple(self._held(one.experts[0]) for one in alone))
+        return self._densified
+
+    def _held(self, expert: Expert) -> Expert:
+        """Return an expert as the residence has it."""
+        if self.residence != "int8" or not isinstance(expert, Dense) or expert.scales_B is not None:
+            return expert
+        return to_int8(expert, self.base_P)
+
+    def _load_adapter(self, adapter: Adapter) -> LowRank:
+        factors = load_adapter(adapter, self.layout, self.base_P)
+        self.hashes[str(adapter.folder)] = factors_hash(factors, self.layout)
+        return factors
+
+    def _load_base(self, base: Checkpoint, dtype: str) -> nn.Module:
+        """Load the base, its layers arranged as the output's."""
+        model = load_model(base, dtype)
+        if self._arrangement is None:
+            return model
+        self.hashes[str(base.folder)] = tensors_hash(model)
+        return self._arrangement.build(base, model, dtype)
+
+    def _load_dense(self, k: int, checkpoint: Checkpoint, dtype: str) -> Expert:
+        """Load expert k's tensors, its vocabulary in the base's order and its layers arranged as the output's."""
+        model = load_model(checkpoint, dtype)
+        named = merged_tensors(model)
+        if checkpoint.alignment is not None:
+            base = self.layout.views(self.base_P)
+            for name in vocabulary_tensors(self.resident.module):
+                named[name] = checkpoint.alignment.apply(named[name], base[name].cpu())
+        if self._arrangement is not None:
+            self.hashes[str(checkpoint.folder)] = tensors_hash(model)
+            named = self._arrangement.expert(k, named, self.layout.views(self.base_P))
+        buffer_P = self._flat(named)
+        self._require_finite(checkpoint, buffer_P)
+        self.hashes.setdefault(str(checkpoint.folder), sha256(buffer_P))
+        return self._held(Dense(buffer_P))
+
+    def _flat(self, named: Mapping[str, Tensor]) -> Tensor:
+        """Return tensors in a buffer of their own dtype, where the residence has them; on the CPU if that is 8 bits."""
+        device = "cpu" if self.residence == "int8" else self._merged_P.device
+        buffer_P = torch.zeros(self.layout.num_padded, dtype=next(iter(named.values())).dtype, device=device)
+        self.layout.flatten(named, buffer_P)
+        return buffer_P
 
     def _require_finite(self, checkpoint: Checkpoint, buffer_P: Tensor) -> None:
         if flawed := self.layout.first_non_finite(buffer_P):
@@ -132,22 +231,19 @@ class Materializer:
 class _ReducedGradients:
     """While entered, the resident parameters have gradients, which hooks reduce to products and free at once."""
 
-    def __init__(self, materializer: Materializer, products_KS: Tensor) -> None:
-        self.materializer, self.products_KS = materializer, products_KS
+    def __init__(self, materializer: Materializer, directions: Sources, products_KS: Tensor) -> None:
+        self.materializer, self.directions, self.products_KS = materializer, directions, products_KS
         self._hooks: list[Any] = []
 
     def __enter__(self) -> None:
         held = self.materializer
         segments = {tensor.name: s for s, tensor in enumerate(held.layout.tensors)}
         for name, parameter in held.resident.parameters.items():
-            s = segments[name]
-            segment = held.layout.segments[s]
 
-            def reduce(parameter: Tensor, s: int = s, segment: slice = segment) -> None:
+            def reduce(parameter: Tensor, s: int = segments[name]) -> None:
                 assert parameter.grad is not None
-                products = task_vector_products(
-                    parameter.grad.reshape(-1), held.base_P[segment], held.experts_KP[:, segment]
-                )
+                gradient_E = parameter.grad.reshape(-1).to(self.directions.device)
+                products = task_vector_products(gradient_E, self.directions, s)
                 self.products_KS[:, s] += products.cpu()
                 parameter.grad = None
 
@@ -164,6 +260,15 @@ class _ReducedGradients:
 
 def _group_of(recipe: Recipe) -> dict[str, int]:
     return {name: g for g, names in enumerate(recipe.groups.values()) for name in names}
+
+
+def tensors_hash(model: nn.Module) -> str:
+    """Return the hash of a model's tensors in the flat layout of its own."""
+    layout = Layout.of(tensor_index(model))
+    named = merged_tensors(model)
+    buffer_P = torch.zeros(layout.num_padded, dtype=next(iter(named.values())).dtype)
+    layout.flatten(named, buffer_P)
+    return sha256(buffer_P)
 
 
 def sha256(buffer_P: Tensor) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from evomerge.errors import CheckpointError, EvoMergeError
 from evomerge.materialize.checkpoint import Checkpoint
-from evomerge.materialize.layout import Layout
+from evomerge.operators.layout import Layout
 from evomerge.records import TensorIndex, TensorInfo
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,23 +52,35 @@ def model_class(checkpoint: Checkpoint) -> Any:
     return found
 
 
-def empty_model(checkpoint: Checkpoint) -> nn.Module:
-    """Build the model without memory (meta device): names, shapes and ties only.
+def read_config(checkpoint: Checkpoint) -> Any:
+    """Return transformers' configuration of a checkpoint. Raises: CheckpointError if it makes none."""
+    from transformers import AutoConfig
+
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    except Exception as error:  # a configuration class raises whatever its values lead to
+        raise _makes_no_model(checkpoint, error) from error
+
+
+def empty_model(checkpoint: Checkpoint, config: Any | None = None) -> nn.Module:
+    """Build the model without memory (meta device): names, shapes and ties only; config: another than its own.
 
     Raises: CheckpointError if the configuration makes no model of this transformers.
     """
-    from transformers import AutoConfig
-
     architecture = model_class(checkpoint)
+    config = config or read_config(checkpoint)
     with quiet_transformers(), torch.device("meta"):
         try:
-            model: nn.Module = architecture(AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True))
-        except Exception as error:  # a configuration class raises whatever its values lead to
-            raise CheckpointError(
-                f"{checkpoint.name}: {checkpoint.folder / 'config.json'} makes no model "
-                f"({' '.join(str(error).split())[:200]})"
-            ) from error
+            model: nn.Module = architecture(config)
+        except Exception as error:  # as does a model's class
+            raise _makes_no_model(checkpoint, error) from error
     return model
+
+
+def _makes_no_model(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
+    reason = " ".join(str(error).split())[:200]
+    return CheckpointError(f"{checkpoint.name}: {checkpoint.folder / 'config.json'} makes no model ({reason})")
 
 
 def tied_names(model: nn.Module) -> frozenset[str]:
@@ -131,9 +143,8 @@ class ResidentModel:
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self.module = module.to(device)
-        named = merged_tensors(self.module)
-        self.layout = Layout.of(tensor_index(self.module))
+        named = merged_tensors(module)
+        self.layout = Layout.of(tensor_index(module))
         first = next(iter(named.values()))
         self.out_P = torch.zeros(self.layout.num_padded, dtype=first.dtype, device=device)
         self.layout.flatten(named, self.out_P)
@@ -141,7 +152,9 @@ class ResidentModel:
         for name, tensor in named.items():
             tensor.requires_grad_(False)
             tensor.data = self._views[name]
-        self._tensors = named
+        # The merged tensors are there already: a GPU never holds them twice.
+        self.module = module.to(device)
+        self._tensors = merged_tensors(self.module)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -9,30 +9,33 @@ from torch import Tensor
 from evomerge.errors import CandidateError
 from evomerge.operators.kernels import lincomb
 from evomerge.operators.operator import Values
+from evomerge.operators.sources import Sources
 from evomerge.records import Options, ParameterSpec
 
 
-class _Lincomb:
-    """What linear rules share: one kernel and nothing to prepare."""
+class Lincomb:
+    """What rules that are linear in their weights share: one kernel, and by default nothing to prepare."""
 
-    differentiable: ClassVar[bool] = True
+    reads_factors: ClassVar[bool] = True
+    differentiable: bool = True
+    local: bool = True
 
-    def prepare(
-        self,
-        base_P: Tensor,
-        experts_KP: Tensor,
-        segments: Sequence[slice],
-        values: Values,
-        earlier: Any | None,
-    ) -> None:
+    def prepare(self, sources: Sources, values: Values, earlier: Any | None) -> Any:  # noqa: ARG002
         """Nothing to prepare: base and experts are the cache."""
+        return None
 
-    def merge(self, out_P: Tensor, base_P: Tensor, experts_KP: Tensor, weights_KB: Tensor, state: None) -> None:  # noqa: ARG002
-        """Launch ``lincomb``."""
-        lincomb(out_P, base_P, experts_KP, weights_KB)
+    def directions(self, sources: Sources, state: Any) -> Sources:  # noqa: ARG002
+        """The weights multiply the base and the task vectors themselves."""
+        return sources
+
+    def merge(
+        self, out_P: Tensor, sources: Sources, weights_KS: Tensor, state: Any, changed: Sequence[int] | None = None
+    ) -> None:
+        """Launch ``lincomb`` over the directions."""
+        lincomb(out_P, self.directions(sources, state), weights_KS, changed)
 
 
-class TaskArithmetic(_Lincomb):
+class TaskArithmetic(Lincomb):
     """theta = base + sum_k c_k (expert_k - base).
 
     Reference: Ilharco et al. 2023, arxiv.org/abs/2212.04089. 0.3 is the paper's usual coefficient for eight tasks.
@@ -48,7 +51,7 @@ class TaskArithmetic(_Lincomb):
             ParameterSpec(name="coefficient", meaning="weight of a task vector", default=0.3, low=-0.2, high=1.2),
         )
 
-    def weights(self, values: Values) -> Tensor:
+    def weights(self, values: Values, state: None) -> Tensor:  # noqa: ARG002
         """The coefficients are the weights; the base counts once."""
         coefficients_KS = values["coefficient"]
         return torch.cat([torch.ones_like(coefficients_KS[:1]), coefficients_KS])
@@ -60,7 +63,7 @@ class LinearOptions(Options):
     normalize: bool = True
 
 
-class Linear(_Lincomb):
+class Linear(Lincomb):
     """theta = sum_k w_k expert_k, divided by sum_k w_k if ``normalize``; the base does not take part.
 
     Reference: Wortsman et al. 2022 (model soups), arxiv.org/abs/2203.05482. A sum of weights that vanishes is a
@@ -77,7 +80,7 @@ class Linear(_Lincomb):
             ParameterSpec(name="coefficient", meaning="weight of an expert", default=1.0, low=0.0, high=1.0),
         )
 
-    def weights(self, values: Values) -> Tensor:
+    def weights(self, values: Values, state: None) -> Tensor:  # noqa: ARG002
         """In terms of task vectors: sum_k w_k expert_k = (sum_k w_k) base + sum_k w_k tau_k."""
         coefficients_KS = values["coefficient"]
         sum_1S = coefficients_KS.sum(0, keepdim=True)

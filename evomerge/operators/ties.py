@@ -1,112 +1,105 @@
 """TIES: trim each task vector, elect a sign per element, merge what agrees.
 
-Reference: Yadav et al. 2023, arxiv.org/abs/2306.01708. "ties" is not one thing; this is mergekit's convention, per
-tensor: the sign is elected after weighting, and the agreeing entries are divided by the sum of their weights. (The
-paper trims over the whole model, elects before weighting and divides by the count.)
+Reference: Yadav et al. 2023, arxiv.org/abs/2306.01708. "ties" is not one thing: of the task vectors (.3, .2, -.1) with
+the weights (1, .5, 2) ``ties`` (mergekit's convention) makes .267, ``ties_paper`` .2, and without weights .25.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import replace
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
-from evomerge.operators.kernels import BLOCK, masked_consensus
+from evomerge.operators.kernels import Trims, Vote
+from evomerge.operators.masks import Tables, l1_gain, magnitude_tables, num_kept, sizes, thresholds
 from evomerge.operators.operator import Values
+from evomerge.operators.sources import Sources
+from evomerge.operators.trimmed import SCALE, Trimmed, TrimmedOptions, TrimState, coefficient, density
 from evomerge.records import Options, ParameterSpec
 
+TiesState = TrimState[Tables]
 
-@dataclass(frozen=True, slots=True)
-class Trims:
-    """Per expert and tensor (K, S): the densities, and the threshold and cutoff that keep exactly that share.
 
-    The ``*_KB`` twins are spread over the blocks, as the kernel wants them.
+class TiesOptions(TrimmedOptions):
+    """normalize: divide by the summed weight of the agreeing entries (false: the paper's "disjoint sum").
+
+    rescale: multiply each trimmed task vector so that its magnitudes sum to what they did before.
+    election: by the sum of the weighted entries, or by the count of their signs.
     """
 
-    densities_KS: Tensor
-    thresholds_KS: Tensor
-    cutoffs_KS: Tensor
-    thresholds_KB: Tensor
-    cutoffs_KB: Tensor
-
-
-class TiesOptions(Options):
-    """normalize: divide by the summed weight of the agreeing entries (false: the paper's "disjoint sum")."""
-
     normalize: bool = True
+    rescale: bool = False
+    election: Literal["sum", "count"] = "sum"
 
 
-class Ties:
-    """TIES merging, with a density per expert and a scale on the consensus."""
+class Ties(Trimmed):
+    """TIES in mergekit's convention: trim each tensor by itself, weigh, elect, divide by the agreeing weights.
+
+    Of every tensor int(density E) entries are kept, at least one; a vote of zero elects the positive sign.
+    """
 
     name: ClassVar[str] = "ties"
-    differentiable: ClassVar[bool] = False  # the elected sign jumps with the coefficients
 
     options_type: ClassVar[type[Options]] = TiesOptions
 
     def __init__(self, options: TiesOptions | None = None) -> None:
-        self.options = options or TiesOptions()
-        # A divisor of weights of both signs can nearly cancel and blow an entry up: with normalize they stay positive.
-        minimum = 0.0 if self.options.normalize else float("-inf")
+        self.options: TiesOptions = options or TiesOptions()
         self.parameters: tuple[ParameterSpec, ...] = (
-            ParameterSpec(
-                name="coefficient", meaning="weight of a task vector", default=1.0, low=0.0, high=1.0, minimum=minimum
-            ),
-            ParameterSpec(
-                name="density",
-                meaning="fraction of each task vector that is kept, largest magnitudes first",
-                default=0.2,
-                low=0.05,
-                high=1.0,
-                minimum=0.0,
-                maximum=1.0,
-                structural=True,
-            ),
-            ParameterSpec(
-                name="scale", meaning="factor on the consensus", default=1.0, low=0.3, high=3.0, per_expert=False
-            ),
+            coefficient(1.0, 0.0, 1.0, self.vote),
+            density("largest magnitudes first", 0.2, 0.05),
+            SCALE,
         )
 
-    def prepare(
-        self, base_P: Tensor, experts_KP: Tensor, segments: Sequence[slice], values: Values, earlier: Trims | None
-    ) -> Trims:
-        """Find the thresholds; those whose density did not change are taken from ``earlier``."""
-        densities_KS = values["density"]
-        thresholds_KS = torch.zeros(densities_KS.shape)
-        cutoffs_KS = torch.zeros(densities_KS.shape, dtype=torch.int64)
-        for k, expert_P in enumerate(experts_KP):
-            for s, segment in enumerate(segments):
-                if earlier is not None and earlier.densities_KS[k, s] == densities_KS[k, s]:
-                    thresholds_KS[k, s], cutoffs_KS[k, s] = earlier.thresholds_KS[k, s], earlier.cutoffs_KS[k, s]
-                else:
-                    vector_E = expert_P[segment].float() - base_P[segment].float()
-                    threshold, last = keep_largest(vector_E.abs(), float(densities_KS[k, s]))
-                    thresholds_KS[k, s], cutoffs_KS[k, s] = threshold, segment.start + last
-        device = base_P.device
-        blocks = torch.tensor([-(-(segment.stop - segment.start) // BLOCK) for segment in segments])
-        spread = [matrix.repeat_interleave(blocks, dim=1).to(device) for matrix in (thresholds_KS, cutoffs_KS)]
-        return Trims(densities_KS.clone(), thresholds_KS, cutoffs_KS, *spread)
+    def prepare(self, sources: Sources, values: Values, earlier: TiesState | None) -> TiesState:
+        """Count the magnitudes the first time; look the thresholds up."""
+        tables = earlier.cache if earlier else magnitude_tables(sources)
+        kept_KS = num_kept(values["density"], sizes(sources))
+        gain_KS = l1_gain(tables, kept_KS) if self.options.rescale else torch.ones_like(kept_KS)
+        return TrimState(tables, Trims("magnitude", gain_KS, *thresholds(tables, kept_KS)))
 
-    def weights(self, values: Values) -> Tensor:
-        """Row 0 scales the consensus, the others weigh the task vectors."""
-        return torch.cat([values["scale"], values["coefficient"]])
-
-    def merge(self, out_P: Tensor, base_P: Tensor, experts_KP: Tensor, weights_KB: Tensor, state: Trims) -> None:
-        """Launch ``masked_consensus``."""
-        trims = (state.thresholds_KB, state.cutoffs_KB)
-        masked_consensus(out_P, base_P, experts_KP, weights_KB, trims, self.options.normalize)
+    @property
+    def vote(self) -> Vote:
+        """By the weighted entries or the count of their signs."""
+        return super().vote if self.options.election == "sum" else replace(super().vote, elect="count")
 
 
-def keep_largest(magnitudes_E: Tensor, density: float) -> tuple[float, int]:
-    """Return (threshold, index) that keep exactly ``max(1, int(density * E))`` of the magnitudes.
+class TiesPaperOptions(TrimmedOptions):
+    """normalize: divide by the number of the agreeing entries (false: the paper's "disjoint sum")."""
 
-    Kept is what lies above the threshold, or on it at an index up to the one returned: rounded checkpoints have many
-    equal magnitudes, and "at least the threshold" would keep far more than was asked (0.325 for 0.2 in bfloat16).
+    normalize: bool = True
+
+
+class TiesPaper(Trimmed):
+    """TIES as in the paper: trim the whole model, elect, average what agrees; ``scale`` is its lambda.
+
+    Of all entries of a task vector together int(density P) are kept, so that tensors that moved much keep more.
+    (Tensors may have densities of their own: each takes the whole model's threshold of its own density.) The signs are
+    elected before the coefficients weigh the entries, which the paper does not do; at 1 it is the paper's merge, and at
+    other values peft's. Negative ones are allowed. The agreeing entries are divided by their number.
+
+    A vote of zero elects no sign (sgn 0 = 0 in the paper), so that nothing is merged where what is kept cancels. The
+    official code gives such entries the sign of the majority of the whole model, and keeps every entry that ties at
+    the threshold.
     """
-    num_elements = magnitudes_E.numel()
-    num_kept = min(num_elements, max(1, int(density * num_elements)))
-    threshold = magnitudes_E.kthvalue(num_elements - num_kept + 1).values
-    quota = num_kept - int((magnitudes_E > threshold).sum())
-    on_threshold = (magnitudes_E == threshold).nonzero().flatten()
-    return float(threshold), int(on_threshold[quota - 1])
+
+    name: ClassVar[str] = "ties_paper"
+
+    options_type: ClassVar[type[Options]] = TiesPaperOptions
+
+    def __init__(self, options: TiesPaperOptions | None = None) -> None:
+        self.options: TiesPaperOptions = options or TiesPaperOptions()
+        self.parameters: tuple[ParameterSpec, ...] = (
+            coefficient(1.0, 0.0, 1.0, self.vote),
+            density("largest magnitudes of the whole model first", 0.2, 0.05),
+            SCALE,
+        )
+
+    def prepare(self, sources: Sources, values: Values, earlier: TiesState | None) -> TiesState:
+        """Count the magnitudes the first time; look the thresholds up, which depend on no other tensor's values."""
+        tables = earlier.cache if earlier else magnitude_tables(sources, "model")
+        kept_KS = num_kept(values["density"], sizes(sources, "model"))
+        return TrimState(tables, Trims("magnitude", torch.ones_like(kept_KS), *thresholds(tables, kept_KS)))
+
+    @property
+    def vote(self) -> Vote:
+        """By the unweighted entries."""
+        return Vote(elect="unweighted", divide="count" if self.options.normalize else "no", zero="none")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from evomerge.front.front import front_hypervolume
-from evomerge.records import Measurement, Objective
+from evomerge.records import Measurement, Objective, Trial
 from evomerge.run import Run
 
 FRONT, FAINT, MARK, GRID = "#0072B2", "#9AA5B1", "#D55E00", "#E5E8EC"  # Okabe and Ito: apart for the colour-blind
@@ -50,8 +50,7 @@ def write_report(run: Run, path: Path) -> None:
         _picture(_front_figure(run, knee)),
         "<h2>Models</h2>",
         f'<div class="scroll">{_table(run, knee)}</div>',
-        "<h2>Coefficients of the knee</h2>",
-        _picture(_coefficient_figure(run, knee)),
+        _coefficients(run, knee),
         "<h2>Hypervolume over cost</h2>",
         _picture(_hypervolume_figure(run)),
         "<h2>Take a model</h2>",
@@ -72,7 +71,8 @@ def _lead(run: Run) -> str:
     failed = f", {num_failed} of them failed" if num_failed else ""
     experts = html.escape(", ".join(run.campaign.experts))
     return (
-        f"{len(run.campaign.experts)} experts ({experts}) merged by {html.escape(run.campaign.operator['name'])} in "
+        f"{len(run.campaign.experts)} experts ({experts}) merged by "
+        f"{html.escape(' or '.join(run.campaign.operator_names))} in "
         f"{len(run.facts['space'])} dimensions. {len(run.trials)} candidates{failed}, {cost:.0f} full-evaluation "
         f"equivalents, {len(run.front)} models on the front. Candidates were chosen on search items; {_touches(run)}. "
         "± and bars are one standard error."
@@ -184,19 +184,20 @@ def _single_objective_figure(run: Run, knee: str) -> Any:
     return _styled(figure, height=480)
 
 
-def _coefficient_figure(run: Run, knee: str) -> Any:
-    """Heat map of the searched numbers of one model: experts down, groups across."""
+def _coefficients(run: Run, knee: str) -> str:
+    """Heat map of the numbers that were searched for one model: experts down, groups across."""
     import plotly.graph_objects as go
 
-    trial = run.trials[int(knee.split(":")[1])]
-    space = run.facts["space"]
-    rows = list(dict.fromkeys(f"{dimension['parameter']} {dimension['expert'] or ''}".strip() for dimension in space))
-    columns = list(dict.fromkeys(dimension["group"] or "all" for dimension in space))
-    matrix = np.full((len(rows), len(columns)), np.nan)
-    for dimension, x in zip(space, trial.point, strict=True):
-        row = rows.index(f"{dimension['parameter']} {dimension['expert'] or ''}".strip())
-        value = dimension["low"] + x * (dimension["high"] - dimension["low"])
-        matrix[row, columns.index(dimension["group"] or "all")] = value
+    trial = _trial(run, knee)
+    cells = {
+        (f"{dimension['parameter']} {dimension['expert'] or ''}".strip(), dimension["group"] or "all"): number
+        for dimension, number in run.numbers_of(trial)
+    }
+    title = f"<h2>Coefficients of the knee: {html.escape(run.label(trial))}</h2>"
+    if not cells:
+        return f"{title}<p>Nothing but the operator was searched.</p>"
+    rows, columns = (list(dict.fromkeys(place)) for place in zip(*cells, strict=True))
+    matrix = np.array([[cells.get((row, column), np.nan) for column in columns] for row in rows])
     limit = float(np.nanmax(np.abs(matrix)))
     figure = go.Figure(
         go.Heatmap(
@@ -211,7 +212,7 @@ def _coefficient_figure(run: Run, knee: str) -> Any:
         )
     )
     figure.update_yaxes(autorange="reversed")
-    return _styled(figure, height=90 + 44 * len(rows))
+    return title + _picture(_styled(figure, height=90 + 44 * len(rows)))
 
 
 def _hypervolume_figure(run: Run) -> Any:
@@ -241,7 +242,8 @@ def _table(run: Run, knee: str) -> str:
             gain, error = run.gain(subject, run.best_scalar)
             cells += "<td></td>" if subject == run.best_scalar else f"<td>{gain:+.3f} ± {error:.3f}</td>"
         kind = "knee" if subject == knee else "front" if subject.startswith("trial:") else "reference"
-        label = subject.replace(":", " ") + (" (knee)" if kind == "knee" else "")
+        label = subject.replace(":", " ") if kind == "reference" else run.label(_trial(run, subject))
+        label += " (knee)" if kind == "knee" else ""
         lines.append(f'<tr class="{kind}"><td>{html.escape(label)}</td>{cells}</tr>')
     return f"<table>{''.join(lines)}</table>"
 
@@ -252,6 +254,10 @@ def _commands(run: Run, knee: str) -> str:
     wish = f"{html.escape(run.objectives[0].name)}=2"
     commands = (f"--trial {number} --out merged", f"--prefer {wish} --out merged", "--knee --out merged --verify")
     return "".join(f"<p><code>evomerge export {folder} {command}</code></p>" for command in commands)
+
+
+def _trial(run: Run, subject: str) -> Trial:
+    return run.trials[int(subject.split(":")[1])]
 
 
 def _axis(objective: Objective) -> str:

@@ -20,12 +20,14 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from evomerge.assemble import OPERATORS
 from evomerge.campaign import Campaign
 from evomerge.check import CheckReport
 from evomerge.errors import EvoMergeError, RunError
 from evomerge.export import Verification
 from evomerge.families.family import make
 from evomerge.front.front import front_hypervolume
+from evomerge.guard import GuardReport
 from evomerge.records import Measurement, Trial
 from evomerge.run import Run, open_run
 from evomerge.run import search as run_search
@@ -152,7 +154,7 @@ def print_front(run: Run, *, everything: bool = False) -> None:
     knee = run.pick(at_knee=True).number if run.front else None
     if knee is not None and knee not in [trial.number for trial in shown]:
         shown = [*shown[:-1], next(trial for trial in members if trial.number == knee)]
-    compact = len(run.objectives) > 5
+    compact = len(run.objectives) > (3 if run.has_choice else 5)  # the names of operators take their room
     table = Table(
         title=f"{run.campaign.name}: {len(members)} models on the front, scores on {split} items",
         box=SIMPLE_HEAD,
@@ -170,7 +172,7 @@ def print_front(run: Run, *, everything: bool = False) -> None:
     table.add_section()
     for trial in shown:
         mark = " ◆ knee" if trial.number == knee else ""
-        table.add_row(f"trial {trial.number}{mark}", *_cells(run, measured, f"trial:{trial.number}", compact=compact))
+        table.add_row(f"{run.label(trial)}{mark}", *_cells(run, measured, f"trial:{trial.number}", compact=compact))
     console.print(table)
     _print_notes(run, len(members) - len(shown), compact=compact)
 
@@ -220,17 +222,19 @@ def print_check(file: Path, report: CheckReport) -> None:
     """Print what a campaign merges, searches, scores and costs."""
     plan = report.plan
     table = Table(title=f"{file}: ready to run", show_header=False)
-    table.add_row("merge", f"{len(plan.experts)} experts ({', '.join(plan.experts)}) by {plan.operator.name}")
+    operators = " or ".join(plan.operators)
+    table.add_row("merge", f"{len(plan.experts)} experts ({', '.join(plan.experts)}) by {operators}")
     table.add_row(
         "model",
-        f"{plan.num_parameters / 1e6:,.2f} M parameters in {len(plan.tensors)} tensors, {plan.dtype}, {plan.device}",
+        f"{plan.num_parameters / 1e6:,.2f} M parameters in {len(plan.tensors)} tensors, {plan.dtype}",
     )
     dimensions = _some([dimension.name for dimension in plan.space.dimensions])
-    table.add_row("space", f"{len(plan.space)} dimensions over {len(plan.space.groups)} groups ({dimensions})")
+    table.add_row("space", f"{len(plan.space)} dimensions over {len(plan.groups)} groups ({dimensions})")
     table.add_row("search", ", then ".join(map(_stage, report.stages)))
     table.add_row(
         "memory", f"{plan.size_bytes / 1e6:,.1f} MB for base, experts and the merged model; activations come on top"
     )
+    table.add_row("merging", f"{_residence(report)}; {report.kernels}")
     table.add_row("one evaluation", f"{_duration(report.evaluation_s)} (timed)")
     table.add_row(
         "whole run",
@@ -245,7 +249,55 @@ def print_check(file: Path, report: CheckReport) -> None:
         counts = [str(len(plan.splits[objective.task][split])) for split in SPLITS]
         items.add_row(objective.name, objective.task, f"{objective.metric} ({objective.direction})", *counts)
     console.print(items)
+    _print_guard(report.guard)
+    for decision in plan.decisions:
+        say(f"decided  {decision}")
+    for suspicion in report.guard.suspicions:
+        say(f"warning  expert {suspicion.expert}: {suspicion.sign}; {suspicion.advice}")
     say(f"next     {COMMAND} search {file}")
+
+
+def _print_guard(guard: GuardReport) -> None:
+    """Print how far each expert lies from the base, by kind of module, and how its task vector lies to the others'."""
+    table = Table(title="task vectors: length relative to the base's tensors, and cosines", show_edge=True)
+    for column in ("expert", *guard.kinds, *(f"cos {expert}" for expert in guard.experts)):
+        table.add_column(column, justify="left" if column == "expert" else "right")
+    for k, expert in enumerate(guard.experts):
+        norms = [f"{norm:.3f}" for norm in guard.norms_KN[k]]
+        cosines = ["" if other > k else f"{guard.cosines_KK[k, other]:.2f}" for other in range(len(guard.experts))]
+        table.add_row(expert, *norms, *cosines)
+    console.print(table)
+
+
+def print_operators() -> None:
+    """Print every operator with its parameters (default, searched range) and options."""
+    table = Table(title="operators: parameter = default [searched from, to]; * one number for the whole merge")
+    for column in ("operator", "gradients", "parameters", "options"):
+        table.add_column(column, overflow="fold")
+    for name, operator_type in sorted(OPERATORS.items()):
+        operator = operator_type()
+        parameters = [
+            f"{spec.name}{'' if spec.per_expert else '*'} = {spec.default:g} [{spec.low:g}, {spec.high:g}]"
+            for spec in operator.parameters
+        ]
+        options = [f"{key}: {_plain(value)}" for key, value in operator.options.model_dump().items()]
+        table.add_row(name, "yes" if operator.differentiable else "", "\n".join(parameters), "\n".join(options))
+        table.add_section()
+    console.print(table)
+    say("A campaign or recipe says: operator: {name: ties, density: 0.3}; the coefficients have their own section.")
+
+
+def _plain(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _residence(report: CheckReport) -> str:
+    """Where base and experts are while candidates are merged."""
+    device, num_bytes = report.plan.place.device, report.plan.device_bytes[report.residence]
+    if report.residence == "host":
+        return f"on the host, base and experts too; {num_bytes / 1e9:,.1f} GB of the merged model on {device}"
+    held = ", task vectors in 8 bits" if report.residence == "int8" else ""
+    return f"resident on {device}{held}" + (f", {num_bytes / 1e9:,.1f} GB" if device != "cpu" else "")
 
 
 def make_family(name: str, out: Path) -> None:

@@ -5,7 +5,8 @@ A grouping is a word (model, layer, module, tensor) or a mapping of group names 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Literal
 
 from evomerge.errors import CampaignError
@@ -39,28 +40,40 @@ def make_groups(tensors: TensorIndex, grouping: Grouping) -> Groups:
     if grouping in ("layer", "module"):
         groups: dict[str, list[str]] = {}
         for name, layer in zip(names, _layers(names), strict=True):
-            groups.setdefault(layer if grouping == "layer" else f"{layer}.{_kind(name)}", []).append(name)
+            groups.setdefault(layer if grouping == "layer" else f"{layer}.{module_kind(name)}", []).append(name)
         return {group: tuple(members) for group, members in groups.items()}
     assert isinstance(grouping, Mapping)
     return _by_patterns(names, grouping)
 
 
-def _layers(names: Sequence[str]) -> list[str]:
-    """Name the block of each tensor; blocks of several towers (encoder, decoder) are told apart by their prefix."""
+def first_match(patterns: Iterable[str], name: str) -> str | None:
+    """Return the first pattern that matches a name: ``*`` any text, ``?`` one character, ``[ab]`` one of them."""
+    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
+
+
+def blocks(names: Iterable[str]) -> list[tuple[str, int] | None]:
+    """Return the tower (encoder, decoder: the prefix) and the number of each tensor's block; None outside blocks."""
     matches = [BLOCK_NUMBER.search(name) for name in names]
-    prefixes = {match.string[: match.start()] for match in matches if match}
+    return [(match.string[: match.start()], int(match.group(1))) if match else None for match in matches]
+
+
+def _layers(names: Sequence[str]) -> list[str]:
+    """Name the block of each tensor; blocks of several towers are told apart by their prefix."""
+    found = blocks(names)
+    towers = {block[0] for block in found if block}
     seen_block, layers = False, []
-    for match in matches:
-        if match is None:
+    for block in found:
+        if block is None:
             layers.append("after" if seen_block else "before")
         else:
             seen_block = True
-            tower = f"{match.string[: match.start()]}." if len(prefixes) > 1 else ""
-            layers.append(f"{tower}layer{match.group(1)}")
+            tower = f"{block[0]}." if len(towers) > 1 else ""
+            layers.append(f"{tower}layer{block[1]}")
     return layers
 
 
-def _kind(name: str) -> str:
+def module_kind(name: str) -> str:
+    """Return what a tensor belongs to: one of ``KINDS``, or ``other``."""
     return next((kind for kind, pattern in KINDS if pattern.search(name)), "other")
 
 

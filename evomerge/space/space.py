@@ -1,43 +1,47 @@
 """The space: a map between a point in [0, 1]^D and a recipe.
 
-Shape letters: K experts, G groups, D dimensions. A parameter's numbers form a (K, G) matrix (one row for a parameter of
-the whole merge); each entry is either fixed or reads one dimension of the point.
+Shape letters: K experts, G groups, D dimensions, N knots, E entries of a sparse matrix. A parameter's numbers form a
+(K, G) matrix (one row for a parameter of the whole merge), which is affine in the numbers that are searched.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 import numpy as np
 
 from evomerge.errors import CampaignError, did_you_mean
 from evomerge.records import Floats, Items, ParameterSpec
-from evomerge.space.groups import Groups
+from evomerge.space.depth import Depths, knot_weights
+from evomerge.space.groups import Groups, first_match
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Range:
-    """Bounds of a searched number, and where the search starts."""
+    """Bounds of a searched number, and where the search starts.
+
+    knots: None is a number a group; N are N numbers, evenly spaced over depth, with straight lines between them; so 1
+    is one number for all groups.
+    """
 
     low: float
     high: float
     start: float
+    knots: int | None = None
 
 
-Setting = Range | float
-"""A searched range or a fixed value."""
+Setting = Range | float | tuple[float, ...]
+"""A searched range, a fixed number, or fixed numbers that are interpolated over depth."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Searched:
     """How one parameter takes part: its setting for every expert and group, and exceptions by "expert/group" pattern.
 
-    by_group: one number a group, or one for the whole model. The first exception that matches wins.
+    The first exception that matches wins. The numbers of a range are an expert's own.
     """
 
     spec: ParameterSpec
     setting: Setting
-    by_group: bool = True
     exceptions: Mapping[str, Setting] = field(default_factory=dict)
 
 
@@ -58,113 +62,146 @@ class Dimension:
         place = "/".join(part for part in (self.expert, self.group) if part is not None)
         return f"{self.parameter} {place}".rstrip()
 
+    @property
+    def start_coordinate(self) -> float:
+        """The start, in [0, 1]."""
+        return (self.start - self.low) / (self.high - self.low)
+
 
 @dataclass(frozen=True, slots=True)
-class _Matrix:
-    """Where each entry of a (K, G) matrix comes from: the dimension it reads, or -1 and its fixed value."""
+class _LinearMap:
+    """A parameter's numbers (K, G) = fixed + A numbers: A (K*G, D) by its entries, kept to the operator's range."""
 
-    reads_KG: Items
+    spec: ParameterSpec
     fixed_KG: Floats
+    rows_E: Items
+    columns_E: Items
+    weights_E: Floats
+
+    @classmethod
+    def of(cls, spec: ParameterSpec, fixed_KG: Floats, entries: Sequence[tuple[int, int, float]]) -> "_LinearMap":
+        rows_E, columns_E, weights_E = zip(*entries, strict=True) if entries else ((), (), ())
+        return cls(
+            spec, fixed_KG, np.array(rows_E, dtype=np.int64), np.array(columns_E, dtype=np.int64), np.array(weights_E)
+        )
+
+    def values(self, numbers_D: Floats) -> Floats:
+        moved = np.bincount(self.rows_E, self.weights_E * numbers_D[self.columns_E], minlength=self.fixed_KG.size)
+        # Rounding must not carry an interpolated number out of the range in which the operator is defined.
+        return np.clip(self.fixed_KG + moved.reshape(self.fixed_KG.shape), self.spec.minimum, self.spec.maximum)
+
+    def pull_back(self, gradient_KG: Floats, num_dimensions: int) -> Floats:
+        moved_E = self.weights_E * gradient_KG.ravel()[self.rows_E]
+        return np.asarray(np.bincount(self.columns_E, moved_E, minlength=num_dimensions), dtype=np.float64)
 
 
 class Space:
     """Point <-> parameter values over experts and groups.
 
-    Raises: CampaignError for a range outside the operator's, an exception that matches nothing, or no dimension at all.
+    Raises: CampaignError for a range outside the operator's, an exception that matches nothing, numbers over depth for
+    a group that is not at one depth, or a knot that no group is near.
     """
 
-    def __init__(self, experts: Sequence[str], groups: Groups, parameters: Sequence[Searched]) -> None:
-        self.experts, self.groups = tuple(experts), dict(groups)
+    def __init__(self, experts: Sequence[str], groups: Groups, depths: Depths, parameters: Sequence[Searched]) -> None:
+        self.experts, self.groups, self._depths = tuple(experts), tuple(groups), depths
         dimensions: list[Dimension] = []
-        self._matrices = {parameter.spec.name: self._lay_out(parameter, dimensions) for parameter in parameters}
+        self._maps = {parameter.spec.name: self._lay_out(parameter, dimensions) for parameter in parameters}
         self.dimensions = tuple(dimensions)
-        if not dimensions:
-            raise CampaignError("space: nothing is searched; give at least one number a range {low: ..., high: ...}")
         self._low_D = np.array([dimension.low for dimension in dimensions])
         self.spans_D: Floats = np.array([dimension.high - dimension.low for dimension in dimensions])
 
     def __len__(self) -> int:
         return len(self.dimensions)
 
-    @property
-    def start(self) -> Floats:
-        """The point of all starts, shape (D,)."""
-        start_D: Floats = (np.array([dimension.start for dimension in self.dimensions]) - self._low_D) / self.spans_D
-        return start_D
-
     def values(self, point_D: Sequence[float] | Floats) -> dict[str, Floats]:
-        """Return parameter -> (K, G) numbers (or (1, G))."""
+        """Return parameter -> (K, G) numbers (or (1, G)); affine in the point."""
         if np.shape(point_D) != (len(self),):
             raise ValueError(f"point: expected {len(self)} coordinates, got shape {np.shape(point_D)}")
         numbers_D = self._low_D + np.asarray(point_D, dtype=np.float64) * self.spans_D
-        return {
-            name: np.where(matrix.reads_KG >= 0, numbers_D[matrix.reads_KG], matrix.fixed_KG)
-            for name, matrix in self._matrices.items()
-        }
+        return {name: linear.values(numbers_D) for name, linear in self._maps.items()}
 
     def pull_back(self, gradients: Mapping[str, Floats]) -> Floats:
         """Return the gradient (D,) in the searched numbers' own units, from gradients in the (K, G) numbers."""
         gradient_D = np.zeros(len(self))
         for name, gradient_KG in gradients.items():
-            reads_KG = self._matrices[name].reads_KG
-            np.add.at(gradient_D, reads_KG[reads_KG >= 0], gradient_KG[reads_KG >= 0])
+            gradient_D += self._maps[name].pull_back(gradient_KG, len(self))
         return gradient_D
 
-    def _lay_out(self, parameter: Searched, dimensions: list[Dimension]) -> _Matrix:
-        """Append the parameter's dimensions and say where each of its entries comes from."""
-        spec = parameter.spec
+    def _lay_out(self, parameter: Searched, dimensions: list[Dimension]) -> _LinearMap:
+        """Append the parameter's dimensions and say how its numbers follow from them."""
+        spec, where = parameter.spec, f"space: {parameter.spec.name}"
+        for setting in (parameter.setting, *parameter.exceptions.values()):
+            check_setting(spec, setting, where)
         rows: Sequence[str | None] = self.experts if spec.per_expert else (None,)
-        by_group = parameter.by_group or bool(parameter.exceptions)
-        reads_KG = np.full((len(rows), len(self.groups)), -1, dtype=np.int64)
-        fixed_KG = np.zeros(reads_KG.shape)
-        unused = set(parameter.exceptions)
+        fixed_KG = np.zeros((len(rows), len(self.groups)))
+        entries: list[tuple[int, int, float]] = []
+        begin, used = len(dimensions), set()
         for k, expert in enumerate(rows):
-            shared: int | None = None
+            first_of: dict[str | None, int] = {}  # pattern -> the first of the knots that its groups share
             for g, group in enumerate(self.groups):
-                pattern = _first_match(parameter.exceptions, expert, group)
-                unused.discard(pattern)
+                pattern = first_match(parameter.exceptions, f"{expert or '*'}/{group}")
+                used.add(pattern)
                 setting = parameter.setting if pattern is None else parameter.exceptions[pattern]
-                _check_range(spec, setting)
                 if not isinstance(setting, Range):
-                    fixed_KG[k, g] = setting
+                    fixed_KG[k, g] = at_depth(setting, group, self._depths, where)
                     continue
-                if pattern is None and not parameter.by_group and shared is not None:
-                    reads_KG[k, g] = shared
-                    continue
-                reads_KG[k, g] = len(dimensions)
-                shared = len(dimensions) if pattern is None else shared
-                label = group if by_group and len(self.groups) > 1 else None
-                dimensions.append(
-                    Dimension(
-                        parameter=spec.name, expert=expert, group=label,
-                        low=setting.low, high=setting.high, start=setting.start,
-                    )
-                )  # fmt: skip
-        if unused:
-            pattern = sorted(unused)[0]
+                if setting.knots is None or pattern not in first_of:
+                    first_of[pattern] = len(dimensions)
+                    dimensions.extend(self._dimensions(spec, setting, expert, group, pattern))
+                for n, weight in enumerate(knot_weights(setting.knots or 1, group, self._depths, where)):
+                    if weight:
+                        entries.append((k * len(self.groups) + g, first_of[pattern] + n, weight))
+        if unused := [pattern for pattern in parameter.exceptions if pattern not in used]:
             known = [f"{expert or '*'}/{group}" for expert in rows for group in self.groups]
-            raise CampaignError(
-                f"space: {spec.name}: no expert/group matches {pattern!r}{did_you_mean(pattern, known)}"
+            raise CampaignError(f"{where}: no expert/group matches {unused[0]!r}{did_you_mean(unused[0], known)}")
+        if idle := set(range(begin, len(dimensions))) - {column for _, column, _ in entries}:
+            raise CampaignError(f"{where}: no group lies near the knot {dimensions[min(idle)].name!r}; use fewer knots")
+        return _LinearMap.of(spec, fixed_KG, entries)
+
+    def _dimensions(
+        self, spec: ParameterSpec, setting: Range, expert: str | None, group: str, pattern: str | None
+    ) -> list[Dimension]:
+        """Return the dimension of a group, or those of the knots that the groups of a pattern share."""
+        share = pattern.split("/", 1)[-1] if pattern is not None else None
+        if setting.knots is None:
+            places = [group if len(self.groups) > 1 else None]
+        elif setting.knots == 1:
+            places = [share]
+        else:
+            depths = [f"depth {depth:.3g}" for depth in np.linspace(0.0, 1.0, setting.knots)]
+            places = [depth if share is None else f"{share} {depth}" for depth in depths]
+        return [
+            Dimension(
+                parameter=spec.name, expert=expert, group=place,
+                low=setting.low, high=setting.high, start=setting.start,
             )
-        return _Matrix(reads_KG, fixed_KG)
+            for place in places
+        ]  # fmt: skip
 
 
-def _first_match(exceptions: Mapping[str, Setting], expert: str | None, group: str) -> str | None:
-    place = f"{expert or '*'}/{group}"
-    return next((pattern for pattern in exceptions if fnmatchcase(place, pattern)), None)
+def at_depth(fixed: float | tuple[float, ...], group: str, depths: Depths, where: str) -> float:
+    """Return a fixed number, or a list's at the group's depth. Raises: CampaignError."""
+    numbers_N = np.atleast_1d(fixed)
+    number = knot_weights(len(numbers_N), group, depths, where) @ numbers_N
+    return float(np.clip(number, numbers_N.min(), numbers_N.max()))  # rounding must not carry it past its neighbours
 
 
-def _check_range(spec: ParameterSpec, setting: Setting) -> None:
-    numbers = (setting.low, setting.high, setting.start) if isinstance(setting, Range) else (setting,)
+def check_setting(spec: ParameterSpec, setting: Setting, where: str) -> None:
+    """Raise CampaignError if a number is outside the operator's range, or a range is none."""
+    match setting:
+        case Range():
+            numbers: tuple[float, ...] = (setting.low, setting.high, setting.start)
+        case tuple():
+            numbers = setting
+        case _:
+            numbers = (setting,)
     for number in numbers:
         if not spec.minimum <= number <= spec.maximum:
-            raise CampaignError(
-                f"space: {spec.name}: expected a number in [{spec.minimum:g}, {spec.maximum:g}], found {number:g}"
-            )
+            raise CampaignError(f"{where}: expected a number in [{spec.minimum:g}, {spec.maximum:g}], found {number:g}")
     if isinstance(setting, Range) and not setting.low <= setting.start <= setting.high:
         raise CampaignError(
-            f"space: {spec.name}: expected low <= start <= high, "
+            f"{where}: expected low <= start <= high, "
             f"found low {setting.low:g}, start {setting.start:g}, high {setting.high:g}"
         )
     if isinstance(setting, Range) and setting.low == setting.high:
-        raise CampaignError(f"space: {spec.name}: low and high are both {setting.low:g}; give one number to fix it")
+        raise CampaignError(f"{where}: low and high are both {setting.low:g}; give one number to fix it")

@@ -16,9 +16,12 @@ from torch.nn.functional import cross_entropy
 from evomerge.errors import CandidateError, CheckpointError, EvoMergeError
 from evomerge.materialize.checkpoint import Checkpoint, open_checkpoint
 from evomerge.materialize.materializer import Materializer
+from evomerge.operators.iso import IsoC
 from evomerge.operators.linear import Linear, LinearOptions, TaskArithmetic
 from evomerge.operators.operator import Operator
+from evomerge.operators.pcb import Pcb
 from evomerge.operators.ties import Ties
+from evomerge.operators.tsv import TsvM
 from evomerge.records import Recipe
 
 Make = Callable[..., Materializer]
@@ -183,6 +186,42 @@ def test_what_was_built_before_does_not_matter(materializer: Make) -> None:
     assert fresh[0.2] != fresh[0.7]
 
 
+def test_an_operator_without_structural_numbers_prepares_once(
+    materializer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, tsv, prepared = materializer("llama"), TsvM(), []
+    prepare = tsv.prepare
+    monkeypatch.setattr(tsv, "prepare", lambda *given: prepared.append(1) or prepare(*given))
+    for coefficients in ([0.5, 0.5], [0.7, 0.2]):
+        held.build(tsv, recipe(held, tsv, {"coefficient": coefficients}))
+    assert prepared == [1]
+
+
+def test_a_preparation_that_fails_midway_leaves_nothing_half_made(
+    materializer: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It overwrites the earlier state, which must not pass for whole afterwards."""
+    iso = IsoC()
+
+    def built(held: Materializer, coefficient: float) -> str:
+        held.build(iso, recipe(held, iso, {"coefficient": [coefficient, 1.0], "scale": [1.0]}))
+        return held.weights_hash()
+
+    held, fuse, calls = materializer("llama"), iso.fuse, []
+
+    def fails_at_the_third(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise CandidateError("interrupted")
+        return fuse(*given)
+
+    before = built(held, 1.0)
+    monkeypatch.setattr(iso, "fuse", fails_at_the_third)
+    with pytest.raises(CandidateError, match="interrupted"):
+        built(held, 0.5)
+    assert built(held, 1.0) == before
+
+
 def test_ties_trims_each_tensor_by_itself(materializer: Make, checkpoints: Checkpoints) -> None:
     held, ties = materializer("vit"), Ties()
     held.build(ties, recipe(held, ties, {"coefficient": [1.0, 0.0], "density": [0.3, 1.0], "scale": [1.0]}))
@@ -289,8 +328,11 @@ class TestGradient:
         step: float,
         tolerance: float,
     ) -> None:
+        # Of a structural parameter there is no gradient: it is part of what the coefficients multiply.
+        fixed = {spec.name: np.full((1, 3), spec.default) for spec in operator.parameters if spec.structural}
+
         def recipe_at(matrix: np.ndarray) -> Recipe:
-            return recipe(held, operator, {"coefficient": matrix}, num_groups=3)
+            return recipe(held, operator, {"coefficient": matrix, **fixed}, num_groups=3)
 
         def loss_at(matrix: np.ndarray) -> float:
             held.build(operator, recipe_at(matrix))
@@ -313,7 +355,9 @@ class TestGradient:
 
     @pytest.mark.parametrize("kind", ["llama", "tied"])
     @pytest.mark.parametrize(
-        "operator", [TaskArithmetic(), Linear(), Linear(LinearOptions(normalize=False))], ids=["ta", "linear", "sum"]
+        "operator",
+        [TaskArithmetic(), Linear(), Linear(LinearOptions(normalize=False)), Pcb(), TsvM()],
+        ids=["ta", "linear", "sum", "of directions", "of singular directions"],
     )
     def test_of_a_linear_loss(self, materializer: Make, operator: Operator, kind: str) -> None:
         """A random direction of the weights, summed in float64: only the merge's own rounding is in the way."""

@@ -15,8 +15,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evomerge.operators.kernels import BLOCK, CHUNK_BLOCKS, task_vector_products
-from evomerge.operators.operator import Operator
+from evomerge.operators.kernels import task_vector_products
+from evomerge.operators.launch import CHUNK_BLOCKS
+from evomerge.operators.layout import BLOCK, Layout
+from evomerge.operators.operator import LinearOperator, Operator
+from evomerge.operators.sources import Dense, Expert, LowRank, Sources
+from evomerge.records import TensorInfo
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ODD_SIZES = (1, 1023, 1024, 1025, 7)
@@ -29,11 +33,20 @@ HALF_STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.
 
 
 @dataclass(frozen=True)
+class Factors:
+    """An adapter's part of a matrix: the task vector is scaling * b @ a, float32."""
+
+    b: Tensor
+    a: Tensor
+    scaling: float
+
+
+@dataclass(frozen=True)
 class Problem:
-    """Base, experts and the (K, S) values of an operator's parameters."""
+    """Base, experts and the (K, S) values of an operator's parameters. An adapter maps names to ``Factors``."""
 
     base: Mapping[str, Tensor]
-    experts: Sequence[Mapping[str, Tensor]]
+    experts: Sequence[Mapping[str, Any]]
     values: Mapping[str, Tensor]
 
     @property
@@ -52,82 +65,92 @@ class TwinResult:
     """merged: the exact result in float64. magnitude: the sum of the absolute terms, what rounding errors scale with.
 
     undecided: where a float32 sum and the exact one may differ in sign, so that an election may go either way.
+    cached: the sum of the absolute terms that ``prepare`` keeps in the model's dtype, rounded once more.
     """
 
     merged: Tensor
     magnitude: Tensor
     undecided: Tensor
+    cached: Tensor | float = 0.0
 
 
 Twin = Callable[[Tensor, Sequence[Tensor], Mapping[str, Tensor]], TwinResult]
 """(base, experts, values (K,) of this tensor) -> result, for one tensor."""
 
 
-@dataclass(frozen=True)
-class Flat:
-    """A problem in flat buffers."""
-
-    base_P: Tensor
-    experts_KP: Tensor
-    segments: list[slice]
-    block_segment: Tensor
+def matrix_shape(size: int) -> tuple[int, ...]:
+    """The most nearly square matrix of so many elements, or a vector if there is none."""
+    rows = next(rows for rows in range(int(size**0.5), 0, -1) if size % rows == 0)
+    return (rows, size // rows) if rows > 1 else (size,)
 
 
-def lay_out(problem: Problem) -> Flat:
-    segments, blocks, start = [], [], 0
-    for s, tensor in enumerate(problem.base.values()):
-        num_blocks = (tensor.numel() + BLOCK - 1) // BLOCK
-        segments.append(slice(start, start + tensor.numel()))
-        blocks += [s] * num_blocks
-        start += num_blocks * BLOCK
+def lines_of(tensor: Tensor, vectors: str) -> list[Tensor]:
+    """The rows or the columns of a matrix; a vector, or with "tensor" anything, as one."""
+    if vectors == "tensor" or tensor.ndim < 2:
+        return [tensor.flatten()]
+    matrix = tensor.flatten(1)
+    return list(matrix if vectors == "rows" else matrix.T)
+
+
+def lay_out(problem: Problem) -> Sources:
+    layout = Layout.of(tuple(TensorInfo(name, tuple(tensor.shape)) for name, tensor in problem.base.items()))
 
     def flatten(named: Mapping[str, Tensor]) -> Tensor:
-        buffer_P = torch.zeros(start, dtype=problem.dtype)
-        for name, segment in zip(problem.base, segments, strict=True):
+        buffer_P = torch.zeros(layout.num_padded, dtype=problem.dtype)
+        for name, segment in zip(problem.base, layout.segments, strict=True):
             buffer_P[segment] = named[name].flatten()
         return buffer_P
 
-    experts_KP = torch.stack([flatten(expert) for expert in problem.experts])
-    return Flat(flatten(problem.base), experts_KP, segments, torch.tensor(blocks))
+    def hold(expert: Mapping[str, Any]) -> Expert:
+        factors = {s: expert[name] for s, name in enumerate(problem.base) if isinstance(expert.get(name), Factors)}
+        if not factors:
+            return Dense(flatten(expert))
+        return LowRank(
+            {s: (held.b * held.scaling, held.a) for s, held in factors.items()},
+            {s: held.scaling for s, held in factors.items()},
+        )
+
+    return Sources(layout, flatten(problem.base), tuple(map(hold, problem.experts)))
 
 
 def merge(operator: Operator, problem: Problem, out_dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Run the operator over flat buffers; the padding must come out as zero whatever lay in the output before."""
-    flat = lay_out(problem)
-    out_P = torch.full_like(flat.base_P, float("nan"), dtype=out_dtype or problem.dtype)
-    before = flat.base_P.clone(), flat.experts_KP.clone()
-    state = operator.prepare(flat.base_P, flat.experts_KP, flat.segments, problem.values, None)
-    weights_KB = operator.weights(problem.values)[:, flat.block_segment]
-    operator.merge(out_P, flat.base_P, flat.experts_KP, weights_KB, state)
-    assert torch.equal(flat.base_P, before[0]), "the base was written to"
-    assert torch.equal(flat.experts_KP, before[1]), "an expert was written to"
+    sources = lay_out(problem)
+    buffers = [sources.base_P, *(expert.buffer_P for expert in sources.experts if isinstance(expert, Dense))]
+    out_P = torch.full_like(sources.base_P, float("nan"), dtype=out_dtype or problem.dtype)
+    before = [buffer_P.clone() for buffer_P in buffers]
+    state = operator.prepare(sources, problem.values, None)
+    operator.merge(out_P, sources, operator.weights(problem.values, state), state)
+    assert all(map(torch.equal, buffers, before)), "the base or an expert was written to"
     padding = torch.ones(len(out_P), dtype=torch.bool)
-    for segment in flat.segments:
+    for segment in sources.layout.segments:
         padding[segment] = False
     assert not out_P[padding].any(), "the padding must stay zero"
     return {
         name: out_P[segment].view(problem.base[name].shape)
-        for name, segment in zip(problem.base, flat.segments, strict=True)
+        for name, segment in zip(problem.base, sources.layout.segments, strict=True)
     }
 
 
-def assert_rounded_once(merged: Tensor, exact: TwinResult, num_experts: int) -> None:
+def assert_rounded_once(merged: Tensor, exact: TwinResult, num_experts: int, most_undecided: float = 0.05) -> None:
     """Assert that ``merged`` is the exact result, off by float32 sums over K + 1 terms and one rounding to its dtype.
 
     Each float32 product or sum, and each coefficient's own rounding, errs by 2^-24 of the terms' magnitude.
     """
     accumulation = 4 * (num_experts + 1) * 2.0**-24 * exact.magnitude
     smallest = torch.finfo(merged.dtype).smallest_normal * torch.finfo(merged.dtype).eps  # a subnormal's step
-    bound = accumulation + HALF_STEP[merged.dtype] * exact.merged.abs() + smallest
+    bound = accumulation + HALF_STEP[merged.dtype] * (exact.merged.abs() + 2 * exact.cached) + smallest
     wrong = ((merged.double() - exact.merged).abs() > bound) & ~exact.undecided
     assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} elements are off by more than a rounding"
-    assert exact.undecided.double().mean() < 0.05
+    assert int(exact.undecided.sum()) <= 3 + most_undecided * merged.numel()  # of a few entries, all may tie
 
 
 class OperatorContract:
-    """make, coefficients and twin say what is tested."""
+    """make, draw_values and twin say what is tested; shape what tensors look like, fewest and most how many experts."""
 
     normalize: bool | None = None
+    fewest, most = 1, 5
+    most_undecided = 0.05  # of a tensor's elements
 
     def make(self) -> Operator:
         raise NotImplementedError
@@ -140,11 +163,17 @@ class OperatorContract:
         shape = (num_experts, num_tensors)
         return {"coefficient": torch.rand(shape, generator=generator, dtype=torch.float64) * 0.8 + 0.1}
 
+    def shape(self, size: int) -> tuple[int, ...]:
+        """The shape of a problem's tensor of so many elements."""
+        return (size,)
+
     def problem(
         self, sizes: Sequence[int], dtype: torch.dtype = torch.float32, num_experts: int = 3, seed: int = 0
     ) -> Problem:
+        """Random tensors; with the nearest number of experts that the operator can merge."""
+        num_experts = min(max(num_experts, self.fewest), self.most)
         generator = torch.Generator().manual_seed(seed)
-        base = {f"t{s}": torch.randn(size, generator=generator).to(dtype) for s, size in enumerate(sizes)}
+        base = {f"t{s}": torch.randn(self.shape(size), generator=generator).to(dtype) for s, size in enumerate(sizes)}
         experts = [
             {
                 name: (tensor + 0.1 * torch.randn(tensor.shape, generator=generator)).to(dtype)
@@ -153,6 +182,11 @@ class OperatorContract:
             for _ in range(num_experts)
         ]
         return Problem(base, experts, self.draw_values(num_experts, len(sizes), generator))
+
+    def first_parameter(self) -> str:
+        if not self.make().parameters:
+            pytest.skip("the operator has nothing to set")
+        return self.make().parameters[0].name
 
     def exact(self, problem: Problem) -> dict[str, TwinResult]:
         return {
@@ -167,7 +201,7 @@ class OperatorContract:
     def check(self, problem: Problem) -> None:
         merged, exact = merge(self.make(), problem), self.exact(problem)
         for name in problem.base:
-            assert_rounded_once(merged[name], exact[name], len(problem.experts))
+            assert_rounded_once(merged[name], exact[name], len(problem.experts), self.most_undecided)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("num_experts", [1, 2, 5])
@@ -194,6 +228,7 @@ class OperatorContract:
     @inherited
     def test_the_order_of_experts_is_irrelevant(self, order: list[int], seed: int) -> None:
         problem = self.problem((300, 1030), num_experts=4, seed=seed)
+        order = [k for k in order if k < len(problem.experts)]
         one, other = merge(self.make(), problem), merge(self.make(), problem.reordered(order))
         for name, exact in self.exact(problem).items():
             apart = (one[name].double() - other[name].double()).abs() > 40 * 2.0**-24 * exact.magnitude
@@ -205,17 +240,34 @@ class OperatorContract:
         assert all(torch.equal(one[name], other[name]) for name in one)
 
     def test_each_tensor_takes_its_own_column(self) -> None:
-        """Changing one tensor's coefficients changes that tensor and no other."""
-        problem = self.problem((1025, 1025, 1025))
-        changed = problem.values["coefficient"].clone()
+        """Changing one tensor's numbers changes that tensor and no other."""
+        problem, name = self.problem((1025, 1025, 1025)), self.first_parameter()
+        changed = problem.values[name].clone()
         changed[0, 1] += 0.07
         one = merge(self.make(), problem)
-        other = merge(self.make(), replace(problem, values={**problem.values, "coefficient": changed}))
+        other = merge(self.make(), replace(problem, values={**problem.values, name: changed}))
         assert [torch.equal(one[name], other[name]) for name in one] == [True, False, True]
+
+    def test_rebuilding_what_changed_gives_the_bits_of_a_whole_merge(self) -> None:
+        """A local operator writes the changed tensors and no others."""
+        operator, name = self.make(), self.first_parameter()
+        if not operator.local:
+            pytest.skip("every tensor depends on all values")
+        problem = self.problem((1025, 3000, 7, 1024))
+        other = {**problem.values, name: problem.values[name].clone()}
+        other[name][:, [0, 2]] *= 0.9
+        changed = replace(problem, values=other)
+        sources, whole = lay_out(problem), merge(operator, changed)
+        out_P = torch.full_like(sources.base_P, 7.0)
+        state = operator.prepare(sources, other, None)
+        operator.merge(out_P, sources, operator.weights(other, state), state, [0, 2])
+        for s, (name, segment) in enumerate(zip(problem.base, sources.layout.segments, strict=True)):
+            expected = whole[name] if s in (0, 2) else torch.full_like(whole[name], 7.0)
+            assert torch.equal(out_P[segment].view(expected.shape), expected)
 
     def test_parameters_can_be_searched_as_they_say(self) -> None:
         parameters = self.make().parameters
-        assert parameters[0].name == "coefficient"
+        assert "coefficient" not in [spec.name for spec in parameters[1:]]
         assert len({spec.name for spec in parameters}) == len(parameters)
         for spec in parameters:
             assert spec.minimum <= spec.low < spec.high <= spec.maximum
@@ -230,7 +282,16 @@ class OperatorContract:
 
 
 class DifferentiableContract(OperatorContract):
-    """What holds beyond that for operators that are linear in their weights."""
+    """What holds beyond that for operators that are linear in their weights.
+
+    gradient_tolerance: float32 inner products over up to 262,144 elements, summed in float64 from chunk to chunk.
+    """
+
+    gradient_tolerance = 2e-3
+
+    def cheap(self) -> list[str]:
+        """The parameters that have a gradient: a structural one is part of what is weighed."""
+        return [spec.name for spec in self.make().parameters if not spec.structural]
 
     def test_it_says_that_it_is_differentiable(self) -> None:
         assert self.make().differentiable
@@ -239,49 +300,54 @@ class DifferentiableContract(OperatorContract):
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_gradient_equals_autograd_through_the_twin(self, sizes: Sequence[int], dtype: torch.dtype) -> None:
         problem = self.problem(sizes, dtype)
-        generator = torch.Generator().manual_seed(1)
-        loss_gradient = {name: torch.randn(t.shape, generator=generator) for name, t in problem.base.items()}
+        loss_gradient = self._loss_gradient(problem)
         ours = self._gradient(problem, loss_gradient)
 
         explicit = {name: matrix.clone().requires_grad_(True) for name, matrix in problem.values.items()}
         loss = self._loss(replace(problem, values=explicit), loss_gradient)
         loss.backward()
-        for name, matrix in explicit.items():
+        for name in self.cheap():
+            matrix = explicit[name]
             assert matrix.grad is not None
-            # float32 inner products over up to 262,144 elements, summed in float64 from chunk to chunk
-            torch.testing.assert_close(ours[name], matrix.grad, rtol=2e-4, atol=2e-3)
+            torch.testing.assert_close(ours[name], matrix.grad, rtol=2e-4, atol=self.gradient_tolerance)
 
     def test_gradient_equals_finite_differences(self) -> None:
         problem = self.problem((5, 1025), num_experts=2)
-        generator = torch.Generator().manual_seed(2)
-        loss_gradient = {name: torch.randn(t.shape, generator=generator) for name, t in problem.base.items()}
-        ours = self._gradient(problem, loss_gradient)["coefficient"]
-        for k in range(2):
-            for s in range(2):
-                step = torch.zeros(2, 2, dtype=torch.float64)
-                step[k, s] = 1e-4
+        loss_gradient = self._loss_gradient(problem)
+        ours = self._gradient(problem, loss_gradient)
+        for name in self.cheap():
+            matrix = problem.values[name]
+            for place in range(matrix.numel()):
+                step = torch.zeros_like(matrix)
+                step.view(-1)[place] = 1e-4
                 above, below = (
-                    self._loss(
-                        replace(problem, values={"coefficient": problem.values["coefficient"] + sign * step}),
-                        loss_gradient,
-                    )
+                    self._loss(replace(problem, values={**problem.values, name: matrix + sign * step}), loss_gradient)
                     for sign in (1, -1)
                 )
-                assert float(ours[k, s]) == pytest.approx(float(above - below) / 2e-4, rel=1e-4, abs=1e-4)
+                slope = float(above - below) / 2e-4
+                assert float(ours[name].view(-1)[place]) == pytest.approx(slope, rel=1e-4, abs=1e-4)
 
     def _gradient(self, problem: Problem, loss_gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The house's way: inner products per tensor, pulled back through the operator's weights."""
-        flat = lay_out(problem)
+        sources, operator = lay_out(problem), self.make()
+        assert isinstance(operator, LinearOperator)
         values: dict[str, Any] = {name: matrix.clone().requires_grad_(True) for name, matrix in problem.values.items()}
+        state = operator.prepare(sources, problem.values, None)
+        directions = operator.directions(sources, state)
         products_KS = torch.stack(
-            [
-                task_vector_products(gradient.flatten(), flat.base_P[segment], flat.experts_KP[:, segment])
-                for gradient, segment in zip(loss_gradient.values(), flat.segments, strict=True)
-            ],
-            dim=1,
+            [task_vector_products(g.flatten(), directions, s) for s, g in enumerate(loss_gradient.values())], dim=1
         )
-        self.make().weights(values).backward(products_KS)
+        operator.weights(values, state).backward(products_KS)
         return {name: matrix.grad for name, matrix in values.items()}
+
+    def _loss_gradient(self, problem: Problem) -> dict[str, Tensor]:
+        """Random, and 0 where the twin and we may decide otherwise."""
+        generator = torch.Generator().manual_seed(1)
+        exact = self.exact(problem)
+        return {
+            name: torch.randn(tensor.shape, generator=generator) * ~exact[name].undecided
+            for name, tensor in problem.base.items()
+        }
 
     def _loss(self, problem: Problem, loss_gradient: Mapping[str, Tensor]) -> Tensor:
         exact = self.exact(problem)

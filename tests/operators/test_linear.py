@@ -82,7 +82,7 @@ class TestTaskArithmetic(DifferentiableContract):
 
     def test_weights_are_the_coefficients_with_the_base_once(self) -> None:
         coefficients = torch.tensor([[0.3, -0.1], [0.9, 1.2]], dtype=torch.float64)
-        weights = self.make().weights({"coefficient": coefficients})
+        weights = self.make().weights({"coefficient": coefficients}, None)
         assert weights.tolist() == [[1.0, 1.0], [0.3, -0.1], [0.9, 1.2]]
         assert weights.dtype == torch.float64
 
@@ -122,7 +122,7 @@ class TestLinearNormalized(LinearTwin):
     @settings(max_examples=20, deadline=None)
     def test_only_the_ratio_of_the_coefficients_matters(self, factor: float) -> None:
         coefficients = torch.tensor([[0.2], [0.5], [0.1]], dtype=torch.float64)
-        weights, scaled = (self.make().weights({"coefficient": c}) for c in (coefficients, factor * coefficients))
+        weights, scaled = (self.make().weights({"coefficient": c}, None) for c in (coefficients, factor * coefficients))
         torch.testing.assert_close(weights, scaled, rtol=1e-12, atol=0)
         assert float(weights[1:].sum()) == pytest.approx(1.0, abs=1e-12)
 
@@ -130,7 +130,7 @@ class TestLinearNormalized(LinearTwin):
     def test_coefficients_that_sum_to_zero_are_a_failed_candidate(self, column: tuple[float, float]) -> None:
         good_and_bad = torch.tensor([[0.5, column[0]], [0.5, column[1]]], dtype=torch.float64)
         with pytest.raises(CandidateError, match="sum to zero"):
-            self.make().weights({"coefficient": good_and_bad})
+            self.make().weights({"coefficient": good_and_bad}, None)
 
     def test_one_expert_alone_is_that_expert_exactly(self) -> None:
         base, *experts = any_checkpoints(3, torch.bfloat16, seed=5)

@@ -10,6 +10,7 @@ import transformers
 import yaml
 
 from evomerge.records import ParameterSpec, TensorIndex, TensorInfo
+from evomerge.space.depth import group_depths
 from evomerge.space.groups import Groups, make_groups
 from evomerge.space.space import Range, Searched, Space
 
@@ -68,7 +69,7 @@ def assert_partition(groups: Groups, tensors: TensorIndex) -> None:
 
 def test_every_preset_is_tested_here() -> None:
     names = {path.stem for path in PRESETS.glob("*.yaml")}
-    assert names == {"decoder", "vit", "per-task", "per-layer", "per-module", "per-tensor"}
+    assert names == {"decoder", "vit", "per-task", "per-layer", "per-module", "per-tensor", "depth"}
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted(PRESETS.glob("*.yaml"))])
@@ -78,8 +79,9 @@ def test_a_preset_is_a_space(name: str) -> None:
     spec = ParameterSpec(name="coefficient", meaning="of a task vector", default=0.3, low=-0.2, high=1.2)
     tensors = tensors_of("ViTModel" if name == "vit" else "LlamaForCausalLM")
     groups = make_groups(tensors, content["groups"])
-    space = Space(("a", "b"), groups, [Searched(spec=spec, setting=Range(**content["coefficient"]))])
-    assert len(space) == 2 * len(groups)
+    setting = Range(**content["coefficient"])
+    space = Space(("a", "b"), groups, group_depths(tensors, groups), [Searched(spec=spec, setting=setting)])
+    assert len(space) == 2 * (setting.knots or len(groups))
 
 
 @pytest.mark.parametrize("model_name", DECODERS)

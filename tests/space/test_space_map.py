@@ -1,6 +1,7 @@
 """The space: point to values and back."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,16 +17,28 @@ DENSITY = ParameterSpec(name="density", meaning="kept", default=0.2, low=0.1, hi
 SCALE = ParameterSpec(name="scale", meaning="of all", default=1.0, low=0.3, high=3.0, per_expert=False)
 EXPERTS = ("math", "chat", "code")
 GROUPS = {"before": ("e",), "layer0": ("a", "b"), "layer1": ("c",), "after": ("h",)}
+DEPTHS = {"before": 0.0, "layer0": 0.0, "layer1": 1.0, "after": 1.0}
+DEEP = {f"layer{layer}.{kind}": (f"{layer}.{kind}",) for layer in range(7) for kind in ("attn", "mlp")}
+DEEP_DEPTHS = {group: int(group[5]) / 6 for group in DEEP}
 SEARCHED = Range(low=-0.2, high=1.2, start=0.3)
+ONE = replace(SEARCHED, knots=1)
 
 
-def searched(setting: Setting = SEARCHED, *, by_group: bool = True, **exceptions: Setting) -> Searched:
+def searched(setting: Setting = SEARCHED, **exceptions: Setting) -> Searched:
     named = {place.replace("__", "/"): given for place, given in exceptions.items()}
-    return Searched(spec=COEFFICIENT, setting=setting, by_group=by_group, exceptions=named)
+    return Searched(spec=COEFFICIENT, setting=setting, exceptions=named)
 
 
 def space(*parameters: Searched) -> Space:
-    return Space(EXPERTS, GROUPS, parameters)
+    return Space(EXPERTS, GROUPS, DEPTHS, parameters)
+
+
+def deep(*parameters: Searched) -> Space:
+    return Space(EXPERTS, DEEP, DEEP_DEPTHS, parameters)
+
+
+def start_of(held: Space) -> np.ndarray:
+    return np.array([dimension.start_coordinate for dimension in held.dimensions])
 
 
 @st.composite
@@ -35,25 +48,24 @@ def ranges(draw: st.DrawFn) -> Range:
 
 
 @st.composite
-def spaces(draw: st.DrawFn) -> Space:
-    """Of one per-expert parameter with exceptions, one shared over groups, and one of the whole merge."""
+def spaces(draw: st.DrawFn, most_knots: int = 1) -> Space:
+    """Of one per-expert parameter with exceptions, one that may be shared over groups, and one of the whole merge."""
+    knots = st.sampled_from([None, *range(1, most_knots + 1)])
     first = Searched(
         spec=COEFFICIENT,
-        setting=draw(ranges()),
-        by_group=draw(st.booleans()),
-        exceptions={"math/before": draw(st.one_of(ranges(), st.floats(-3, 3)))} if draw(st.booleans()) else {},
+        setting=replace(draw(ranges()), knots=draw(knots)),
+        exceptions={"math/*0*": draw(st.one_of(ranges(), st.floats(-3, 3)))} if draw(st.booleans()) else {},
     )
     density = Searched(
         spec=DENSITY,
         setting=draw(st.sampled_from([0.5, Range(low=0.1, high=0.9, start=0.2)])),
-        by_group=draw(st.booleans()),
+        exceptions={"*/*.mlp": Range(low=0.0, high=1.0, start=1.0, knots=draw(knots))} if most_knots > 1 else {},
     )
     scale = Searched(
         spec=SCALE,
-        setting=draw(st.sampled_from([1.0, Range(low=0.5, high=2.0, start=1.0)])),
-        by_group=draw(st.booleans()),
+        setting=draw(st.sampled_from([1.0, Range(low=0.5, high=2.0, start=1.0, knots=draw(knots))])),
     )
-    return space(first, density, scale)
+    return (deep if most_knots > 1 else space)(first, density, scale)
 
 
 @given(spaces(), st.integers(0, 2**31))
@@ -80,18 +92,32 @@ def test_values_stay_in_range_and_each_dimension_moves_what_it_names(held: Space
 
 @given(spaces())
 def test_the_start_decodes_to_the_starts(held: Space) -> None:
-    assert held.start.shape == (len(held),)
-    assert ((held.start >= 0) & (held.start <= 1)).all()
-    values = held.values(held.start)
+    assert start_of(held).shape == (len(held),)
+    assert ((start_of(held) >= 0) & (start_of(held) <= 1)).all()
+    values = held.values(start_of(held))
     for d, dimension in enumerate(held.dimensions):
-        nudged = held.start.copy()
+        nudged = start_of(held)
         nudged[d] += 0.25
         moved = held.values(nudged)[dimension.parameter] != values[dimension.parameter]
         assert np.allclose(values[dimension.parameter][moved], dimension.start, rtol=0, atol=1e-12)
         assert moved.any()
 
 
-@given(spaces(), st.integers(0, 2**31))
+@given(spaces(most_knots=4), st.integers(0, 2**31), st.floats(0, 1))
+def test_values_are_affine_in_the_point_and_pull_back_is_the_transpose(held: Space, seed: int, mix: float) -> None:
+    rng = np.random.default_rng(seed)
+    one, other = rng.random((2, len(held)))
+    between = held.values(mix * one + (1 - mix) * other)
+    at_one, at_other, at_zero = held.values(one), held.values(other), held.values(np.zeros(len(held)))
+    inner = 0.0
+    gradients = {name: rng.normal(size=matrix.shape) for name, matrix in at_one.items()}
+    for name, matrix in between.items():
+        np.testing.assert_allclose(matrix, mix * at_one[name] + (1 - mix) * at_other[name], rtol=0, atol=1e-9)
+        inner += float((gradients[name] * (at_one[name] - at_zero[name])).sum())
+    np.testing.assert_allclose(held.pull_back(gradients) @ (one * held.spans_D), inner, rtol=0, atol=1e-9)
+
+
+@given(spaces(most_knots=4), st.integers(0, 2**31))
 def test_pull_back_equals_finite_differences(held: Space, seed: int) -> None:
     """Of f(values) = sum of sines, in the searched numbers' own units."""
     rng = np.random.default_rng(seed)
@@ -119,7 +145,7 @@ def test_one_number_a_group_for_every_expert() -> None:
 
 
 def test_one_number_for_the_whole_model() -> None:
-    held = space(searched(by_group=False))
+    held = space(searched(ONE))
     assert [dimension.name for dimension in held.dimensions] == [
         "coefficient math",
         "coefficient chat",
@@ -129,7 +155,7 @@ def test_one_number_for_the_whole_model() -> None:
 
 
 def test_a_parameter_of_the_whole_merge_has_one_row() -> None:
-    one = space(Searched(spec=SCALE, setting=Range(low=0.5, high=2.5, start=1.0), by_group=False))
+    one = space(Searched(spec=SCALE, setting=Range(low=0.5, high=2.5, start=1.0, knots=1)))
     assert [dimension.name for dimension in one.dimensions] == ["scale"]
     assert one.values([0.5])["scale"].tolist() == [[1.5, 1.5, 1.5, 1.5]]
     by_group = space(Searched(spec=SCALE, setting=Range(low=0.5, high=2.5, start=1.0)))
@@ -137,14 +163,14 @@ def test_a_parameter_of_the_whole_merge_has_one_row() -> None:
 
 
 def test_fixed_numbers_take_no_dimension() -> None:
-    held = space(searched(by_group=False), Searched(spec=DENSITY, setting=0.4))
+    held = space(searched(ONE), Searched(spec=DENSITY, setting=0.4))
     assert len(held) == 3
     for point in (np.zeros(3), np.ones(3)):
         assert (held.values(point)["density"] == 0.4).all()
 
 
 def test_groups_of_one_are_left_out_of_the_names() -> None:
-    held = Space(EXPERTS, {"model": ("a", "b")}, [searched()])
+    held = Space(EXPERTS, {"model": ("a", "b")}, {}, [searched()])
     assert [dimension.name for dimension in held.dimensions] == [
         "coefficient math",
         "coefficient chat",
@@ -160,7 +186,7 @@ def test_the_first_exception_that_matches_wins() -> None:
 
 def test_exceptions_to_a_number_shared_over_groups() -> None:
     """What is no exception still shares one number an expert."""
-    held = space(searched(by_group=False, **{"chat__layer0": Range(low=0.0, high=0.1, start=0.0), "code__*": 0.25}))
+    held = space(searched(ONE, **{"chat__layer0": Range(low=0.0, high=0.1, start=0.0), "code__*": 0.25}))
     assert len(held) == 3
     values = held.values([0.0, 1.0, 1.0])["coefficient"]
     assert values == pytest.approx(np.array([[-0.2] * 4, [1.2, 0.1, 1.2, 1.2], [0.25] * 4]))
@@ -199,12 +225,88 @@ def test_ranges_that_cannot_be_are_errors(setting: Setting, words: list[str]) ->
         assert word in str(caught.value)
 
 
-def test_nothing_searched_is_an_error() -> None:
-    with pytest.raises(CampaignError, match="nothing is searched"):
-        space(searched(0.3))
-
-
 @pytest.mark.parametrize("shape", [(1,), (), (11,), (13,), (3, 4)])
 def test_a_point_of_another_size_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="expected 12 coordinates"):
         space(searched()).values(np.zeros(shape))
+
+
+@given(st.integers(2, 7), st.integers(0, 2**31))
+def test_knots_are_interpolated_as_numpy_does(num_knots: int, seed: int) -> None:
+    held = deep(searched(replace(SEARCHED, knots=num_knots)))
+    knots = np.linspace(0, 1, num_knots)
+    assert [dimension.name for dimension in held.dimensions[:num_knots]] == [
+        f"coefficient math/depth {knot:.3g}" for knot in knots
+    ]
+    point = np.random.default_rng(seed).random(len(held))
+    numbers = -0.2 + 1.4 * point.reshape(3, num_knots)
+    expected = [[np.interp(depth, knots, row) for depth in DEEP_DEPTHS.values()] for row in numbers]
+    np.testing.assert_allclose(held.values(point)["coefficient"], expected, rtol=0, atol=1e-12)
+
+
+def test_what_lies_outside_the_blocks_takes_the_end_of_the_knots() -> None:
+    held = space(searched(replace(SEARCHED, knots=2)))
+    assert len(held) == 6
+    values = held.values([0.0, 1.0] * 3)["coefficient"]
+    assert values == pytest.approx(np.tile([-0.2, -0.2, 1.2, 1.2], (3, 1)))
+
+
+def test_kinds_of_modules_have_knots_of_their_own() -> None:
+    two = Range(low=0.0, high=1.0, start=0.5, knots=2)
+    held = deep(searched(0.3, **{"math__*.attn": two, "code__*": ONE, "*__*.mlp": replace(two, knots=1)}))
+    assert [dimension.name for dimension in held.dimensions] == [
+        "coefficient math/*.attn depth 0",
+        "coefficient math/*.attn depth 1",
+        "coefficient math/*.mlp",
+        "coefficient chat/*.mlp",
+        "coefficient code/*",
+    ]
+    math, chat, code = held.values([0.0, 0.6, 0.25, 0.75, 1.0])["coefficient"]
+    np.testing.assert_allclose(math[::2], np.linspace(0.0, 0.6, 7))
+    assert set(math[1::2]) == {0.25}
+    assert set(chat[::2]) == {0.3}
+    assert set(chat[1::2]) == {0.75}
+    assert code == pytest.approx(np.full(14, 1.2))
+
+
+def test_fixed_numbers_over_depth() -> None:
+    held = deep(searched(), Searched(spec=DENSITY, setting=(0.1, 0.5, 0.9), exceptions={"*/layer0.*": (1.0,)}))
+    expected = np.interp(list(DEEP_DEPTHS.values()), [0.0, 0.5, 1.0], [0.1, 0.5, 0.9])
+    expected[:2] = 1.0
+    np.testing.assert_allclose(held.values(np.zeros(len(held)))["density"], [expected] * 3, rtol=0, atol=1e-12)
+
+
+def test_rounding_leaves_no_operator_range() -> None:
+    whole = Range(low=0.0, high=1.0, start=0.5, knots=3)
+    held = deep(searched(0.3), Searched(spec=DENSITY, setting=whole), Searched(spec=SCALE, setting=(0.7, 0.7, 0.7)))
+    values = held.values(np.ones(len(held)))
+    assert values["density"].max() <= 1.0
+    assert values["scale"].tolist() == [[0.7] * 14]
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        (
+            replace(SEARCHED, knots=2),
+            ["coefficient", "group 'model' is not at one depth", "groups: layer, module or tensor"],
+        ),
+        ((0.1, 0.9), ["coefficient", "group 'model' is not at one depth", "lists over depth"]),
+    ],
+)
+def test_depth_needs_groups_that_have_one(setting: Setting, words: list[str]) -> None:
+    with pytest.raises(CampaignError) as caught:
+        Space(EXPERTS, {"model": ("a", "b")}, {}, [searched(setting)])
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "parameter",
+    [searched(replace(SEARCHED, knots=14)), searched(0.3, **{"*__layer3.*": replace(SEARCHED, knots=3)})],
+)
+def test_a_knot_that_moves_nothing_is_refused(parameter: Searched) -> None:
+    with pytest.raises(
+        CampaignError, match=r"coefficient: no group lies near the knot 'coefficient math/.*depth 0.*fewer"
+    ):
+        deep(parameter)

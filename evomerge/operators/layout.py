@@ -1,25 +1,28 @@
 """The flat layout: where each tensor lies in a buffer that holds a whole checkpoint."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from evomerge.operators.kernels import BLOCK
 from evomerge.records import TensorIndex
+
+BLOCK = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Every tensor starts on a block of 1,024 elements; the padding is zero.
 
-    segments are the tensors' elements without padding; block_segment (B,) says which tensor a block belongs to.
+    segments are the tensors' elements without padding; block_segment (B,) says which tensor a block belongs to, and
+    first_block (S,) with which block a tensor starts.
     """
 
     tensors: TensorIndex
     segments: tuple[slice, ...]
     block_segment: Tensor
+    first_block: Tensor
 
     @classmethod
     def of(cls, tensors: TensorIndex) -> "Layout":
@@ -30,8 +33,9 @@ class Layout:
             segments.append(slice(start, start + tensor.num_elements))
             num_blocks.append(-(-tensor.num_elements // BLOCK))
             start += num_blocks[-1] * BLOCK
-        block_segment = torch.arange(len(tensors)).repeat_interleave(torch.tensor(num_blocks))
-        return cls(tensors, tuple(segments), block_segment)
+        blocks = torch.tensor(num_blocks, dtype=torch.int64)
+        block_segment = torch.arange(len(tensors)).repeat_interleave(blocks)
+        return cls(tensors, tuple(segments), block_segment, blocks.cumsum(0) - blocks)
 
     @property
     def num_padded(self) -> int:
@@ -56,10 +60,24 @@ class Layout:
         columns = torch.tensor([group_of[tensor.name] for tensor in self.tensors])
         return matrix_KG[:, columns]
 
-    def first_non_finite(self, buffer_P: Tensor) -> str | None:
-        """Name the first tensor that holds a NaN or an infinity, or None."""
+    def runs(self, changed: Sequence[int] | None) -> list[slice]:
+        """Return the blocks of the given tensors (None: of all) as few slices of blocks, in order."""
+        if changed is None:
+            return [slice(0, len(self.block_segment))]
+        runs: list[slice] = []
+        ends = [*self.first_block[1:].tolist(), len(self.block_segment)]
+        for s in sorted(changed):
+            start, stop = int(self.first_block[s]), int(ends[s])
+            if runs and runs[-1].stop == start:
+                runs[-1] = slice(runs[-1].start, stop)
+            elif stop > start:
+                runs.append(slice(start, stop))
+        return runs
+
+    def first_non_finite(self, buffer_P: Tensor, changed: Sequence[int] | None = None) -> str | None:
+        """Name the first tensor (of the given ones) that holds a NaN or an infinity, or None."""
         # A NaN or an infinity makes the sum one too, in a single pass; a sum that overflowed is found out below.
-        if bool(buffer_P.sum().isfinite()):
+        if all(bool(buffer_P[run.start * BLOCK : run.stop * BLOCK].sum().isfinite()) for run in self.runs(changed)):
             return None
         pairs = zip(self.tensors, self.segments, strict=True)
         return next((tensor.name for tensor, place in pairs if not bool(buffer_P[place].isfinite().all())), None)

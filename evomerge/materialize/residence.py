@@ -1,0 +1,126 @@
+"""Where base and experts are held while the merged model is on a GPU.
+
+resident  base, experts and the merged model on the GPU: (K + 2) times the model, and a candidate takes milliseconds
+int8      base and merged model as they are, the task vectors in 8 bits: half of that (bfloat16, large K)
+host      base and experts on the host, which merges and ships the result: one model on the GPU
+
+``auto`` takes resident where it fits, else host. It never takes int8, which rounds the task vectors: the same campaign
+would mean another merge on a smaller GPU. Whoever asks for int8 gets it on every device, and it is part of the recipe.
+Resident and host differ in time only.
+
+Shape letters: P padded elements, B blocks, E elements of a block.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from evomerge.errors import InputError
+from evomerge.materialize.adapter import Adapter
+from evomerge.materialize.checkpoint import Checkpoint
+from evomerge.operators.layout import BLOCK
+from evomerge.operators.sources import Dense
+
+Residence = Literal["resident", "int8", "host"]
+AskedResidence = Literal["auto", "resident", "int8", "host"]
+
+EVALUATION_SHARE = 0.25
+"""Of the free memory: left for activations, caches of generation, and what an operator prepares."""
+CHUNK_BLOCKS = 2**12
+INT8_MAX = 127
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The device of the merged model, and what was asked for base and experts.
+
+    factored: adapters stay factors, since no operator needs their tensors whole.
+    """
+
+    device: str = "cpu"
+    residence: AskedResidence = "auto"
+    factored: bool = True
+
+    def needed_bytes(
+        self, num_elements: int, element_bytes: int, experts: Sequence[Checkpoint | Adapter]
+    ) -> dict[Residence, int]:
+        """Return what each residence holds on the device; what operators prepare is not counted."""
+        adapters = [expert for expert in experts if isinstance(expert, Adapter)]
+        num_whole = len(experts) - (len(adapters) if self.factored else 0)
+        factor_bytes = sum(adapter.size_bytes for adapter in adapters)
+        return device_bytes(num_elements * element_bytes, num_whole, element_bytes, factor_bytes)
+
+    def choose(self, needed_bytes: Mapping[Residence, int]) -> Residence:
+        """Return where base and experts go. On the CPU all is resident, or int8 if that was asked for.
+
+        Raises: InputError if what was asked for does not fit.
+        """
+        device = torch.device(self.device)
+        if device.type != "cuda":
+            return "int8" if self.residence == "int8" else "resident"
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        return choose_residence(self.residence, needed_bytes, free_bytes)
+
+
+ON_THE_CPU = Place()
+
+
+def device_bytes(model_bytes: int, num_experts: int, element_bytes: int, factor_bytes: int = 0) -> dict[Residence, int]:
+    """Return what each residence holds on the GPU.
+
+    An element of the model has ``element_bytes``; num_experts are held whole, and adapters' factors come on top.
+    """
+    int8_bytes = round(model_bytes / element_bytes * (1 + 4 / BLOCK))  # and a float32 factor for each block
+    return {
+        "resident": (num_experts + 2) * model_bytes + factor_bytes,
+        "int8": 2 * model_bytes + num_experts * int8_bytes + factor_bytes,
+        "host": model_bytes,
+    }
+
+
+def choose_residence(asked: AskedResidence, needed_bytes: Mapping[Residence, int], free_bytes: int) -> Residence:
+    """Return what was asked for if it fits into the GPU's free memory; of ``auto``, what leaves room to evaluate.
+
+    Raises: InputError that says what is needed, what is free, and what would fit.
+    """
+    if asked != "auto":
+        if needed_bytes[asked] <= free_bytes:
+            return asked
+        room = free_bytes
+    else:
+        room = int((1 - EVALUATION_SHARE) * free_bytes)
+        preferred: tuple[Residence, ...] = ("resident", "host")
+        for residence in preferred:
+            if needed_bytes[residence] <= room:
+                return residence
+        asked = "host"
+    fitting = [residence for residence in get_args(Residence) if needed_bytes[residence] <= room]
+    advice = f"residence: {' or '.join(fitting)} fits" if fitting else "merge on the CPU (device: cpu)"
+    raise InputError(
+        f"residence: {asked} needs {needed_bytes[asked] / 1e9:.1f} GB on the GPU, expected at most {room / 1e9:.1f} of "
+        f"the {free_bytes / 1e9:.1f} GB that are free; {advice}"
+    )
+
+
+def to_int8(expert: Dense, base_P: Tensor) -> Dense:
+    """Return an expert's task vector in 8 bits, on the base's device: symmetric, a float32 factor for each block.
+
+    An entry is off by at most 1/254 of the largest of its block; with normally distributed task vectors that is
+    some 0.7 % of their norm. Of a checkpoint the task vector is taken in float32.
+    Reference: Dettmers et al. 2022, arxiv.org/abs/2110.02861, section 2.1 (block-wise), with linear codes.
+    """
+    codes_P = torch.empty(len(base_P), dtype=torch.int8, device=base_P.device)
+    held, base, codes = (buffer_P.view(-1, BLOCK) for buffer_P in (expert.buffer_P, base_P, codes_P))
+    scales_B = torch.empty(len(codes), device=base_P.device)
+    for first in range(0, len(codes), CHUNK_BLOCKS):  # a GPU that is short of memory has none for a whole float32 copy
+        blocks = slice(first, first + CHUNK_BLOCKS)
+        vector_BE = held[blocks].to(base_P.device, torch.float32, copy=True)
+        if not expert.is_task_vector:
+            vector_BE -= base[blocks].float()
+        scales_B[blocks] = vector_BE.abs().amax(1) * (1 / INT8_MAX)  # a factor: the same bits on a GPU
+        factor_B = torch.where(scales_B[blocks] > 0, scales_B[blocks], 1.0)
+        codes[blocks] = (vector_BE / factor_B[:, None]).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
+    return Dense(codes_P, is_task_vector=True, scales_B=scales_B)

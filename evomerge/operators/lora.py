@@ -1,0 +1,235 @@
+"""LoRA adapters combined factor by factor, as PEFT combines them.
+
+The exact weighted sum of adapters, PEFT's ``cat``, is task arithmetic. PEFT's other combinations merge the A's and the
+B's of a matrix separately, each scaled by the root of coefficient times scaling, so that the product also holds every
+adapter's B times every other's A: small adapters, and a rough approximation of the sum. ``svd`` is the exact sum,
+truncated. (PEFT's ``*_svd`` merge whole matrices and truncate; without the truncation that is ``ties`` and its kin,
+which take adapters as task vectors.)
+
+Reference: PEFT 0.21.2, ``LoraModel.add_weighted_adapter``; its TIES elects the sign before weighting and divides by the
+count. Departures: everything is computed in float32 whatever the adapters' dtype, and DARE's draws are a hash of
+(seed, expert, tensor, factor, place), equal for all candidates.
+
+Shape letters: K experts, S tensors, R summed rank of all adapters, r rank, O and I rows and columns of a matrix.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from evomerge.errors import CampaignError, CandidateError
+from evomerge.operators.kernels import hash32, lincomb, name_hash
+from evomerge.operators.operator import Values
+from evomerge.operators.sources import LowRank, Sources
+from evomerge.records import Options, ParameterSpec
+
+Combination = Literal["svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+
+
+class LoraOptions(Options):
+    """combination: PEFT's ``combination_type``. svd_rank: of the result (default: the adapters' largest).
+
+    majority_sign: elect by the sum of the entries, or by the count of their signs. seed: of DARE's draws.
+    """
+
+    combination: Combination = "svd"
+    svd_rank: int | None = Field(default=None, ge=1)
+    majority_sign: Literal["total", "frequency"] = "total"
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapters:
+    """The adapters of one matrix: those of the ``experts`` that have one.
+
+    b (O, r) and a (r, I) each, pruned, without the scaling. basis, for svd: of all B's side by side and of all A's
+    stacked, the QR factors (O, m), (m, R), (I, n), (n, R), float64.
+    """
+
+    experts: list[int]
+    b: list[Tensor]
+    a: list[Tensor]
+    scalings: list[float]
+    transposed: bool
+    basis: tuple[Tensor, ...] = ()
+
+
+class Lora:
+    """PEFT's combinations of adapters; every expert must be one. The coefficient is PEFT's weight of an adapter."""
+
+    name: ClassVar[str] = "lora"
+    reads_factors: ClassVar[bool] = True
+    differentiable: bool = False  # products of roots of the coefficients, or singular vectors
+    local: bool = True
+
+    options_type: ClassVar[type[Options]] = LoraOptions
+
+    def __init__(self, options: LoraOptions | None = None) -> None:
+        self.options = options or LoraOptions()
+        coefficient = ParameterSpec(name="coefficient", meaning="weight of an adapter", default=1.0, low=0.0, high=1.5)
+        density = ParameterSpec(
+            name="density",
+            meaning="fraction of each factor's entries that is kept",
+            default=0.2,
+            low=0.1,
+            high=1.0,
+            minimum=0.0,
+            maximum=1.0,
+            per_expert=False,
+            structural=True,
+        )
+        self._prunes = self.options.combination not in ("svd", "linear")
+        self.parameters: tuple[ParameterSpec, ...] = (coefficient, density) if self._prunes else (coefficient,)
+
+    def prepare(self, sources: Sources, values: Values, earlier: Any | None) -> list[Adapters]:  # noqa: ARG002
+        """Return the adapters of every tensor, pruned.
+
+        Raises: CampaignError if an expert is no adapter, or ranks differ; CandidateError for a density of 0 in DARE.
+        """
+        experts = _low_rank(sources)
+        found = [self._adapters(experts, s, tensor.name) for s, tensor in enumerate(sources.layout.tensors)]
+        if sources.num_experts == 1:  # PEFT, too, takes one adapter as it is, whatever the combination
+            return found
+        if self.options.combination == "svd":
+            return [self._with_basis(adapters) for adapters in found]
+        if not self._prunes:
+            return found
+        densities_S = values["density"][0].tolist()
+        return [self._pruned(adapters, sources, s, densities_S[s]) for s, adapters in enumerate(found)]
+
+    def weights(self, values: Values, state: list[Adapters]) -> Tensor:  # noqa: ARG002
+        """The coefficients are the weights; the base counts once."""
+        coefficients_KS = values["coefficient"]
+        return torch.cat([torch.ones_like(coefficients_KS[:1]), coefficients_KS])
+
+    def merge(
+        self,
+        out_P: Tensor,
+        sources: Sources,
+        weights_KS: Tensor,
+        state: list[Adapters],
+        changed: Sequence[int] | None = None,
+    ) -> None:
+        """Combine each matrix's factors and launch ``lincomb`` with the one adapter that comes out."""
+        largest = max((len(a) for adapters in state for a in adapters.a), default=0)
+        factors = {}
+        for s in range(len(state)) if changed is None else changed:
+            if state[s].experts:
+                b, a = self._combine(state[s], weights_KS[1:, s], self.options.svd_rank or largest)
+                factors[s] = (a.T.contiguous(), b.T.contiguous()) if state[s].transposed else (b, a)
+        combined = replace(sources, experts=(LowRank(factors),))
+        lincomb(out_P, combined, torch.ones(2, len(state), dtype=torch.float64), changed)
+
+    def _adapters(self, experts: Sequence[LowRank], s: int, name: str) -> Adapters:
+        found = Adapters([], [], [], [], transposed=any(s in expert.transposed for expert in experts))
+        for k, expert in enumerate(experts):
+            if s not in expert.factors:
+                continue
+            if s not in expert.scalings:
+                raise CampaignError(
+                    f"lora: expert {k + 1} of {len(experts)} saves {name} whole (modules_to_save or bias); "
+                    "PEFT combines factors only: use task_arithmetic"
+                )
+            b, a = expert.factors[s]
+            if found.transposed:
+                b, a = a.T.contiguous(), b.T.contiguous()
+            found.experts.append(k)
+            found.b.append(b / expert.scalings[s])
+            found.a.append(a)
+            found.scalings.append(expert.scalings[s])
+        ranks = sorted({len(a) for a in found.a})
+        if len(ranks) > 1 and self.options.combination != "svd":
+            raise CampaignError(
+                f"lora: {name}: {self.options.combination} needs adapters of one rank, found "
+                f"{' and '.join(map(str, ranks))}; svd and task_arithmetic take any"
+            )
+        return found
+
+    def _with_basis(self, adapters: Adapters) -> Adapters:
+        if not adapters.experts:
+            return adapters
+        # In float64, so that what is cut off depends on the singular values and not on how they were found.
+        b_basis, b_core = torch.linalg.qr(torch.cat(adapters.b, dim=1).double())
+        a_basis, a_core = torch.linalg.qr(torch.cat(adapters.a).double().T)
+        return replace(adapters, basis=(b_basis, b_core, a_basis, a_core))
+
+    def _pruned(self, adapters: Adapters, sources: Sources, s: int, density: float) -> Adapters:
+        if density >= 1:
+            return adapters
+        if not self.options.combination.startswith("dare"):
+            b, a = ([_keep_largest(factor, density) for factor in side] for side in (adapters.b, adapters.a))
+            return replace(adapters, b=b, a=a)
+        if density == 0:
+            raise CandidateError("lora: a density of 0 leaves nothing to rescale")
+        name = sources.layout.tensors[s].name
+        keys = [(k, f"{name} {part}") for part in ("B", "A") for k in adapters.experts]
+        kept = [
+            torch.where(_draws(factor, self.options.seed, *key) < density, factor / density, 0.0)
+            for factor, key in zip([*adapters.b, *adapters.a], keys, strict=True)
+        ]
+        return replace(adapters, b=kept[: len(adapters.b)], a=kept[len(adapters.b) :])
+
+    def _combine(self, adapters: Adapters, coefficients_K: Tensor, svd_rank: int) -> tuple[Tensor, Tensor]:
+        """Return one B (O, r) and one A (r, I)."""
+        products = [
+            float(coefficients_K[k]) * scaling for k, scaling in zip(adapters.experts, adapters.scalings, strict=True)
+        ]
+        if adapters.basis:
+            return _truncated(adapters, products, svd_rank)
+        # The sign goes to A alone: on both sides it would cancel.
+        roots = [abs(product) ** 0.5 for product in products]
+        signed = [root if product >= 0 else -root for root, product in zip(roots, products, strict=True)]
+        return self._sum(adapters.b, roots), self._sum(adapters.a, signed)
+
+    def _sum(self, factors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        stacked = torch.stack(list(factors))
+        weighted = stacked * torch.tensor(weights, device=stacked.device)[:, None, None]
+        if len(factors) == 1 or not self.options.combination.endswith("ties"):
+            return weighted.sum(0)
+        signs = stacked.sign()
+        votes = (stacked if self.options.majority_sign == "total" else signs).sum(0)
+        agrees = signs == torch.where(votes >= 0, 1.0, -1.0)
+        return (weighted * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+
+
+def _low_rank(sources: Sources) -> list[LowRank]:
+    """Return the experts, all of them adapters."""
+    found = []
+    for k, expert in enumerate(sources.experts):
+        if not isinstance(expert, LowRank):
+            raise CampaignError(
+                f"lora: expert {k + 1} of {sources.num_experts} is a full checkpoint; expected adapters only: "
+                "task_arithmetic merges both kinds"
+            )
+        found.append(expert)
+    return found
+
+
+def _keep_largest(factor: Tensor, density: float) -> Tensor:
+    """Keep int(density * elements) entries by magnitude; none, if that is 0."""
+    kept = factor.abs().flatten().topk(int(density * factor.numel())).indices
+    pruned = torch.zeros_like(factor)
+    pruned.view(-1)[kept] = factor.flatten()[kept]
+    return pruned
+
+
+def _draws(factor: Tensor, seed: int, expert: int, name: str) -> Tensor:
+    """Return a number of [0, 1) for every entry, a hash of its place."""
+    key = hash32(hash32(torch.tensor([name_hash(name)], dtype=torch.int32) + seed) + expert)
+    places = torch.arange(factor.numel(), dtype=torch.int32, device=factor.device)
+    bits = hash32(hash32(places) ^ key.to(factor.device))
+    return (((bits >> 8) + 2**23).float() * 2.0**-24).view(factor.shape)
+
+
+def _truncated(adapters: Adapters, products: Sequence[float], rank: int) -> tuple[Tensor, Tensor]:
+    """Return the exact sum of the adapters' products, truncated to its largest singular values."""
+    b_basis, b_core, a_basis, a_core = adapters.basis
+    column_R = [product for product, a in zip(products, adapters.a, strict=True) for _ in range(len(a))]
+    core = (b_core * torch.tensor(column_R, dtype=torch.float64, device=b_core.device)) @ a_core.T
+    u, singular, v = torch.linalg.svd(core, full_matrices=False)
+    b = b_basis @ (u[:, :rank] * singular[:rank])
+    return b.float(), (v[:rank] @ a_basis.T).float()

@@ -1,0 +1,51 @@
+"""A campaign whose task vectors are held in 8 bits: scored, exported and checked as such."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from evomerge.campaign import Campaign
+from evomerge.check import check_campaign
+from evomerge.errors import RunError
+from evomerge.export import export_trial, verify_export
+from evomerge.report.terminal import print_check
+from evomerge.run import search
+
+Make = Callable[..., Campaign]
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def test_what_was_scored_in_8_bits_is_what_is_exported(make_campaign: Make, tmp_path: Path) -> None:
+    changes = {
+        "operator": {"name": "ties", "density": {"low": 0.1, "high": 0.9}},
+        "space": {"coefficient": {"low": 0.1, "high": 1.0}},
+        "search": [{"proposer": "sobol"}],
+        "budget": {"evaluations": 4},
+    }
+    run = search(make_campaign(residence="int8", **changes), tmp_path / "run")
+    best = run.pick(at_knee=True)
+    export_trial(run, best, tmp_path / "merged", quiet)  # refuses tensors other than the tested ones
+    rows = verify_export(run, best, tmp_path / "merged", quiet)
+    assert rows
+    assert all(row.rescored == row.recorded for row in rows)
+    assert "int8: true" in (tmp_path / "merged" / "recipe.yaml").read_text()
+    with pytest.raises(RunError, match="differs in residence"):
+        search(make_campaign(**changes), tmp_path / "run")
+
+
+def test_where_the_exact_task_vectors_lie_is_no_matter_of_meaning(make_campaign: Make) -> None:
+    meanings = [make_campaign(residence=asked).meaning() for asked in ("auto", "resident", "host")]
+    assert meanings[0] == meanings[1] == meanings[2]
+    assert make_campaign(residence="int8").meaning() != meanings[0]
+
+
+def test_check_says_how_candidates_are_merged(make_campaign: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    for residence, expected in (("auto", "resident on cpu; eager"), ("int8", "task vectors in 8 bits")):
+        report = check_campaign(make_campaign(residence=residence, device="cpu"), quiet)
+        print_check(Path("campaign.yaml"), report)
+        assert expected in " ".join(capsys.readouterr().out.split())
+    assert report.plan.size_bytes < check_campaign(make_campaign(device="cpu"), quiet).plan.size_bytes
