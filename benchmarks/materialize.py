@@ -8,9 +8,9 @@ table, a row an operator and number of threads:
 
     seconds         median of a candidate all of whose numbers are new, a density too, thresholds looked up within it
     GB/s            ideal traffic over that time: K + 1 reads and one write of the model
-    of the triad    its ratio to torch's a = b + s * c, which is timed in turn with it
+    of triad        its ratio to torch's a = b + s * c, which is timed in turn with it
     x mergekit      its rate in parameters a second, over mergekit's on a smaller model in memory (merge_state_dicts)
-    preparing, s    what is done once and kept: sorted magnitudes, decompositions
+    preparing s     what is done once and kept: sorted magnitudes, decompositions
     extra memory    peak of a candidate beyond base, experts, output and what preparing keeps, in % of those buffers
 
 mergekit is installed into .cache/mergekit the first time; it shares the interpreter and the version of torch.
@@ -47,7 +47,7 @@ class Subject:
     """A row of the table: our operator, and mergekit's method of the same rule.
 
     changes: the structural parameter that a candidate changes beside all cheap ones. num_experts: where the rule takes
-    so many; else what the command line says.
+    so many; else what the command line says. slow: preparing takes minutes, and is done with the most threads only.
     """
 
     label: str
@@ -55,6 +55,7 @@ class Subject:
     mergekit: str | None = None
     changes: str | None = None
     num_experts: int | None = None
+    slow: bool = False
 
 
 SUBJECTS = (
@@ -65,9 +66,9 @@ SUBJECTS = (
     Subject(label="Breadcrumbs, new density", operator="breadcrumbs", mergekit="breadcrumbs", changes="density"),
     Subject(label="SCE, new share", operator="sce", mergekit="sce", changes="select_topk"),
     Subject(label="SLERP", operator="slerp", mergekit="slerp", num_experts=1),
-    Subject(label="TSV-M", operator="tsv_m"),
+    Subject(label="TSV-M", operator="tsv_m", slow=True),
 )
-NAIVE = "fresh float32 tensors, one by one"
+NAIVE = "float32 copies, by tensor"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,16 +114,16 @@ def _print_table(arguments: argparse.Namespace, mergekit_flaw: str | None) -> No
         box=SIMPLE_HEAD,
     )
     for column in (
-        "merge", "threads", "seconds", "GB/s", "of the triad", "x mergekit", "preparing, s", "extra memory"
+        "merge", "threads", "seconds", "GB/s", "of triad", "x mergekit", "preparing s", "extra memory"
     ):  # fmt: skip
-        table.add_column(column, justify="left" if column == "merge" else "right")
+        table.add_column(column, justify="left" if column == "merge" else "right", no_wrap=column == "merge")
     notes = [f"mergekit: {mergekit_flaw}"] if mergekit_flaw else []
     wanted = [subject for subject in SUBJECTS if not arguments.only or subject.operator in arguments.only]
     for subject in wanted:
         if subject.operator not in OPERATORS:
             notes.append(f"{subject.label}: no operator {subject.operator!r} in this version")
             continue
-        for threads in arguments.threads:
+        for threads in [max(arguments.threads)] if subject.slow else arguments.threads:
             job = Job(
                 what="ours", label=subject.label, millions=arguments.millions, threads=threads, runs=arguments.runs,
                 num_experts=subject.num_experts or arguments.experts,

@@ -53,8 +53,6 @@ def mergekit_data(recipe: Recipe, checkpoints: Sequence[Checkpoint | Adapter]) -
         raise InexpressibleError(f"mergekit has no merge method {recipe.operator}")
     if recipe.int8:
         raise InexpressibleError("its task vectors are rounded to 8 bits")
-    if recipe.int8:
-        raise InexpressibleError("its task vectors are rounded to 8 bits")
     flags, has_base = _flags(recipe, method)
     table = _Table(recipe, method, has_base)
     is_aligned = any(isinstance(one, Checkpoint) and one.alignment for one in checkpoints[1:])

@@ -72,9 +72,9 @@ class _Window(Trimmed):
 def window(values: Values, sizes_S: Tensor) -> tuple[Tensor, Tensor]:
     """Return how many entries are kept, and how many larger ones are dropped, (K, S) each.
 
-    Kept are int(density E), at least one; dropped int(gamma E), but no more than leave so many. That may be none: of a
-    tensor of fewer than 1 / gamma elements, or with density 1. (There mergekit drops the whole task vector instead:
-    its slice "all but the last 0" is empty.)
+    Kept are int(density E), at least one; dropped int(gamma E), but no more than leave so many: with density 1 none, as
+    in mergekit. None either of a tensor of fewer than 1 / gamma elements, where mergekit loses the whole task vector
+    (its slice "all but the last 0" is empty).
     """
     kept_KS = num_kept(values["density"], sizes_S)
     return kept_KS, (values["gamma"] * sizes_S).floor().minimum(sizes_S - kept_KS)

@@ -68,7 +68,7 @@ class _Drawn(Trimmed):
             gain_KS = 1 / density_KS
         elif self.options.rescale == "l1":
             masses = masses or drawn_masses(sources, self.options.seed)
-            gain_KS = l1_gain(masses, density_KS)
+            gain_KS = drawn_gain(masses, density_KS)
         return TrimState(masses, Trims("uniform", gain_KS, cut_KS=density_KS, seed=self.options.seed))
 
 
@@ -89,7 +89,7 @@ def drawn_masses(sources: Sources, seed: int, spread: float = 0.0, ranks_KP: Ten
     ]
 
 
-def l1_gain(masses: Masses, limits_KS: Tensor) -> Tensor:
+def drawn_gain(masses: Masses, limits_KS: Tensor) -> Tensor:
     """Return the factors (K, S) that give the drawn entries the sum of magnitudes of all."""
     rows = [
         [table.gain(limit) for table, limit in zip(tables, limits, strict=True)]

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from evomerge.operators.dare import Masses, drawn_masses, l1_gain
+from evomerge.operators.dare import Masses, drawn_gain, drawn_masses
 from evomerge.operators.kernels import Trims
 from evomerge.operators.operator import Values
 from evomerge.operators.sources import Sources
@@ -87,7 +87,7 @@ class _Ranked(Trimmed):
             ranks_KP = magnitude_ranks(sources)
             held = Ranks(ranks_KP, drawn_masses(sources, seed, spread, ranks_KP) if rescale == "l1" else [])
         lowest_KS = values["density"] - self.options.epsilon
-        gain_KS = l1_gain(held.masses, lowest_KS) if rescale == "l1" else torch.ones_like(lowest_KS)
+        gain_KS = drawn_gain(held.masses, lowest_KS) if rescale == "l1" else torch.ones_like(lowest_KS)
         return TrimState(
             held,
             Trims(
@@ -123,7 +123,7 @@ def _row_ranks(magnitudes_RN: Tensor) -> Tensor:
     edge = differs.new_ones(len(differs), 1)
     first_RN = torch.where(torch.cat([edge, differs], dim=1), place_N, 0).cummax(dim=1).values
     last_RN = torch.where(torch.cat([differs, edge], dim=1), place_N, num_columns).flip(1).cummin(dim=1).values.flip(1)
-    scaled_RN = ((first_RN + last_RN) * (HIGHEST / 2 / (num_columns - 1))).round().to(torch.int16)
+    scaled_RN = ((first_RN + last_RN).double() * HIGHEST / (2 * (num_columns - 1))).round().to(torch.int16)
     return torch.empty_like(scaled_RN).scatter_(1, order_RN, scaled_RN)
 
 

@@ -8,7 +8,8 @@ Shape letters: K experts, S tensors, P padded elements, B blocks (P = 1024 B), E
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ CHUNK = 2**18  # elements of a float32 temporary that stays in the cache
 @dataclass(frozen=True)
 class LincombTile:
     """sum of base and rows, each times its column of ``floats_CB``."""
+
+    is_sum: ClassVar[bool] = True
 
     def __call__(self, base: Tensor, rows: Sequence[Tensor], floats_CB: Tensor) -> Tensor:
         """Return base * floats[0] + sum_i rows[i] * floats[1 + i]."""
@@ -60,7 +63,7 @@ def _linear_columns(sources: Sources, weights_KS: Tensor) -> tuple[list[Tensor],
     dense = [(k, expert) for k, expert in enumerate(sources.experts, start=1) if isinstance(expert, Dense)]
     checkpoints = [k for k, expert in dense if not expert.is_task_vector]
     columns_CS = torch.cat([weights_KS[:1] - weights_KS[checkpoints].sum(0), weights_KS[[k for k, _ in dense]]])
-    floats_CB = columns_CS.float().to(sources.device)[:, sources.block_segment]
+    floats_CB = sources.spread(columns_CS.float())
     for c, (_, expert) in enumerate(dense, start=1):
         if expert.scales_B is not None:
             floats_CB[c] *= expert.scales_B
@@ -148,6 +151,8 @@ class MaskedTile:
     of its draws, cut, top_cut. scaled, gained: whether an int8 scale or a gain differs from 1, or need not be read.
     """
 
+    is_sum: ClassVar[bool] = False
+
     are_vectors: tuple[bool, ...]
     keep: Keep
     vote: Vote
@@ -213,6 +218,8 @@ class MaskedTile:
 @dataclass(frozen=True)
 class KeptTile:
     """The kept entries of the one expert of ``masked``, times their gain."""
+
+    is_sum: ClassVar[bool] = False
 
     masked: MaskedTile
 
@@ -308,15 +315,16 @@ def _masked_columns(sources: Sources, weights_KS: Tensor, trims: Trims) -> tuple
     ]  # fmt: skip
     floats_CS = torch.cat([weights_KS[:1], torch.stack(numbers, dim=1).flatten(0, 1)]).float()
     cuts = [_cut(zero_KS if one is None else one, trims.keep) for one in (trims.cut_KS, trims.top_cut_KS)]
-    block_segment = sources.block_segment
-    floats_CB = floats_CS.to(sources.device)[:, block_segment]
-    cuts_CB = torch.stack(cuts, dim=1).to(sources.device)[:, :, block_segment]
+    floats_CB = sources.spread(floats_CS)
     for k, expert in enumerate(sources.experts):
         if isinstance(expert, Dense) and expert.scales_B is not None:
             floats_CB[3 + k * MaskedTile.FLOATS] = expert.scales_B
+    no_keys_K1S = torch.zeros(len(cuts[0]), 1, cuts[0].shape[1], dtype=torch.int32)
+    ints_CS = torch.cat([no_keys_K1S, torch.stack(cuts, dim=1)], dim=1).flatten(0, 1)
+    ints_CB = sources.spread(torch.cat([torch.zeros_like(ints_CS[:1]), ints_CS]))
     keys_KB = block_keys(sources, trims.seed)
-    ints_CB = torch.cat([keys_KB[-1:], torch.cat([keys_KB[:-1, None], cuts_CB], dim=1).flatten(0, 1)])
-    return floats_CB.contiguous(), ints_CB.contiguous()
+    ints_CB[0], ints_CB[1 :: MaskedTile.INTS] = keys_KB[-1], keys_KB[:-1]
+    return floats_CB, ints_CB
 
 
 def _cut(probability_KS: Tensor, keep: Keep) -> Tensor:
@@ -342,6 +350,16 @@ def block_keys(sources: Sources, seed: int) -> Tensor:
 
     An entry's draw is the hash of its column and its block's key: equal for all candidates, wherever tensors lie.
     """
+    held = _keys.setdefault(sources, {})
+    if seed not in held:
+        held[seed] = _block_keys(sources, seed)
+    return held[seed]
+
+
+_keys: WeakKeyDictionary[Sources, dict[int, Tensor]] = WeakKeyDictionary()
+
+
+def _block_keys(sources: Sources, seed: int) -> Tensor:
     layout, device = sources.layout, sources.device
     names = torch.tensor([name_hash(tensor.name) for tensor in layout.tensors], dtype=torch.int32)
     place = torch.arange(len(layout.block_segment)) - layout.first_block[layout.block_segment]

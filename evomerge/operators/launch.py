@@ -10,7 +10,7 @@ no compiler, or the model is too small to be worth the seconds of compiling, the
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -19,10 +19,21 @@ from evomerge.operators.layout import BLOCK
 
 CHUNK_BLOCKS = 256  # 1 MiB in float32: a handful of temporaries fit the L2 cache
 CUDA_CHUNK_BLOCKS = 2**14  # 64 MiB: a GPU wants more to do at once
-COMPILE_FROM = 2**26  # elements; below, all candidates of a campaign together gain less than compiling takes
+COMPILE_SUMS_FROM = 2**26  # elements; below, all candidates of a campaign together gain less than compiling takes
+COMPILE_FROM = 2**22  # the same for longer expressions, which eagerly take tens of nanoseconds an element
 
-Tile = Callable[..., Tensor]
-"""(base_BE, rows, *columns_CB) -> merged_BE, float32."""
+
+class Tile(Protocol):
+    """A tile expression; is_sum: it is no more than a weighted sum, and fast enough eagerly in all but large models."""
+
+    is_sum: ClassVar[bool]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return merged_BE, float32, of (base_BE, rows, *columns_CB)."""
+
+    def __hash__(self) -> int:
+        """By value: tiles that are equal are compiled once."""
+
 
 _flaws: dict[str, str] = {}
 """Device type -> why kernels run eagerly there."""
@@ -37,6 +48,8 @@ def path(device: torch.device, num_elements: int) -> str:
         return "eager kernels (small model)"
     if device.type in _flaws:
         return f"eager kernels ({_flaws[device.type]})"
+    if not on_cuda and num_elements < COMPILE_SUMS_FROM:
+        return "compiled kernels (eager ones for plain sums)"
     return "Triton kernels" if on_cuda else "compiled kernels"
 
 
@@ -58,16 +71,18 @@ def launch(
             from evomerge.operators import triton_kernels
 
             if isinstance(tile, triton_kernels.Tile):
-                triton_kernels.launch(tile, out_P, runs, base_P, rows, columns)
+                with torch.cuda.device(out_P.device):  # Triton launches on the current one
+                    triton_kernels.launch(tile, out_P, runs, base_P, rows, columns)
                 return
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no Triton, or no C compiler for its launcher
             _flaws[device] = f"Triton failed: {type(error).__name__}"
     blocks_of = [buffer_P.view(-1, BLOCK) for buffer_P in (out_P, base_P, *rows)]
+    is_worth_compiling = out_P.numel() >= (COMPILE_SUMS_FROM if tile.is_sum else COMPILE_FROM)
     for run in runs:
         # A tensor of one block would be compiled again, for that very size.
-        if out_P.numel() >= COMPILE_FROM and run.stop - run.start > 1 and device not in _flaws:
+        if is_worth_compiling and run.stop - run.start > 1 and device not in _flaws:
             try:
                 out, base, *held = (blocks[run] for blocks in blocks_of)
                 _compiled(tile)(out, base, tuple(held), *(column_CB[:, run] for column_CB in columns))
@@ -83,9 +98,11 @@ def launch(
 
 @cache
 def _compiled(tile: Tile) -> Callable[..., None]:
+    from torch._dynamo import config as tracing
     from torch._inductor import config
 
     config.compile_threads = 1  # no pool of compiler processes for one or two kernels
+    tracing.recompile_limit = 64  # of ``write``, which all tiles share: a campaign may choose among many operators
 
     def write(out: Tensor, *arguments: Any) -> None:
         out.copy_(tile(*arguments))

@@ -15,7 +15,7 @@ from torch import Tensor
 from evomerge.operators.kernels import hash32
 from evomerge.operators.layout import BLOCK
 from evomerge.operators.sources import Sources
-from evomerge.records import Floats
+from evomerge.records import Floats, Items
 
 ALL_ENTRIES = 2**14  # so many elements are held whole; of more, counts between this many quantiles / 4
 QUANTILES = 2**12
@@ -29,7 +29,8 @@ class MagnitudeTable:
     Up to 16,384 entries are held whole, and every density is exact but for entries that tie. Of more the magnitudes
     are counted in steps of 2^-11 of themselves, without sorting, and some 4,096 of the steps' ends are held, each with
     its exact count. Entries between two ends, and entries that tie, are taken with the probability that gives the
-    asked number on average: off by some sqrt(E / 4096) / 2 of E, 80 of 100 million. The sums are right to 2^-12.
+    asked number on average: off by some sqrt(N) / 2 for N such entries, which without ties are E / 4096 (80 of 100
+    million). The sums are right to 2^-12.
     """
 
     values_T: Floats
@@ -56,8 +57,8 @@ class MagnitudeTable:
         num = histogram[codes].astype(np.float64)
         ends, upper_ends = (((codes + step) << DROPPED_BITS).astype(np.int32).view(np.float32) for step in (0, 1))
         counts, masses = num.cumsum(), (num * (ends.astype(np.float64) + upper_ends) / 2).cumsum()
-        # The last end before each quantile; and the step that passes several, so that a magnitude that very many entries
-        # share is told from those above and below it.
+        # The last end before each quantile; and the step that passes several, so that a magnitude that very many
+        # entries share is told from those above and below it.
         passed = np.diff((counts * (QUANTILES / num_elements)).astype(np.int64))
         held = np.append(passed > 0, True) | np.append(False, passed > 1)
         return cls(ends[held].astype(np.float64), counts[held], masses[held], num_elements)
@@ -76,7 +77,7 @@ class MagnitudeTable:
         return float(np.interp(num_kept, np.append(0.0, self.counts_T), np.append(0.0, self.masses_T)))
 
 
-def _histogram(pieces: Iterable[Tensor]) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+def _histogram(pieces: Iterable[Tensor]) -> Items:
     """Count the magnitudes by their leading bits: a positive float's bits, read as an integer, sort as the float."""
     counts: Tensor | None = None
     for piece in pieces:

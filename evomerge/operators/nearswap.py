@@ -18,6 +18,8 @@ from evomerge.records import Options, ParameterSpec
 class NearSwapTile:
     """The expert, kept to base - t .. base + t. Columns: t, and the expert's int8 scale."""
 
+    is_sum: ClassVar[bool] = False
+
     is_vector: bool
 
     def __call__(self, base: Tensor, rows: Sequence[Tensor], floats_CB: Tensor) -> Tensor:
@@ -79,7 +81,7 @@ class NearSwap:
         """Launch ``NearSwapTile``."""
         [expert] = sources.experts
         assert isinstance(expert, Dense)
-        t_B = weights_KS[1].float().to(sources.device)[sources.block_segment]
+        [t_B] = sources.spread(weights_KS[1:2].float())
         scales_B = torch.ones_like(t_B) if expert.scales_B is None else expert.scales_B
         tile = NearSwapTile(expert.is_task_vector)
         columns = [torch.stack([t_B, scales_B])]

@@ -24,6 +24,8 @@ class RamTile:
     are_vectors: per expert whether its row is a task vector. Columns: epsilon, then per expert its gain, int8 scale.
     """
 
+    is_sum: ClassVar[bool] = False
+
     are_vectors: tuple[bool, ...]
 
     def __call__(self, base: Tensor, rows: Sequence[Tensor], floats_CB: Tensor) -> Tensor:
@@ -68,7 +70,7 @@ class RamKernel:
         """Launch ``RamTile``; row 0 of the weights is epsilon, the others are the gains."""
         experts = [expert for expert in sources.experts if isinstance(expert, Dense)]
         assert len(experts) == sources.num_experts
-        epsilon_B, *gains_KB = weights_KS.float().to(sources.device)[:, sources.block_segment]
+        epsilon_B, *gains_KB = sources.spread(weights_KS.float())
         columns = [epsilon_B]
         for expert, gain_B in zip(experts, gains_KB, strict=True):
             columns += [gain_B, torch.ones_like(gain_B) if expert.scales_B is None else expert.scales_B]

@@ -74,6 +74,13 @@ class Sources:
         """The layout's, on the device."""
         return self.layout.block_segment.to(self.device)
 
+    def spread(self, matrix_CS: Tensor) -> Tensor:
+        """Return (C, B) on the device from (C, S): every block takes its tensor's column.
+
+        A block's numbers lie side by side in memory: gathered, and read by a kernel, in one go.
+        """
+        return matrix_CS.T.contiguous().to(self.device).index_select(0, self.block_segment).T
+
     def base(self, s: int, rows: slice | None = None) -> Tensor:
         """Return the base's tensor s, float32: in its shape, or so many rows of it as a matrix."""
         return self._shaped(self.base_P[self._place(s, rows)].float(), s, rows)

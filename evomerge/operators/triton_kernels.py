@@ -35,14 +35,15 @@ def launch(
     tile: Tile, out_P: Tensor, runs: Sequence[slice], base_P: Tensor, rows: Sequence[Tensor], columns: Sequence[Tensor]
 ) -> None:
     """Write ``tile`` of the blocks of ``runs`` to ``out_P``, as ``launch.launch`` does; rows of any dtypes."""
-    numbers = [torch.arange(run.start, run.stop, dtype=torch.int32, device=out_P.device) for run in runs]
-    num_blocks = sum(map(len, numbers))
+    num_blocks = sum(run.stop - run.start for run in runs)
     if num_blocks == 0:
         return
-    # A whole model needs no list: a program's number is its block's.
-    blocks = None if num_blocks * BLOCK == out_P.numel() else torch.cat(numbers)
+    blocks = None  # of a whole model: a program's number is its block's
+    if num_blocks * BLOCK < out_P.numel():
+        numbers = [torch.arange(run.start, run.stop, dtype=torch.int32, device=out_P.device) for run in runs]
+        blocks = torch.cat(numbers)
+    columns = [column_CB.contiguous() for column_CB in columns]
     strides = [column_CB.stride(0) for column_CB in columns]
-    assert all(column_CB.stride(1) == 1 for column_CB in columns)
     buffers = (out_P, blocks, base_P, tuple(rows))
     if isinstance(tile, LincombTile):
         _lincomb[(num_blocks,)](*buffers, *columns, *strides, enable_fp_fusion=False)

@@ -13,7 +13,6 @@ from evomerge.operators.linear import Linear, LinearOptions, TaskArithmetic
 from evomerge.operators.model_stock import ModelStock
 from evomerge.operators.operator import Operator
 from evomerge.operators.spherical import Karcher, MultiSlerp, MultiSlerpOptions, NuSlerp, NuSlerpOptions, Slerp
-from evomerge.operators.ties import Ties
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BASE, *EXPERTS = (load_file(GOLDEN / f"{name}.safetensors") for name in ("base", "v1", "v2", "v3"))
@@ -61,23 +60,6 @@ def test_linear_merges_in_float32(name: str, operator: Operator, weights: tuple[
     assert len(reference) == 11
     for tensor, expected in reference.items():
         assert ((merged[tensor].double() - expected.double()).abs() <= FLOAT32_ROUNDINGS * magnitude[tensor]).all()
-
-
-def test_ties_in_float32() -> None:
-    """The same entries are kept and the same signs elected, or whole entries would differ; the rest is rounding."""
-    reference = read("ties_a")
-    weights = (0.5, 0.3, 0.2)
-    held = problem(weights, reference, torch.float32)
-    values = {
-        **held.values,
-        "density": torch.full((3, len(reference)), 0.5, dtype=torch.float64),
-        "scale": torch.ones(1, len(reference), dtype=torch.float64),
-    }
-    merged = merge(Ties(), Problem(held.base, held.experts, values))
-    for tensor, expected in reference.items():
-        magnitude = torch.stack([expert[tensor] for expert in (held.base, *held.experts)]).abs().sum(0)
-        assert ((merged[tensor] - expected).abs() <= FLOAT32_ROUNDINGS * magnitude).all()
-        assert not torch.equal(expected, held.base[tensor])
 
 
 def test_a_coefficient_a_layer_gives_mergekits_slices() -> None:

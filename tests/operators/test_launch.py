@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import test_linear
+import test_ties
 import torch
 from operator_contract import merge
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from evomerge.operators import launch
 from evomerge.operators.layout import BLOCK
 from evomerge.operators.linear import TaskArithmetic
+from evomerge.operators.ties import Ties
 
 CPU = torch.device("cpu")
 
@@ -18,6 +20,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def compile_everything(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(launch, "COMPILE_FROM", 0)
+    monkeypatch.setattr(launch, "COMPILE_SUMS_FROM", 0)
     monkeypatch.setattr(launch, "_flaws", {})
     launch._compiled.cache_clear()
     yield
@@ -30,7 +33,7 @@ def test_the_compiled_merge_equals_the_eager_one(monkeypatch: pytest.MonkeyPatch
     problem = test_linear.TestTaskArithmetic().problem((5000, 1, 2048), torch.bfloat16)
     compiled = merge(TaskArithmetic(), problem)
     assert launch.path(CPU, 10**9) == "compiled kernels", launch._flaws
-    monkeypatch.setattr(launch, "COMPILE_FROM", 2**62)
+    monkeypatch.setattr(launch, "COMPILE_SUMS_FROM", 2**62)
     eager = merge(TaskArithmetic(), problem)
     for name, tensor in compiled.items():
         # Products and sums may be fused: a last bit of float32, seen only where bfloat16 rounds the other way.
@@ -38,8 +41,22 @@ def test_the_compiled_merge_equals_the_eager_one(monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(tensor, eager[name], rtol=2.0**-7, atol=0)
 
 
+@pytest.mark.usefixtures("compile_everything")
+@pytest.mark.filterwarnings("default")
+def test_the_compiled_consensus_equals_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = test_ties.TestTies().problem((5000, 7, 2048), torch.bfloat16)
+    compiled = merge(Ties(), problem)
+    assert launch.path(CPU, 10**9) == "compiled kernels", launch._flaws
+    monkeypatch.setattr(launch, "COMPILE_FROM", 2**62)
+    eager = merge(Ties(), problem)
+    for name, tensor in compiled.items():
+        assert int((tensor != eager[name]).sum()) <= 1 + tensor.numel() // 1000
+
+
 class Broken:
     """A tile that no compiler takes, but that runs."""
+
+    is_sum = False
 
     def __call__(self, base: Tensor, rows: tuple[Tensor, ...], column: Tensor) -> Tensor:
         print(end="")  # a side effect: the whole expression cannot become one graph
@@ -58,6 +75,7 @@ def test_where_compiling_fails_the_merge_is_done_eagerly_and_said() -> None:
 
 def test_small_models_are_not_compiled() -> None:
     assert launch.path(CPU, 10**6) == "eager kernels (small model)"
+    assert launch.path(CPU, 10**7) == "compiled kernels (eager ones for plain sums)"
 
 
 def test_what_a_gpu_computes_with_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,8 +88,17 @@ def test_what_a_gpu_computes_with_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     assert launch.path(torch.device("cuda"), 10**6) == "eager kernels (Triton is not installed)"
 
 
+class Doubled:
+    """Twice the base."""
+
+    is_sum = True
+
+    def __call__(self, base: Tensor, rows: tuple[Tensor, ...], column: Tensor) -> Tensor:
+        return base * column.T
+
+
 def test_only_the_given_runs_are_written() -> None:
     out_P, base_P = torch.zeros(6 * BLOCK), torch.ones(6 * BLOCK)
     runs = [slice(1, 2), slice(4, 6)]
-    launch.launch(lambda base, rows, column: base * column.T, out_P, runs, base_P, [], [torch.ones(1, 6)])
-    assert out_P.view(6, BLOCK)[:, 0].tolist() == [0, 1, 0, 0, 1, 1]
+    launch.launch(Doubled(), out_P, runs, base_P, [], [torch.full((1, 6), 2.0)])
+    assert out_P.view(6, BLOCK)[:, 0].tolist() == [0, 2, 0, 0, 2, 2]

@@ -176,7 +176,7 @@ class PaperTwin(TiesContract):
         problem = self.problem((1000, 1000), num_experts=1)
         for name, factor in (("t0", 10.0), ("t1", 1.0)):
             moved = problem.experts[0][name] - problem.base[name]
-            problem.experts[0][name] = problem.base[name] + factor * moved  # type: ignore[index]
+            problem.experts[0][name] = problem.base[name] + factor * moved
         values = {
             "coefficient": torch.ones(1, 2, dtype=torch.float64),
             "density": torch.full((1, 2), 0.5, dtype=torch.float64),

@@ -195,6 +195,11 @@ def golden_problem(name: str, checkpoints: Sequence[str], rows: Mapping[str, Seq
     return Problem(base, experts, {**values, "scale": torch.ones(1, len(names), dtype=torch.float64)})
 
 
+def flat_matrices(named: Mapping[str, Tensor]) -> Tensor:
+    """The matrices' entries one after the other, float64."""
+    return torch.cat([tensor.flatten().double() for tensor in named.values() if tensor.ndim == 2])
+
+
 def assert_equals_mergekit(name: str, problem: Problem, merged: Mapping[str, Tensor], gain: float = 1.0) -> None:
     """Other entries kept, or other signs elected, would be off by whole entries of the task vectors (0.02).
 
