@@ -247,9 +247,9 @@ def _measure(job: Job) -> dict[str, Any]:
 def _ours(job: Job) -> dict[str, Any]:
     """Time an operator over flat buffers, as the materializer runs it."""
     from evomerge.assemble import OPERATORS
-    from evomerge.operators.launch import path
-    from evomerge.operators.layout import Layout
-    from evomerge.operators.sources import Dense, Sources
+    from evomerge.kernels.launch import path
+    from evomerge.kernels.layout import Layout
+    from evomerge.kernels.sources import Dense, Sources
     from evomerge.records import TensorInfo
 
     subject = next(subject for subject in SUBJECTS if subject.label == job.label)

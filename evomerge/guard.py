@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evomerge.operators.sources import Sources
+from evomerge.kernels.sources import Sources
 from evomerge.records import Floats
 from evomerge.space.groups import module_kind
 

@@ -8,6 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "evomerge"
 LAYERS = (
     {"records", "errors", "strict"},
+    {"kernels"},
     {"operators", "space", "splits", "front"},
     {"materialize", "ledger"},
     {"proposers", "evaluators", "workers", "families"},
@@ -18,7 +19,7 @@ LAYERS = (
     {"cli"},
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
-MAY_BE_SIBLINGS = {4, 6}  # single modules, not packages
+MAY_BE_SIBLINGS = {5, 7}  # single modules, not packages
 CONFINED = {  # library -> where alone it may be imported
     "transformers": {"materialize", "evaluators", "families"},
     "cma": {"proposers"},

@@ -13,9 +13,9 @@ sys.path.append(str(Path(__file__).parent / "materialize"))
 import tiny_checkpoints as tiny
 
 from evomerge.guard import GuardReport, inspect_experts
+from evomerge.kernels.layout import Layout
+from evomerge.kernels.sources import Dense, Sources
 from evomerge.materialize.resident import merged_tensors, tensor_index
-from evomerge.operators.layout import Layout
-from evomerge.operators.sources import Dense, Sources
 
 
 def flat(model: Any, layout: Layout) -> torch.Tensor:

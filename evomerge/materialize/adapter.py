@@ -21,6 +21,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from evomerge.errors import CheckpointError
+from evomerge.kernels.layout import Layout
+from evomerge.kernels.sources import LowRank
 from evomerge.materialize.checkpoint import (
     FLOAT_DTYPES,
     Checkpoint,
@@ -31,8 +33,6 @@ from evomerge.materialize.checkpoint import (
     read_safetensors_header,
 )
 from evomerge.materialize.resident import tensor_index
-from evomerge.operators.layout import Layout
-from evomerge.operators.sources import LowRank
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.errors import CandidateError, CheckpointError
+from evomerge.kernels.launch import path
+from evomerge.kernels.layout import BLOCK, Layout
+from evomerge.kernels.lincomb import task_vector_products
+from evomerge.kernels.sources import Dense, Expert, LowRank, Sources
 from evomerge.materialize.adapter import Adapter, factors_hash, load_adapter
 from evomerge.materialize.arrangement import LIKE_THE_BASE, Output, arrange
 from evomerge.materialize.checkpoint import Checkpoint
 from evomerge.materialize.residence import ON_THE_CPU, Place, to_int8
 from evomerge.materialize.resident import DTYPES, ResidentModel, load_model, merged_tensors, tensor_index
 from evomerge.materialize.vocabulary import vocabulary_tensors
-from evomerge.operators.kernels import task_vector_products
-from evomerge.operators.launch import path
-from evomerge.operators.layout import BLOCK, Layout
 from evomerge.operators.operator import LinearOperator, Operator
-from evomerge.operators.sources import Dense, Expert, LowRank, Sources
 from evomerge.records import Floats, Recipe
 
 

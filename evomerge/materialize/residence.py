@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import InputError
+from evomerge.kernels.layout import BLOCK
+from evomerge.kernels.sources import Dense
 from evomerge.materialize.adapter import Adapter
 from evomerge.materialize.checkpoint import Checkpoint
-from evomerge.operators.layout import BLOCK
-from evomerge.operators.sources import Dense
 
 Residence = Literal["resident", "int8", "host"]
 AskedResidence = Literal["auto", "resident", "int8", "host"]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.errors import CheckpointError, EvoMergeError
+from evomerge.kernels.layout import Layout
 from evomerge.materialize.checkpoint import Checkpoint
-from evomerge.operators.layout import Layout
 from evomerge.records import TensorIndex, TensorInfo
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import InputError
-from evomerge.operators.layout import BLOCK
+from evomerge.kernels.layout import BLOCK
+from evomerge.kernels.sources import Sources
 from evomerge.operators.operator import Values
-from evomerge.operators.sources import Sources
 from evomerge.records import Options, ParameterSpec
 
 Importances = list[tuple[Tensor, float]]

@@ -12,10 +12,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from evomerge.operators.kernels import Trims
+from evomerge.kernels.masked import Trims
+from evomerge.kernels.sources import Sources
 from evomerge.operators.masks import Tables, l1_gain, magnitude_tables, num_kept, sizes, thresholds
 from evomerge.operators.operator import Values
-from evomerge.operators.sources import Sources
 from evomerge.operators.trimmed import (
     SCALE,
     Trimmed,

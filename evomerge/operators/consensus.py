@@ -8,9 +8,9 @@ from pydantic import Field
 from torch import Tensor
 
 from evomerge.errors import InputError
+from evomerge.kernels.sources import Dense, Sources
 from evomerge.operators.linear import Lincomb
 from evomerge.operators.operator import Values
-from evomerge.operators.sources import Dense, Sources
 from evomerge.records import Options, ParameterSpec
 
 

@@ -15,10 +15,10 @@ from pydantic import Field
 from torch import Tensor
 
 from evomerge.errors import CandidateError
-from evomerge.operators.kernels import Trims, block_keys
+from evomerge.kernels.masked import Trims, block_keys
+from evomerge.kernels.sources import Sources
 from evomerge.operators.masks import DrawnMass, uniform_draws
 from evomerge.operators.operator import Values
-from evomerge.operators.sources import Sources
 from evomerge.operators.trimmed import (
     SCALE,
     Trimmed,

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evomerge.kernels.sources import Dense, LowRank, Sources
 from evomerge.operators.linear import Lincomb
 from evomerge.operators.operator import Values
-from evomerge.operators.sources import Dense, LowRank, Sources
 from evomerge.records import ParameterSpec
 
 # The singular values of a float32 matrix of known rank that ought to be zero were found at up to 0.4 sqrt(size) times

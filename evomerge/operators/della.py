@@ -16,10 +16,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from evomerge.kernels.masked import Trims
+from evomerge.kernels.sources import Sources
 from evomerge.operators.dare import Masses, drawn_gain, drawn_masses
-from evomerge.operators.kernels import Trims
 from evomerge.operators.operator import Values
-from evomerge.operators.sources import Sources
 from evomerge.operators.trimmed import (
     SCALE,
     Trimmed,

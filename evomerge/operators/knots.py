@@ -14,11 +14,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from evomerge.kernels.layout import BLOCK, Layout
+from evomerge.kernels.masked import masked_consensus
+from evomerge.kernels.sources import Dense, Sources
+from evomerge.kernels.tiles import Vote
 from evomerge.operators.decompositions import TaskVectors, svd
-from evomerge.operators.kernels import Vote, masked_consensus
-from evomerge.operators.layout import BLOCK, Layout
 from evomerge.operators.operator import Values
-from evomerge.operators.sources import Dense, Sources
 from evomerge.operators.ties import Ties, TiesState
 from evomerge.records import Options, ParameterSpec, TensorInfo
 

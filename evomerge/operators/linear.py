@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import CandidateError
-from evomerge.operators.kernels import lincomb
+from evomerge.kernels.lincomb import lincomb
+from evomerge.kernels.sources import Sources
 from evomerge.operators.operator import Values
-from evomerge.operators.sources import Sources
 from evomerge.records import Options, ParameterSpec
 
 

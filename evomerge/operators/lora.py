@@ -22,9 +22,11 @@ from pydantic import Field
 from torch import Tensor
 
 from evomerge.errors import CampaignError, CandidateError
-from evomerge.operators.kernels import hash32, lincomb, name_hash
+from evomerge.kernels.lincomb import lincomb
+from evomerge.kernels.masked import name_hash
+from evomerge.kernels.sources import LowRank, Sources
+from evomerge.kernels.tiles import hash32
 from evomerge.operators.operator import Values
-from evomerge.operators.sources import LowRank, Sources
 from evomerge.records import Options, ParameterSpec
 
 Combination = Literal["svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]

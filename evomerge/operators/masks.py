@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evomerge.operators.kernels import hash32
-from evomerge.operators.layout import BLOCK
-from evomerge.operators.sources import Sources
+from evomerge.kernels.layout import BLOCK
+from evomerge.kernels.sources import Sources
+from evomerge.kernels.tiles import hash32
 from evomerge.records import Floats, Items
 
 ALL_ENTRIES = 2**14  # so many elements are held whole; of more, counts between this many quantiles / 4

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import CampaignError
+from evomerge.kernels.sources import Sources
 from evomerge.operators.linear import Lincomb
 from evomerge.operators.operator import Values
-from evomerge.operators.sources import Sources
 from evomerge.operators.vectors import angles, lincomb_vectors, vectors_of
 from evomerge.records import Options, ParameterSpec
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import InputError
-from evomerge.operators.launch import launch
+from evomerge.kernels.launch import launch
+from evomerge.kernels.sources import Dense, Sources
 from evomerge.operators.operator import Values
-from evomerge.operators.sources import Dense, Sources
 from evomerge.records import Options, ParameterSpec
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from evomerge.operators.sources import Sources
+from evomerge.kernels.sources import Sources
 from evomerge.records import Options, ParameterSpec
 
 Values = Mapping[str, Tensor]

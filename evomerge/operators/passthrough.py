@@ -6,10 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from evomerge.operators.kernels import lincomb
-from evomerge.operators.layout import BLOCK
+from evomerge.kernels.layout import BLOCK
+from evomerge.kernels.lincomb import lincomb
+from evomerge.kernels.sources import Dense, Sources
 from evomerge.operators.operator import Values
-from evomerge.operators.sources import Dense, Sources
 from evomerge.records import Options, ParameterSpec
 
 

@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from evomerge.kernels.sources import Dense, Sources
 from evomerge.operators.linear import Lincomb
 from evomerge.operators.operator import Values
 from evomerge.operators.order_statistics import order_statistics
-from evomerge.operators.sources import Dense, Sources
 from evomerge.records import Options, ParameterSpec
 
 CLAMPED = 0.01  # of the magnitudes, at either end

@@ -12,10 +12,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from evomerge.operators.kernels import Trims, Vote, masked_consensus, variance
+from evomerge.kernels.masked import Trims, masked_consensus
+from evomerge.kernels.sources import Sources
+from evomerge.kernels.tiles import Vote, variance
 from evomerge.operators.masks import MagnitudeTable
 from evomerge.operators.operator import Values
-from evomerge.operators.sources import Sources
 from evomerge.records import Floats, Options, ParameterSpec
 
 

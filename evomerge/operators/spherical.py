@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import CampaignError, CandidateError
+from evomerge.kernels.sources import Sources
 from evomerge.operators.linear import Lincomb
 from evomerge.operators.operator import Values
-from evomerge.operators.sources import Sources
 from evomerge.operators.vectors import (
     TINY,
     Vectors,

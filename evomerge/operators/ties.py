@@ -9,10 +9,11 @@ from typing import ClassVar, Literal
 
 import torch
 
-from evomerge.operators.kernels import Trims, Vote
+from evomerge.kernels.masked import Trims
+from evomerge.kernels.sources import Sources
+from evomerge.kernels.tiles import Vote
 from evomerge.operators.masks import Tables, l1_gain, magnitude_tables, num_kept, sizes, thresholds
 from evomerge.operators.operator import Values
-from evomerge.operators.sources import Sources
 from evomerge.operators.trimmed import SCALE, Trimmed, TrimmedOptions, TrimState, coefficient, density
 from evomerge.records import Options, ParameterSpec
 

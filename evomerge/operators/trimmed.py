@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from evomerge.errors import CandidateError
-from evomerge.operators.kernels import Trims, Vote, kept_entries, masked_consensus
+from evomerge.kernels.masked import Trims, kept_entries, masked_consensus
+from evomerge.kernels.sources import Sources
+from evomerge.kernels.tiles import Vote
 from evomerge.operators.operator import Values
-from evomerge.operators.sources import Sources
 from evomerge.records import Options, ParameterSpec
 
 Cache = TypeVar("Cache")

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from evomerge.kernels.sources import Sources
 from evomerge.operators.decompositions import Directions, Product, TaskVectors, polar, svd
 from evomerge.operators.linear import Lincomb
 from evomerge.operators.operator import Values
-from evomerge.operators.sources import Sources
 from evomerge.records import Options, ParameterSpec
 
 

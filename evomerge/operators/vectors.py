@@ -10,8 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from evomerge.operators.layout import BLOCK
-from evomerge.operators.sources import Sources
+from evomerge.kernels.layout import BLOCK
+from evomerge.kernels.sources import Sources
 
 Vectors = Literal["tensor", "rows", "columns"]
 

@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from evomerge.kernels.sources import Sources
 from evomerge.operators.operator import Values
-from evomerge.operators.sources import Sources
 from evomerge.operators.vectors import Vectors, inner_products, lincomb_vectors
 from evomerge.records import Options, ParameterSpec
 

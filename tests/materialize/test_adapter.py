@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from evomerge.errors import CheckpointError
+from evomerge.kernels.sources import Dense, LowRank
 from evomerge.materialize.adapter import Adapter, open_expert
 from evomerge.materialize.checkpoint import Checkpoint, open_checkpoint
 from evomerge.materialize.materializer import Materializer
@@ -23,7 +24,6 @@ from evomerge.materialize.write import write_checkpoint
 from evomerge.operators.linear import TaskArithmetic
 from evomerge.operators.lora import Lora, LoraOptions
 from evomerge.operators.operator import Operator
-from evomerge.operators.sources import Dense, LowRank
 from evomerge.operators.ties import Ties
 from evomerge.records import Recipe
 

@@ -14,12 +14,12 @@ import tiny_checkpoints as tiny
 import torch
 from torch import Tensor, nn
 
+from evomerge.kernels.sources import Sources
 from evomerge.materialize.adapter import open_expert
 from evomerge.materialize.checkpoint import open_checkpoint
 from evomerge.materialize.materializer import Materializer
 from evomerge.materialize.resident import empty_model
 from evomerge.operators.lora import Lora, LoraOptions
-from evomerge.operators.sources import Sources
 
 if importlib.util.find_spec("peft") is None:
     pytest.skip("PEFT is not installed", allow_module_level=True)

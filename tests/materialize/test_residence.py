@@ -13,11 +13,11 @@ from torch import Tensor
 from evomerge.assemble import OPERATORS
 from evomerge.errors import InputError
 from evomerge.export import merge_recipe
+from evomerge.kernels.layout import BLOCK
+from evomerge.kernels.sources import Dense, LowRank
 from evomerge.materialize.materializer import Materializer
 from evomerge.materialize.residence import Place, choose_residence, device_bytes, to_int8
-from evomerge.operators.layout import BLOCK
 from evomerge.operators.linear import TaskArithmetic
-from evomerge.operators.sources import Dense, LowRank
 from evomerge.recipe_file import read_recipe, write_recipe
 from evomerge.records import Recipe
 

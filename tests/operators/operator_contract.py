@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from evomerge.operators.kernels import task_vector_products
-from evomerge.operators.launch import CHUNK_BLOCKS
-from evomerge.operators.layout import BLOCK, Layout
+from evomerge.kernels.launch import CHUNK_BLOCKS
+from evomerge.kernels.layout import BLOCK, Layout
+from evomerge.kernels.lincomb import task_vector_products
+from evomerge.kernels.sources import Dense, Expert, LowRank, Sources
 from evomerge.operators.operator import LinearOperator, Operator
-from evomerge.operators.sources import Dense, Expert, LowRank, Sources
 from evomerge.records import TensorInfo
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

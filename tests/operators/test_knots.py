@@ -8,10 +8,10 @@ from matrix_contract import OTHERS, SHAPES, MatrixContract, cut_svd, float32_tas
 from operator_contract import Problem, TwinResult, lay_out, merge
 from torch import Tensor
 
+from evomerge.kernels.sources import Dense
 from evomerge.operators.decompositions import TaskVectors
 from evomerge.operators.knots import Knots, KnotsOptions, common_frame
 from evomerge.operators.operator import Operator
-from evomerge.operators.sources import Dense
 
 
 def slow_ties(vectors: Sequence[Tensor], weights: Tensor, densities: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from evomerge.errors import CampaignError, CandidateError
-from evomerge.operators.layout import Layout
+from evomerge.kernels.layout import Layout
+from evomerge.kernels.sources import LowRank, Sources
 from evomerge.operators.linear import TaskArithmetic
 from evomerge.operators.lora import Lora, LoraOptions
 from evomerge.operators.operator import Operator
-from evomerge.operators.sources import LowRank, Sources
 from evomerge.records import TensorInfo
 
 RANK = 2

@@ -11,7 +11,8 @@ from operator_contract import Problem, lay_out
 from torch import Tensor
 from trimmed_contract import draws
 
-from evomerge.operators.kernels import Trims, block_keys, kept_entries
+from evomerge.kernels.masked import Trims, block_keys, kept_entries
+from evomerge.kernels.sources import Sources
 from evomerge.operators.masks import (
     ALL_ENTRIES,
     QUANTILES,
@@ -24,7 +25,6 @@ from evomerge.operators.masks import (
     thresholds,
     uniform_draws,
 )
-from evomerge.operators.sources import Sources
 
 LARGE = 200_000
 few_magnitudes = st.lists(st.integers(0, 5).map(float), min_size=1, max_size=60)

@@ -9,7 +9,7 @@ from golden import assert_equals_mergekit, golden_problem
 from operator_contract import SEVERAL_CHUNKS, OperatorContract, Problem, TwinResult, lay_out, merge
 from torch import Tensor
 
-from evomerge.operators.kernels import variance
+from evomerge.kernels.tiles import variance
 from evomerge.operators.operator import Operator
 from evomerge.operators.sce import Sce, SceOptions
 

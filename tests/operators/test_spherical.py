@@ -23,8 +23,8 @@ from operator_contract import (
 from torch import Tensor
 
 from evomerge.errors import CampaignError, CandidateError
+from evomerge.kernels.sources import LowRank
 from evomerge.operators.operator import Operator
-from evomerge.operators.sources import LowRank
 from evomerge.operators.spherical import (
     Karcher,
     KarcherOptions,

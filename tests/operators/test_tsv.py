@@ -19,9 +19,9 @@ from matrix_contract import (
 from operator_contract import DifferentiableContract, Problem, TwinResult, inherited, lay_out, merge
 from torch import Tensor
 
+from evomerge.kernels.sources import LowRank
 from evomerge.operators.decompositions import Directions
 from evomerge.operators.operator import Operator
-from evomerge.operators.sources import LowRank
 from evomerge.operators.tsv import TsvM, whiten
 
 

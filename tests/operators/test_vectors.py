@@ -7,8 +7,8 @@ import torch
 from operator_contract import Problem, lay_out, lines_of
 from torch import Tensor
 
-from evomerge.operators.layout import BLOCK
-from evomerge.operators.sources import Dense, LowRank, Sources
+from evomerge.kernels.layout import BLOCK
+from evomerge.kernels.sources import Dense, LowRank, Sources
 from evomerge.operators.vectors import Vectors, inner_products, lengths_and_cosines, lincomb_vectors, of_experts
 from evomerge.records import TensorInfo
 

@@ -15,7 +15,7 @@ from golden import FLOAT32_ROUNDINGS, reference
 from operator_contract import SEVERAL_CHUNKS, OperatorContract, Problem, TwinResult
 from torch import Tensor
 
-from evomerge.operators.layout import BLOCK
+from evomerge.kernels.layout import BLOCK
 from evomerge.operators.masks import ALL_ENTRIES, QUANTILES
 
 Words = npt.NDArray[np.uint32]

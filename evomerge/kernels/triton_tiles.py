@@ -1,4 +1,4 @@
-"""The tile expressions of ``kernels.py`` in Triton: on a CUDA device, one launch a candidate.
+"""The tiles of ``tiles.py`` in Triton: on a CUDA device, one launch a candidate.
 
 A program merges one block of 1,024 elements, whose numbers it reads from the columns. Every sum, product and quotient
 is rounded as the torch expression rounds it (no fused multiply-add, IEEE division), in the same order: a merge has the
@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from evomerge.operators import kernels
-from evomerge.operators.kernels import KeptTile, LincombTile, MaskedTile
-from evomerge.operators.layout import BLOCK
+from evomerge.kernels import tiles as kernels
+from evomerge.kernels.layout import BLOCK
+from evomerge.kernels.tiles import KeptTile, LincombTile, MaskedTile
 
 Tile = LincombTile | MaskedTile | KeptTile
 

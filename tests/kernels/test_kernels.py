@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from evomerge.operators.kernels import block_keys, hash32, lincomb, task_vector_products
-from evomerge.operators.launch import CHUNK_BLOCKS
-from evomerge.operators.layout import BLOCK, Layout
-from evomerge.operators.sources import Dense, LowRank, Sources
+from evomerge.kernels.launch import CHUNK_BLOCKS
+from evomerge.kernels.layout import BLOCK, Layout
+from evomerge.kernels.lincomb import lincomb, task_vector_products
+from evomerge.kernels.masked import block_keys
+from evomerge.kernels.sources import Dense, LowRank, Sources
+from evomerge.kernels.tiles import hash32
 from evomerge.records import TensorInfo
 
 

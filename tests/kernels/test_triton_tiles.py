@@ -13,15 +13,15 @@ from test_devices import make_sources, merge_twice
 from torch import Tensor
 
 from evomerge.assemble import OPERATORS
-from evomerge.operators import kernels
-from evomerge.operators.kernels import Divide, Elect, Keep, LincombTile, MaskedTile, Vote
-from evomerge.operators.layout import BLOCK
+from evomerge.kernels import lincomb, masked
+from evomerge.kernels.layout import BLOCK
+from evomerge.kernels.tiles import Divide, Elect, Keep, LincombTile, MaskedTile, Vote
 
 pytest.importorskip("triton", reason="needs triton (pip install triton), which is not installed")
 if torch.cuda.is_available():
     pytest.skip("on a machine with a GPU test_gpu.py runs the kernels themselves", allow_module_level=True)
 
-from evomerge.operators import triton_kernels
+from evomerge.kernels import triton_tiles
 
 NUM_BLOCKS = 3
 ARE_VECTORS = (False, True, True)
@@ -73,7 +73,7 @@ def test_masked_consensus_has_the_bits_of_its_tile(keep: Keep, elect: Elect, div
     base_P = torch.randn(NUM_BLOCKS * BLOCK, generator=generator).bfloat16()
     rows, columns = draw_masked(keep, draw_rows(generator), generator)
     out_P = torch.full((NUM_BLOCKS * BLOCK,), float("nan"))
-    triton_kernels.launch(tile, out_P, [slice(0, NUM_BLOCKS)], base_P, rows, columns)
+    triton_tiles.launch(tile, out_P, [slice(0, NUM_BLOCKS)], base_P, rows, columns)
     assert torch.equal(out_P, expected(tile, base_P, rows, columns))
     moved = (out_P != base_P.float()).double().mean()
     assert 0.1 < moved <= 1  # masks that keep nothing would be equal too
@@ -88,7 +88,7 @@ def test_scales_and_gains_are_not_read_where_the_tile_does_not(keep: Keep) -> No
     for k in range(len(rows)):
         columns[0][2 + k * MaskedTile.FLOATS : 4 + k * MaskedTile.FLOATS] = float("nan")
     out_P = torch.empty_like(base_P)
-    triton_kernels.launch(tile, out_P, [slice(0, NUM_BLOCKS)], base_P, rows, columns)
+    triton_tiles.launch(tile, out_P, [slice(0, NUM_BLOCKS)], base_P, rows, columns)
     assert out_P.isfinite().all()
     assert torch.equal(out_P, expected(tile, base_P, rows, columns))
 
@@ -99,7 +99,7 @@ def test_entries_divided_by_their_probability_have_the_bits_of_their_tile() -> N
     base_P = torch.randn(NUM_BLOCKS * BLOCK, generator=generator).bfloat16()
     rows, columns = draw_masked("rank", draw_rows(generator), generator)
     out_P = torch.full((NUM_BLOCKS * BLOCK,), float("nan"))
-    triton_kernels.launch(tile, out_P, [slice(0, NUM_BLOCKS)], base_P, rows, columns)
+    triton_tiles.launch(tile, out_P, [slice(0, NUM_BLOCKS)], base_P, rows, columns)
     exact = expected(tile, base_P, rows, columns)
     assert torch.equal(out_P, exact)
     assert not torch.equal(exact, expected(replace(tile, unbiased=False), base_P, rows, columns))
@@ -116,7 +116,7 @@ def test_votes_of_zero_fall_as_in_the_tile(zero: Literal["positive", "none"]) ->
         columns[0][2 + k * MaskedTile.FLOATS] = columns[0][3 + k * MaskedTile.FLOATS] = 1.0
         columns[1][2 + k * MaskedTile.INTS] = 2**31 - 1  # all are kept
     out_P = torch.full_like(base_P, float("nan"))
-    triton_kernels.launch(tile, out_P, [slice(0, NUM_BLOCKS)], base_P, rows, columns)
+    triton_tiles.launch(tile, out_P, [slice(0, NUM_BLOCKS)], base_P, rows, columns)
     assert torch.equal(out_P, expected(tile, base_P, rows, columns))
     opposite = (rows[0] * rows[1]) == -1
     assert 0.1 < opposite.double().mean() < 0.3
@@ -130,10 +130,10 @@ def test_lincomb_has_the_bits_of_its_tile(dtype: torch.dtype) -> None:
     rows, floats_CB = draw_rows(generator), torch.randn(4, NUM_BLOCKS, generator=generator)
     exact = expected(LincombTile(), base_P, rows, [floats_CB])
     out_P = torch.full_like(exact, float("nan"))
-    triton_kernels.launch(LincombTile(), out_P, [slice(0, NUM_BLOCKS)], base_P, rows, [floats_CB])
+    triton_tiles.launch(LincombTile(), out_P, [slice(0, NUM_BLOCKS)], base_P, rows, [floats_CB])
     assert torch.equal(out_P, exact)
     rounded_P = torch.full_like(base_P, float("nan"))
-    triton_kernels.launch(LincombTile(), rounded_P, [slice(0, NUM_BLOCKS)], base_P, rows, [floats_CB])
+    triton_tiles.launch(LincombTile(), rounded_P, [slice(0, NUM_BLOCKS)], base_P, rows, [floats_CB])
     # The interpreter cuts bfloat16 off where a GPU rounds to nearest: a whole step instead of half of one.
     torch.testing.assert_close(rounded_P.float(), exact, rtol=torch.finfo(dtype).eps, atol=1e-7)
 
@@ -144,11 +144,11 @@ def test_only_the_listed_blocks_are_written() -> None:
     floats_CB = torch.randn(4, 2 * NUM_BLOCKS, generator=generator)[:, ::2].contiguous()
     exact = expected(LincombTile(), base_P, rows, [floats_CB])
     out_P = torch.full_like(base_P, 7.0)
-    triton_kernels.launch(LincombTile(), out_P, [slice(0, 1), slice(2, 3)], base_P, rows, [floats_CB])
+    triton_tiles.launch(LincombTile(), out_P, [slice(0, 1), slice(2, 3)], base_P, rows, [floats_CB])
     written = torch.tensor([True, False, True]).repeat_interleave(BLOCK)
     assert torch.equal(out_P[written], exact[written])
     assert (out_P[~written] == 7.0).all()
-    triton_kernels.launch(LincombTile(), out_P, [], base_P, rows, [floats_CB])
+    triton_tiles.launch(LincombTile(), out_P, [], base_P, rows, [floats_CB])
     assert (out_P[~written] == 7.0).all()
 
 
@@ -158,7 +158,7 @@ def test_columns_may_be_a_part_of_wider_ones() -> None:
     base_P, rows = torch.randn(NUM_BLOCKS * BLOCK, generator=generator), draw_rows(generator)
     floats_CB = torch.randn(4, 4 * NUM_BLOCKS, generator=generator)[:, NUM_BLOCKS : 2 * NUM_BLOCKS]
     out_P = torch.empty_like(base_P)
-    triton_kernels.launch(LincombTile(), out_P, [slice(0, NUM_BLOCKS)], base_P, rows, [floats_CB])
+    triton_tiles.launch(LincombTile(), out_P, [slice(0, NUM_BLOCKS)], base_P, rows, [floats_CB])
     assert torch.equal(out_P, expected(LincombTile(), base_P, rows, [floats_CB]))
 
 
@@ -171,11 +171,12 @@ def test_every_operator_merges_to_the_same_bits(name: str, monkeypatch: pytest.M
     expected, expected_products = merge_twice(OPERATORS[name](), make_sources(name, torch.device("cpu")))
     launched = []
 
-    def launch(tile: triton_kernels.Tile, *buffers: Any) -> None:
+    def launch(tile: triton_tiles.Tile, *buffers: Any) -> None:
         launched.append(tile)
-        triton_kernels.launch(tile, *buffers)
+        triton_tiles.launch(tile, *buffers)
 
-    monkeypatch.setattr(kernels, "launch", launch)
+    for module in (lincomb, masked):
+        monkeypatch.setattr(module, "launch", launch)
     built, products = merge_twice(OPERATORS[name](), make_sources(name, torch.device("cpu")))
     assert launched or name in WITHOUT_TWINS
     assert all(map(torch.equal, built, expected))
@@ -187,7 +188,7 @@ def test_every_operator_merges_to_the_same_bits(name: str, monkeypatch: pytest.M
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from evomerge.operators import triton_kernels
+from evomerge.kernels import triton_tiles
 
 def machine_code(kernel, rows, columns, **constants):
     names = [parameter.name for parameter in kernel.params]
@@ -200,9 +201,9 @@ def machine_code(kernel, rows, columns, **constants):
     )
     return compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": False}).asm["ptx"]
 
-lincomb = machine_code(triton_kernels._lincomb, ("*bf16", "*i8"), {"floats": "*fp32"}, blocks=None)
+lincomb = machine_code(triton_tiles._lincomb, ("*bf16", "*i8"), {"floats": "*fp32"}, blocks=None)
 masked = machine_code(
-    triton_kernels._masked, ("*bf16", "*i8"), {"floats": "*fp32", "ints": "*i32"},
+    triton_tiles._masked, ("*bf16", "*i8"), {"floats": "*fp32", "ints": "*i32"},
     ARE_VECTORS=(False, True), KEEP="variance", UNBIASED=False, SCALED=True, GAINED=True,
     ELECT="weighted", DIVIDE="weights", ZERO="none", KEPT_ALONE=False,
 )

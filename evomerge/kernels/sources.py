@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from evomerge.operators.layout import BLOCK, Layout
+from evomerge.kernels.layout import BLOCK, Layout
 
 
 @dataclass(frozen=True, slots=True, eq=False)

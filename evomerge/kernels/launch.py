@@ -4,7 +4,7 @@ A tile expression is a pure function of blocks: (base (B, 1024), rows of experts
 (B, 1024) float32. It is written once, in torch; the compiler fuses it into one pass over memory, and where there is
 no compiler, or the model is too small to be worth the seconds of compiling, the same expression is walked in chunks
 (temporaries of a whole model would cost ten times the merge itself in page faults). On CUDA the tiles that
-``triton_kernels.py`` has twins of are launched there.
+``triton_tiles.py`` has twins of are launched there.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from evomerge.operators.layout import BLOCK
+from evomerge.kernels.layout import BLOCK
 
 CHUNK_BLOCKS = 256  # 1 MiB in float32: a handful of temporaries fit the L2 cache
 CUDA_CHUNK_BLOCKS = 2**14  # 64 MiB: a GPU wants more to do at once
@@ -68,11 +68,11 @@ def launch(
     device = out_P.device.type
     if device == "cuda" and device not in _flaws:
         try:
-            from evomerge.operators import triton_kernels
+            from evomerge.kernels import triton_tiles
 
-            if isinstance(tile, triton_kernels.Tile):
+            if isinstance(tile, triton_tiles.Tile):
                 with torch.cuda.device(out_P.device):  # Triton launches on the current one
-                    triton_kernels.launch(tile, out_P, runs, base_P, rows, columns)
+                    triton_tiles.launch(tile, out_P, runs, base_P, rows, columns)
                 return
         except torch.OutOfMemoryError:
             raise

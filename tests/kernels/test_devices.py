@@ -6,10 +6,10 @@ from pretend_gpu import GPU, PretendGpu, numbers_of
 from torch import Tensor
 
 from evomerge.assemble import OPERATORS
-from evomerge.operators.kernels import task_vector_products
-from evomerge.operators.layout import Layout
+from evomerge.kernels.layout import Layout
+from evomerge.kernels.lincomb import task_vector_products
+from evomerge.kernels.sources import Dense, Expert, LowRank, Sources
 from evomerge.operators.operator import LinearOperator, Operator
-from evomerge.operators.sources import Dense, Expert, LowRank, Sources
 from evomerge.records import TensorInfo
 
 SHAPES = {

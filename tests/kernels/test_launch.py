@@ -9,8 +9,8 @@ import torch
 from operator_contract import merge
 from torch import Tensor
 
-from evomerge.operators import launch
-from evomerge.operators.layout import BLOCK
+from evomerge.kernels import launch
+from evomerge.kernels.layout import BLOCK
 from evomerge.operators.linear import TaskArithmetic
 from evomerge.operators.ties import Ties
 

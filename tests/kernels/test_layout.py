@@ -4,8 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evomerge.operators.kernels import BLOCK
-from evomerge.operators.layout import Layout
+from evomerge.kernels.layout import BLOCK, Layout
 from evomerge.records import TensorInfo
 
 shapes = st.lists(st.lists(st.integers(1, 40), max_size=3).map(tuple), min_size=1, max_size=6)
