@@ -259,13 +259,19 @@ def print_check(file: Path, report: CheckReport) -> None:
 
 def _print_guard(guard: GuardReport) -> None:
     """Print how far each expert lies from the base, by kind of module, and how its task vector lies to the others'."""
-    table = Table(title="task vectors: length relative to the base's tensors, and cosines", show_edge=True)
-    for column in ("expert", *guard.kinds, *(f"cos {expert}" for expert in guard.experts)):
-        table.add_column(column, justify="left" if column == "expert" else "right")
-    for k, expert in enumerate(guard.experts):
-        norms = [f"{norm:.3f}" for norm in guard.norms_KN[k]]
-        cosines = ["" if other > k else f"{guard.cosines_KK[k, other]:.2f}" for other in range(len(guard.experts))]
-        table.add_row(expert, *norms, *cosines)
+    table = Table(title="task vectors: length over that of the base's tensors", show_edge=True)
+    for column in ("expert", *guard.kinds):
+        table.add_column(column, justify="left" if column == "expert" else "right", overflow="fold")
+    for expert, norms in zip(guard.experts, guard.norms_KN, strict=True):
+        table.add_row(expert, *(f"{norm:.3f}" for norm in norms))
+    console.print(table)
+    if len(guard.experts) == 1:
+        return
+    table = Table(title="cosines between task vectors", show_edge=True)
+    for column in ("expert", *(str(number) for number in range(1, len(guard.experts)))):
+        table.add_column(column, justify="left" if column == "expert" else "right", overflow="fold")
+    for number, (expert, cosines) in enumerate(zip(guard.experts, guard.cosines_KK, strict=True), start=1):
+        table.add_row(f"{number} {expert}", *(f"{cosine:.2f}" for cosine in cosines[: number - 1]))
     console.print(table)
 
 
@@ -288,7 +294,7 @@ def print_operators() -> None:
 
 
 def _plain(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _residence(report: CheckReport) -> str:
