@@ -282,7 +282,8 @@ def _ours(job: Job) -> dict[str, Any]:
     def candidate() -> None:
         nonlocal state
         values = draw()
-        state = operator.prepare(sources, values, state)
+        if subject.changes:
+            state = operator.prepare(sources, values, state)
         operator.merge(out_P, sources, operator.weights(values, state), state)
 
     candidate()  # compiles
