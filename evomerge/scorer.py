@@ -35,7 +35,7 @@ class Scorer:
         # Prepared before the first candidate: experts that do not suit an operator are a mistake of the user's.
         for start_D in plan.space.starts:
             recipe = plan.recipe(start_D)
-            progress(f"and preparing {recipe.operator}")
+            progress(f"and preparing {recipe.operator}; {self.materializer.residence}, {self.materializer.kernels}")
             with suppress(CandidateError):
                 self.materializer.build(self._operators[recipe.operator], recipe)
 
