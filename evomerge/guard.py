@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from evomerge.kernels.sources import Sources
+from evomerge.operators.vectors import inner_products
 from evomerge.records import Floats
 from evomerge.space.groups import module_kind
 
@@ -69,10 +70,8 @@ def inspect_experts(sources: Sources, experts: Sequence[str], config: Mapping[st
     gram_KK = np.zeros((sources.num_experts, sources.num_experts))
     relative_KS = np.zeros((sources.num_experts, len(names)))
     for s, name in enumerate(names):
-        vectors = [sources.task_vector(k, s).flatten() for k in range(sources.num_experts)]
-        gram = torch.stack([torch.stack([_dot(one, other) for other in vectors]) for one in vectors]).numpy()
-        base = sources.base(s).flatten()
-        square = float(_dot(base, base))
+        products = inner_products(sources, s, "tensor")[0].numpy()
+        square, gram = products[0, 0], products[1:, 1:]
         n = kinds.index(module_kind(name))
         gram_KK += gram
         squares_KN[:, n] += gram.diagonal()
@@ -233,11 +232,6 @@ def _num_heads(config: Mapping[str, Any]) -> int | None:
             if isinstance(section.get(key), int):
                 return int(section[key])
     return None
-
-
-def _dot(one: Tensor, other: Tensor) -> Tensor:
-    """Return the inner product in float64 (of float32 sums over pieces)."""
-    return torch.stack([a @ b for a, b in zip(one.split(2**16), other.split(2**16), strict=True)]).double().sum().cpu()
 
 
 def _over(numerator: Any, denominator: Any, empty: float = np.inf) -> Floats:

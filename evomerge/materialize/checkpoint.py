@@ -6,11 +6,12 @@ safetensors only: a pickle can run code. Index files cannot point outside their 
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from evomerge.errors import CheckpointError
-from evomerge.materialize.vocabulary import Alignment, align, read_vocabulary
+from evomerge.materialize.vocabulary import Alignment, Vocabulary, align, read_vocabulary
 
 Header = dict[str, tuple[tuple[int, ...], str]]
 """Tensor name in the file -> (shape, safetensors dtype such as BF16)."""
@@ -18,7 +19,7 @@ Header = dict[str, tuple[tuple[int, ...], str]]
 FLOAT_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Checkpoint:
     """A folder in Hugging Face's layout: its configuration and the headers of its safetensors files."""
 
@@ -28,6 +29,11 @@ class Checkpoint:
     header: Header
     alignment: Alignment | None = None
     """Where this expert's rows go, if its vocabulary is not the base's."""
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary | None:
+        """The tokens of its tokenizer, or None."""
+        return read_vocabulary(self.folder)
 
     @property
     def dtypes(self) -> set[str]:
@@ -90,7 +96,7 @@ def fit_to_base(base: Checkpoint, expert: Checkpoint, tied: frozenset[str], voca
 
 def _align(base: Checkpoint, expert: Checkpoint, num_rows: int, *, same_rows: bool) -> Alignment | None:
     """Compare the tokenizers; None if one is not at hand, or if every token has the same row."""
-    ours, theirs = read_vocabulary(base.folder), read_vocabulary(expert.folder)
+    ours, theirs = base.vocabulary, expert.vocabulary
     if ours is None or theirs is None or (ours == theirs and same_rows):
         return None
     return align(ours, theirs, num_rows)

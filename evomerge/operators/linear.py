@@ -83,9 +83,14 @@ class Linear(Lincomb):
     def weights(self, values: Values, state: None) -> Tensor:  # noqa: ARG002
         """In terms of task vectors: sum_k w_k expert_k = (sum_k w_k) base + sum_k w_k tau_k."""
         coefficients_KS = values["coefficient"]
-        sum_1S = coefficients_KS.sum(0, keepdim=True)
         if not self.options.normalize:
-            return torch.cat([sum_1S, coefficients_KS])
-        if bool((sum_1S.abs() < 1e-8).any()):
-            raise CandidateError("linear: the coefficients of a tensor sum to zero and cannot be normalized")
-        return torch.cat([torch.ones_like(sum_1S), coefficients_KS / sum_1S])
+            return torch.cat([coefficients_KS.sum(0, keepdim=True), coefficients_KS])
+        return torch.cat([torch.ones_like(coefficients_KS[:1]), normalized(self.name, coefficients_KS)])
+
+
+def normalized(operator: str, coefficients_KS: Tensor) -> Tensor:
+    """Return the coefficients divided by their sum. Raises: CandidateError if a tensor's sum to zero."""
+    sum_1S = coefficients_KS.sum(0, keepdim=True)
+    if bool((sum_1S.abs() < 1e-8).any()):
+        raise CandidateError(f"{operator}: the coefficients of a tensor sum to zero and cannot be normalized")
+    return coefficients_KS / sum_1S

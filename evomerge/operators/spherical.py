@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from evomerge.errors import CampaignError, CandidateError
+from evomerge.errors import CampaignError
 from evomerge.kernels.sources import Sources
-from evomerge.operators.linear import Lincomb
+from evomerge.operators.linear import Lincomb, normalized
 from evomerge.operators.operator import Values
 from evomerge.operators.vectors import (
     TINY,
@@ -249,14 +249,6 @@ def arc(t_V: Tensor, cosine_V: Tensor, straight: float) -> tuple[Tensor, Tensor]
     angle_V = torch.where(is_straight_V, 0.0, cosine_V).acos()
     first_V, second_V = ((part * angle_V).sin() / angle_V.sin() for part in (1 - t_V, t_V))
     return torch.where(is_straight_V, 1 - t_V, first_V), torch.where(is_straight_V, t_V, second_V)
-
-
-def normalized(operator: str, coefficients_KS: Tensor) -> Tensor:
-    """Return the coefficients divided by their sum. Raises: CandidateError if a tensor's sum to zero."""
-    sum_1S = coefficients_KS.sum(0, keepdim=True)
-    if bool((sum_1S.abs() < 1e-8).any()):
-        raise CandidateError(f"{operator}: the coefficients of a tensor sum to zero and cannot be normalized")
-    return coefficients_KS / sum_1S
 
 
 def _times(matrix_SKK: Tensor, vector_SK: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from evomerge.errors import CandidateError
 from evomerge.kernels.masked import Trims, kept_entries, masked_consensus
 from evomerge.kernels.sources import Sources
 from evomerge.kernels.tiles import Vote
+from evomerge.operators.linear import normalized
 from evomerge.operators.operator import Values
 from evomerge.records import Options, ParameterSpec
 
@@ -82,10 +82,7 @@ class TrimmedSum(Trimmed):
         """The base counts once; the others weigh the trimmed task vectors."""
         coefficients_KS, scale_1S = values["coefficient"], values["scale"]
         if self.options.normalize:
-            sum_1S = coefficients_KS.sum(0, keepdim=True)
-            if bool((sum_1S.abs() < 1e-8).any()):
-                raise CandidateError(f"{self.name}: the coefficients of a tensor sum to zero and cannot be normalized")
-            coefficients_KS = coefficients_KS / sum_1S
+            coefficients_KS = normalized(self.name, coefficients_KS)
         return torch.cat([torch.ones_like(scale_1S), scale_1S * coefficients_KS])
 
     def directions(self, sources: Sources, state: TrimState[Any]) -> Sources:

@@ -4,7 +4,6 @@ Shape letters: K experts, S tensors, R rows and C columns of a tensor as a matri
 1, R or C; E elements of one of them.
 """
 
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -28,7 +27,7 @@ def inner_products(sources: Sources, s: int, vectors: Vectors) -> Tensor:
     size = 1 + sources.num_experts
     total = torch.zeros(1, size, size, dtype=torch.float64, device=sources.device)
     rows_of: list[Tensor] = []
-    for rows in _chunks(sources, s):
+    for rows, _ in sources.chunks(s):
         held = [sources.base(s, rows), *(sources.task_vector(k, s, rows) for k in range(sources.num_experts))]
         vectors_VKE = torch.stack(held, dim=1).double()
         if vectors == "columns":
@@ -84,21 +83,10 @@ def lincomb_vectors(out_P: Tensor, sources: Sources, s: int, weights_KV: Tensor,
     """
     segment = sources.layout.segments[s]
     factors = torch.cat([weights_KV[:1] - weights_KV[1:].sum(0), weights_KV[1:]]).float().to(sources.device)
-    _, num_columns = sources.layout.tensors[s].matrix
-    for rows in _chunks(sources, s):
+    for rows, place in sources.chunks(s):
         base_factor, *expert_factors = factors[:, rows, None] if vectors == "rows" else factors[:, None]
         total = sources.base(s, rows) * base_factor
         for k, factor in enumerate(expert_factors):
             total.addcmul_(sources.expert(k, s, rows), factor)
-        start = segment.start + rows.start * num_columns
-        out_P[start : start + total.numel()] = total.view(-1).to(out_P.dtype)
+        out_P[place] = total.view(-1).to(out_P.dtype)
     out_P[segment.stop : -(-segment.stop // BLOCK) * BLOCK] = 0.0
-
-
-def _chunks(sources: Sources, s: int) -> Iterator[slice]:
-    """Yield rows of tensor s whose temporaries fit the cache; of a GPU, few launches."""
-    limit = 2**24 if sources.device.type == "cuda" else 2**16
-    num_rows, num_columns = sources.layout.tensors[s].matrix
-    step = max(1, limit // max(1, num_columns))
-    for start in range(0, num_rows, step):
-        yield slice(start, min(start + step, num_rows))
