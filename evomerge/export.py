@@ -16,7 +16,7 @@ from evomerge.materialize.materializer import Materializer
 from evomerge.materialize.residence import Place
 from evomerge.materialize.resident import load_model
 from evomerge.materialize.write import require_new, write_checkpoint
-from evomerge.plan import choose_device, make_plan
+from evomerge.plan import choose_device, decisions, make_plan
 from evomerge.recipe_file import write_recipe
 from evomerge.records import Split, Trial
 from evomerge.run import Run, require_same_inputs
@@ -69,12 +69,15 @@ def merge_recipe(
 ) -> str:
     """Build the model of a recipe file, ours or mergekit's, at ``out``; return the hash of its tensors.
 
-    say is told what of the file has no effect, and why mergekit cannot make the same merge.
+    say is told what of the file has no effect, what was decided about experts unlike the base, and why mergekit cannot
+    make the same merge.
     """
     require_new(out)
     read = read_any_recipe(path)
     for note in read.notes:
         say(f"note     {note}")
+    for decision in decisions(read.experts, read.recipe.dtype):
+        say(f"decided  {decision}")
     materializer = Materializer(
         read.base,
         read.experts,

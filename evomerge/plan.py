@@ -1,6 +1,6 @@
 """The plan: a checked campaign put together, everything but the weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,19 +62,6 @@ class Plan:
         """What each residence holds on the device."""
         element_bytes = torch.finfo(getattr(torch, self.dtype)).bits // 8
         return self.place.needed_bytes(self.num_parameters, element_bytes, list(self.experts.values()))
-
-    @property
-    def decisions(self) -> list[str]:
-        """What was decided about experts that are not in every respect like the base; a person should know."""
-        found = []
-        for name, expert in self.experts.items():
-            if isinstance(expert, Adapter):
-                continue
-            if expert.alignment is not None:
-                found.append(f"expert {name}: another vocabulary, aligned by token: {expert.alignment.decision}")
-            if dtypes := sorted(expert.dtypes - {self.dtype}):
-                found.append(f"expert {name}: its {' and '.join(dtypes)} tensors are rounded to {self.dtype}")
-        return found
 
     @property
     def rigid(self) -> str | None:
@@ -165,6 +152,20 @@ def open_checkpoints(
         for name, expert in others.items()
     }
     return opened, fitted, tensor_index(model)
+
+
+def decisions(experts: Iterable[Checkpoint | Adapter], dtype: str) -> list[str]:
+    """Say what was decided about experts that are not in every respect like the base; a person should know."""
+    found = []
+    exact = {dtype, *(("bfloat16", "float16") if dtype == "float32" else ())}
+    for expert in experts:
+        if isinstance(expert, Adapter):
+            continue
+        if expert.alignment is not None:
+            found.append(f"{expert.name}: another vocabulary, aligned by token: {expert.alignment.decision}")
+        if rounded := sorted(expert.dtypes - exact):
+            found.append(f"{expert.name}: its {' and '.join(rounded)} tensors are rounded to {dtype}")
+    return found
 
 
 def make_operator(section: Mapping[str, Any], where: str = "operator") -> tuple[Operator, dict[str, Any]]:

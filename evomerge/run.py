@@ -239,10 +239,13 @@ def _driving(folder: Path) -> Iterator[None]:
 
 def _facts(plan: "Plan", scorer: "Scorer") -> dict[str, Any]:
     """What readers of a run need and the campaign file does not say."""
+    from evomerge.plan import decisions
+
     facts = {
         "objectives": [asdict(objective) for objective in plan.objectives],
         "space": [asdict(dimension) for dimension in plan.space.dimensions],
         "hashes": scorer.materializer.hashes,
+        "decisions": decisions(plan.experts.values(), plan.dtype),
         "items": plan.evaluator.digest,
         "test_sources": {
             task: [plan.evaluator.sources[task][item] for item in splits["test"]]

@@ -28,6 +28,7 @@ from evomerge.export import Verification
 from evomerge.families.family import make
 from evomerge.front.front import front_hypervolume
 from evomerge.guard import GuardReport
+from evomerge.plan import decisions
 from evomerge.records import Measurement, Trial
 from evomerge.run import Run, open_run
 from evomerge.run import search as run_search
@@ -186,8 +187,10 @@ def search(campaign: Campaign, folder: Path, loading: Loading) -> tuple[bool, Ru
 
 
 def print_finished(run: Run, file: Path, *, was_finished: bool) -> None:
-    """Print the result of a search and what to type next."""
+    """Print the result of a search, what was decided about its experts, and what to type next."""
     print_front(run)
+    for decision in run.facts.get("decisions", ()):
+        say(f"decided  {decision}")
     if was_finished:
         say(f"this campaign had finished: nothing was done; raise budget.evaluations in {file} to extend it")
     say(f"run      {run.folder}")
@@ -250,7 +253,7 @@ def print_check(file: Path, report: CheckReport) -> None:
         items.add_row(objective.name, objective.task, f"{objective.metric} ({objective.direction})", *counts)
     console.print(items)
     _print_guard(report.guard)
-    for decision in plan.decisions:
+    for decision in decisions(plan.experts.values(), plan.dtype):
         say(f"decided  {decision}")
     for suspicion in report.guard.suspicions:
         say(f"warning  expert {suspicion.expert}: {suspicion.sign}; {suspicion.advice}")

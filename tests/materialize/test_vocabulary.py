@@ -15,7 +15,7 @@ from torch import nn
 from evomerge.errors import CheckpointError
 from evomerge.export import merge_recipe
 from evomerge.materialize.vocabulary import Vocabulary, align, read_vocabulary, vocabulary_tensors
-from evomerge.plan import open_checkpoints
+from evomerge.plan import decisions, open_checkpoints
 
 BASE = {f"t{row}": row for row in range(61)}  # the tiny Llama's 61 rows
 
@@ -70,6 +70,24 @@ def test_rows_are_merged_with_the_rows_of_the_same_token(folders: Any, tmp_path:
         if expected.shape[0] == 61:
             expected[3] = before.state_dict()[name][3]  # the token that the expert lacks keeps the base's row
         assert torch.equal(tensor, expected), name
+
+
+def test_a_merge_says_what_it_decided(folders: Any, tmp_path: Path) -> None:
+    _, base, expert, _ = folders
+    said: list[str] = []
+    merge_recipe(recipe(base, expert), tmp_path / "merged", "cpu", lambda _: None, said.append)
+    assert said[0].startswith("decided  expert one: another vocabulary, aligned by token: 59 tokens moved")
+
+
+def test_only_what_loses_digits_is_called_rounding(tmp_path: Path) -> None:
+    model = tiny.make("llama")
+    for dtype in ("float32", "bfloat16"):
+        tiny.write(model, tmp_path / dtype, dtype)
+    _, experts, _ = open_checkpoints(
+        str(tmp_path / "float32"), {name: str(tmp_path / name) for name in ("float32", "bfloat16")}
+    )
+    assert decisions(experts.values(), "float32") == []
+    assert decisions(experts.values(), "bfloat16") == ["expert float32: its float32 tensors are rounded to bfloat16"]
 
 
 def test_the_decision_is_said(folders: Any) -> None:
