@@ -1,13 +1,15 @@
 """The tables: which names a campaign may use, and what they stand for."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from evomerge.errors import CampaignError, did_you_mean
+from evomerge.evaluators.callable import CallableEvaluator, CallableOptions
 from evomerge.evaluators.classification import ClassificationEvaluator, ClassificationOptions
-from evomerge.evaluators.evaluator import Evaluator
+from evomerge.evaluators.embedding import EmbeddingEvaluator, EmbeddingOptions
+from evomerge.evaluators.evaluator import Evaluator, Wanted
 from evomerge.evaluators.language import LanguageEvaluator, LanguageOptions
 from evomerge.operators.arcee_fusion import ArceeFusion
 from evomerge.operators.breadcrumbs import Breadcrumbs, BreadcrumbsTies
@@ -44,10 +46,14 @@ Entry = TypeVar("Entry")
 
 @dataclass(frozen=True, slots=True)
 class EvaluatorEntry:
-    """How an evaluator is made: its options, and a factory (options, tasks, the base's folder) -> Evaluator."""
+    """How an evaluator is made: its options, and a factory (options, wanted metrics, the base's folder) -> Evaluator.
+
+    paths: the options that are paths, relative to the campaign file.
+    """
 
     options_type: type[Options]
-    make: Callable[[Any, Sequence[str], Path], Evaluator]
+    make: Callable[[Any, Wanted, Path], Evaluator]
+    paths: tuple[str, ...] = ()
 
 
 _OPERATORS: tuple[type[Operator], ...] = (
@@ -87,11 +93,14 @@ _PROPOSERS: tuple[type[Proposer], ...] = (Sobol, CmaEs, Tpe, Nsga2, Gp, AdaMergi
 OPERATORS = {operator.name: operator for operator in _OPERATORS}
 PROPOSERS = {proposer.name: proposer for proposer in _PROPOSERS}
 EVALUATORS = {
+    "callable": EvaluatorEntry(CallableOptions, lambda options, wanted, _: CallableEvaluator(options, wanted)),
     "classification": EvaluatorEntry(
-        ClassificationOptions, lambda options, tasks, _: ClassificationEvaluator(options, tasks)
+        ClassificationOptions, lambda options, wanted, _: ClassificationEvaluator(options, wanted), ("data",)
     ),
-    "language": EvaluatorEntry(LanguageOptions, LanguageEvaluator),
+    "embedding": EvaluatorEntry(EmbeddingOptions, EmbeddingEvaluator, ("data",)),
+    "language": EvaluatorEntry(LanguageOptions, LanguageEvaluator, ("data",)),
 }
+SEVERAL = "several"  # the kind of a list of these
 
 
 def look_up(table: Mapping[str, Entry], name: object, kind: str, where: str) -> Entry:

@@ -6,6 +6,7 @@ against the tables of ``assemble.py``.
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -68,15 +69,42 @@ class SpaceSection(Options):
     exceptions: Exceptions = {}
 
 
+Names = Annotated[list[Name], Field(min_length=2)]
+
+
 class ObjectiveSection(Options):
-    """A metric of a task; direction only where the metric does not say."""
+    """A metric of a task (direction only where the metric does not say), or the mean or worst of other objectives.
+
+    An objective that a summary is made of steers through it alone. normalized_by: part -> the expert by whose own score
+    it is divided.
+    """
 
     name: Name
-    task: str
-    metric: str
+    task: str | None = None
+    metric: str | None = None
+    mean: Names | None = None
+    worst: Names | None = None
+    normalized_by: dict[Name, str] = {}
     direction: Literal["max", "min"] | None = None
     floor: float | None = None
     ceiling: float | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "ObjectiveSection":
+        given = [key for key in ("task", "metric", "mean", "worst", "direction") if getattr(self, key) is not None]
+        if given not in (["task", "metric"], ["task", "metric", "direction"], ["mean"], ["worst"]):
+            raise ValueError(
+                "expected task and metric (and direction, where the metric does not say), or mean, or worst; found "
+                f"{', '.join(given) or 'none of them'}"
+            )
+        if self.normalized_by and self.task:
+            raise ValueError("normalized_by goes with mean or worst")
+        return self
+
+    @property
+    def parts(self) -> list[str]:
+        """The objectives that a summary is made of; none of a metric."""
+        return self.mean or self.worst or []
 
 
 class SplitSection(Options):
@@ -95,6 +123,23 @@ class SplitSection(Options):
         if abs(self.adapt + self.search + self.test - 1) > 1e-6:
             raise ValueError(f"expected shares that sum to 1, found {self.adapt + self.search + self.test:g}")
         return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluatorSection:
+    """One evaluator's kind and options, and what it scores: task -> metrics. where: its path in the file."""
+
+    kind: str
+    options: Options
+    wanted: Mapping[str, list[str]]
+    where: str
+
+
+class SeveralSection(Options):
+    """Several evaluators in one campaign, each with the tasks that it scores."""
+
+    kind: str
+    evaluators: list[dict[str, Any]] = Field(min_length=1)
 
 
 class BudgetSection(Options):
@@ -158,10 +203,23 @@ class Campaign(Options):
         """The shares of the evaluation's items."""
         return parse(SplitSection, self.evaluation.get("split", {}), "evaluation.split")
 
-    def evaluation_options(self) -> Options:
-        """The options of the evaluator that ``evaluation.kind`` names."""
-        rest = {key: value for key, value in self.evaluation.items() if key not in ("kind", "split")}
-        return parse(assemble.EVALUATORS[self.evaluation["kind"]].options_type, rest, "evaluation")
+    @property
+    def wanted(self) -> dict[str, list[str]]:
+        """Task -> the metrics that objectives ask for, in the order of the file."""
+        asked: dict[str, list[str]] = {}
+        for objective in self.objectives:
+            if objective.task and objective.metric:
+                metrics = asked.setdefault(objective.task, [])
+                metrics.extend([objective.metric] if objective.metric not in metrics else [])
+        return asked
+
+    @property
+    def evaluators(self) -> list[EvaluatorSection]:
+        """The evaluators, each with its tasks; mostly one, which has them all."""
+        rest = {key: value for key, value in self.evaluation.items() if key != "split"}
+        if rest.get("kind") == assemble.SEVERAL:
+            return _several(rest, self.wanted)
+        return [_evaluator(rest, self.wanted, "evaluation")]
 
     def stage_options(self, number: int) -> Options:
         """The options of a listed stage's proposer."""
@@ -198,12 +256,50 @@ def locate(location: str, folder: Path) -> str:
 
 def _located(campaign: Campaign, folder: Path) -> Campaign:
     """Make every path absolute, so that a campaign means the same wherever it is read again."""
-    evaluation = dict(campaign.evaluation)
-    if "data" in evaluation:
-        evaluation["data"] = str((folder / Path(evaluation["data"]).expanduser()).resolve())
+    evaluation = _located_evaluation(campaign.evaluation, folder)
     experts = {name: locate(location, folder) for name, location in campaign.experts.items()}
     update = {"base": locate(campaign.base, folder), "experts": experts, "evaluation": evaluation}
     return campaign.model_copy(update=update)
+
+
+def _located_evaluation(section: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    if section["kind"] == assemble.SEVERAL:
+        return {**section, "evaluators": [_located_evaluation(part, folder) for part in section["evaluators"]]}
+    paths = {key for key in assemble.EVALUATORS[section["kind"]].paths if section.get(key) is not None}
+    return {**section, **{key: str((folder / Path(section[key]).expanduser()).resolve()) for key in paths}}
+
+
+def _evaluator(section: Mapping[str, Any], wanted: Mapping[str, list[str]], where: str) -> EvaluatorSection:
+    entry = assemble.look_up(
+        {**assemble.EVALUATORS, assemble.SEVERAL: None}, section.get("kind"), "evaluator", f"{where}.kind"
+    )
+    if entry is None:
+        raise CampaignError(f"{where}.kind: several evaluators are listed once, under evaluation")
+    options = {key: value for key, value in section.items() if key != "kind"}
+    return EvaluatorSection(
+        kind=section["kind"], options=parse(entry.options_type, options, where), wanted=wanted, where=where
+    )
+
+
+def _several(section: Mapping[str, Any], wanted: Mapping[str, list[str]]) -> list[EvaluatorSection]:
+    """Read the listed evaluators; every task that an objective names has one of them."""
+    sections, homes = [], dict[str, str]()
+    for number, part in enumerate(parse(SeveralSection, section, "evaluation").evaluators):
+        where = f"evaluation.evaluators[{number}]"
+        tasks = part.get("tasks")
+        if not isinstance(tasks, list) or not tasks:
+            raise CampaignError(f"{where}.tasks: expected a list of the tasks that it scores, found {tasks!r}")
+        for task in tasks:
+            if task not in wanted:
+                raise CampaignError(f"{where}.tasks: no objective is of task {task!r}{did_you_mean(str(task), wanted)}")
+            if task in homes:
+                raise CampaignError(f"{where}.tasks: {task} is scored by {homes[task]} already; list it once")
+            homes[task] = where
+        rest = {key: value for key, value in part.items() if key != "tasks"}
+        sections.append(_evaluator(rest, {task: wanted[task] for task in tasks}, where))
+    if missing := [task for task in wanted if task not in homes]:
+        raise CampaignError(f"evaluation.evaluators: none of them lists task {missing[0]!r}; add it to one's tasks")
+    return sections
 
 
 def _check_names(campaign: Campaign) -> None:
@@ -212,12 +308,9 @@ def _check_names(campaign: Campaign) -> None:
         assemble.look_up(assemble.OPERATORS, section.get("name"), "operator", f"{where}.name")
     if doubles := sorted({name for name in campaign.operator_names if campaign.operator_names.count(name) > 1}):
         raise CampaignError(f"operator: {doubles[0]} is listed twice; list it once, the search ranges over its numbers")
-    assemble.look_up(assemble.EVALUATORS, campaign.evaluation.get("kind"), "evaluator", "evaluation.kind")
-    campaign.evaluation_options()
     shares = campaign.split
-    names = [objective.name for objective in campaign.objectives]
-    if doubles := sorted({name for name in names if names.count(name) > 1}):
-        raise CampaignError(f"objectives: the name {doubles[0]!r} is given twice")
+    _check_objectives(campaign)
+    _ = campaign.evaluators
     for number, stage in enumerate([] if isinstance(campaign.search, str) else campaign.search):
         proposer = assemble.look_up(assemble.PROPOSERS, stage.proposer, "proposer", f"search[{number}].proposer")
         campaign.stage_options(number)
@@ -225,6 +318,28 @@ def _check_names(campaign: Campaign) -> None:
             raise CampaignError(
                 f"search[{number}]: {stage.proposer} trains on adapt items, but evaluation.split.adapt is 0"
             )
+
+
+def _check_objectives(campaign: Campaign) -> None:
+    """Every name once; a summary is made of metrics that are listed, and normalized by experts."""
+    names = [objective.name for objective in campaign.objectives]
+    if doubles := sorted({name for name in names if names.count(name) > 1}):
+        raise CampaignError(f"objectives: the name {doubles[0]!r} is given twice")
+    metrics = [objective.name for objective in campaign.objectives if objective.task]
+    for number, objective in enumerate(campaign.objectives):
+        where = f"objectives[{number}]"
+        for part in objective.parts:
+            if part not in metrics:
+                known = did_you_mean(part, metrics)
+                raise CampaignError(f"{where}: expected names of objectives that have a metric, found {part!r}{known}")
+        if doubles := sorted({part for part in objective.parts if objective.parts.count(part) > 1}):
+            raise CampaignError(f"{where}: {doubles[0]} is listed twice")
+        for part, expert in objective.normalized_by.items():
+            if part not in objective.parts:
+                raise CampaignError(f"{where}.normalized_by: {part!r} is none of {', '.join(objective.parts)}")
+            if expert not in campaign.experts:
+                known = did_you_mean(expert, campaign.experts)
+                raise CampaignError(f"{where}.normalized_by.{part}: unknown expert {expert!r}{known}")
 
 
 def _stages(given: Any) -> Any:

@@ -21,7 +21,7 @@ def model_card(run: Run, trial: Trial, recipe: Recipe, inexpressible: str | None
     )
     tested, searched = run.tested.get(f"trial:{trial.number}"), run.searched[f"trial:{trial.number}"]
     rows = [
-        f"| {objective.name} | {objective.metric} ({objective.direction}) | "
+        f"| {objective.name} | {objective.measure} ({objective.direction}) | "
         + (
             f"{score.value:.4f} ± {score.stderr:.4f}"
             if tested and (score := tested.scores[objective.name])

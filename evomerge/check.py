@@ -47,8 +47,9 @@ def check_campaign(campaign: Campaign, loading: Callable[[str], None]) -> CheckR
     Raises: InputError for whatever a run would stumble over; EvoMergeError if the base cannot be scored.
     """
     plan = make_plan(campaign)
-    stages = make_stages(campaign, plan)
+    make_stages(campaign, plan)  # mistakes come to light before the weights are loaded
     scorer = Scorer(plan, loading)
+    stages = make_stages(campaign, plan)  # with what the rehearsal showed of the evaluator
     loading("and comparing task vectors")
     guard = inspect_experts(scorer.materializer.sources, list(plan.experts), plan.base.config)
     recipes = reference_recipes(plan)

@@ -4,12 +4,14 @@ It owns no state that the ledger does not hold: a killed run starts here again a
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
 from evomerge.assemble import PROPOSERS
 from evomerge.errors import EvoMergeError
+from evomerge.evidence.summary import Summarizer, all_sources
 from evomerge.front.front import front_of, maximized, violation
 from evomerge.ledger.ledger import Ledger
 from evomerge.plan import Plan
@@ -42,6 +44,7 @@ class Driver:
         """Score the references, run every stage, and score the front once on the test items."""
         references = reference_recipes(self.plan)
         self._measure("reference models", references, "search")
+        self._summarizer = self._summaries("search")
         total = sum(stage.num_evaluations for stage in stages)
         self.watcher.phase("search", total, sum(trial.order is not None for trial in self.ledger.trials()))
         for number, stage in enumerate(stages):
@@ -49,7 +52,7 @@ class Driver:
         self._score_front(references)
 
     def _run_stage(self, number: int, stage: Stage, seed: int) -> None:
-        trials = self.ledger.trials()
+        trials = self._trials()
         proposer, pending = self._rebuild(number, stage, seed, trials)
         for trial in pending.values():
             self.pool.submit(trial.number, trial.candidate, "search")
@@ -78,7 +81,7 @@ class Driver:
         finished = sorted((trial for trial in trials if trial.order is not None), key=lambda trial: trial.order or 0)
         problem = Problem(
             start_D=self.plan.space.start,
-            num_objectives=len(self.plan.objectives),
+            num_objectives=sum(objective.steers for objective in self.plan.objectives),
             seed=(seed, number),
             history=tuple(self._observe(trial) for trial in finished if trial.stage < number),
         )
@@ -96,7 +99,19 @@ class Driver:
         if not isinstance(outcome, Measurement):
             return self.ledger.record(trial, str(outcome), None)
         point = outcome.arrival.point if outcome.arrival else trial.candidate.point
-        return self.ledger.record(trial, outcome, self.plan.recipe(point).fingerprint(self.hashes))
+        finished = self.ledger.record(trial, outcome, self.plan.recipe(point).fingerprint(self.hashes))
+        return self._summarized(finished)
+
+    def _trials(self) -> list[Trial]:
+        """All trials, with the summaries among their scores."""
+        return [self._summarized(trial) for trial in self.ledger.trials()]
+
+    def _summarized(self, trial: Trial) -> Trial:
+        return replace(trial, measurement=self._summarizer.add(trial.measurement)) if trial.measurement else trial
+
+    def _summaries(self, split: Split) -> Summarizer:
+        sources = all_sources(self.plan.objectives, self.plan.sources(split))
+        return Summarizer(self.plan.objectives, sources, self.ledger.measurements(split))
 
     def _observe(self, trial: Trial) -> Observation:
         measurement = trial.measurement
@@ -111,9 +126,9 @@ class Driver:
     def _score_front(self, references: Mapping[str, Recipe]) -> None:
         """Score the front's members and the references beside it on the test items."""
         subjects = {name: recipe for name, recipe in references.items() if not name.startswith("scalar:")}
-        best = best_scalar(self.ledger.measurements("search"), self.plan)
+        best = best_scalar(self._summarizer.add_to_all(self.ledger.measurements("search")), self.plan)
         subjects[best] = references[best]
-        for trial in front_of(self.ledger.trials(), self.plan.objectives):
+        for trial in front_of(self._trials(), self.plan.objectives):
             subjects[f"trial:{trial.number}"] = self.plan.recipe(trial.point)
         if subjects.keys() - self.ledger.measurements("test").keys():
             self.ledger.touch_test_items()

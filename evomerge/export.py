@@ -9,6 +9,7 @@ import torch
 
 from evomerge.card import model_card
 from evomerge.errors import EvoMergeError, RunError
+from evomerge.evaluators.evaluator import ItemScores
 from evomerge.interop.read import read_any_recipe
 from evomerge.interop.write import write_mergekit
 from evomerge.materialize.checkpoint import open_checkpoint
@@ -20,7 +21,7 @@ from evomerge.plan import choose_device, decisions, make_plan
 from evomerge.recipe_file import write_recipe
 from evomerge.records import Split, Trial
 from evomerge.run import Run, require_same_inputs
-from evomerge.scorer import score_of
+from evomerge.scorer import objective_score
 
 Loading = Callable[[str], None]
 
@@ -108,11 +109,14 @@ def verify_export(run: Run, trial: Trial, folder: Path, loading: Loading) -> lis
     rows = []
     for split, measured in (("search", run.searched), ("test", run.tested)):
         recorded = measured.get(f"trial:{trial.number}")
-        for objective in run.objectives if recorded else ():
+        reported: dict[str, ItemScores] = {}
+        for objective in plan.measured if recorded else ():
             assert recorded is not None
-            loading(f"and scoring {objective.name} on {split} items")
-            items = plan.splits[objective.task][split]  # type: ignore[index]
-            score = score_of(plan.evaluator.score(model, objective.task, items)[objective.metric])
+            items = plan.splits[objective.task][recorded.split]
+            if objective.task not in reported:
+                loading(f"and scoring {objective.task} on {split} items")
+                reported[objective.task] = plan.evaluator.score(model, objective.task, items)
+            score = objective_score(plan.evaluator, objective, reported[objective.task], items)
             before = recorded.scores[objective.name]
             rows.append(
                 Verification(

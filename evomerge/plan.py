@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from evomerge.assemble import EVALUATORS, OPERATORS, look_up
-from evomerge.campaign import Campaign, ParameterSection, RangeSection, SpaceSection
+from evomerge.campaign import Campaign, ObjectiveSection, ParameterSection, RangeSection, SpaceSection
 from evomerge.errors import CampaignError, did_you_mean
 from evomerge.evaluators.evaluator import Evaluator
+from evomerge.evaluators.several import SeveralEvaluators
 from evomerge.materialize.adapter import Adapter, open_expert
 from evomerge.materialize.arrangement import arrange
 from evomerge.materialize.checkpoint import Checkpoint, fit_to_base, open_checkpoint
@@ -19,7 +20,7 @@ from evomerge.materialize.resident import empty_model, tensor_index, tied_names
 from evomerge.materialize.vocabulary import vocabulary_tensors
 from evomerge.operators.linear import TaskArithmetic
 from evomerge.operators.operator import Operator
-from evomerge.records import Floats, Layers, Objective, ParameterSpec, Recipe, TensorIndex
+from evomerge.records import Floats, Layers, Objective, ParameterSpec, Recipe, Split, TensorIndex
 from evomerge.space.choice import COEFFICIENT, Choice
 from evomerge.space.depth import group_depths
 from evomerge.space.groups import Groups, make_groups
@@ -30,7 +31,7 @@ from evomerge.strict import parse
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A checked campaign: everything but the weights. operators: by name, in the order of the file."""
+    """A checked campaign: everything but the weights. operators and objectives are in the order of the file."""
 
     base: Checkpoint
     experts: Mapping[str, Checkpoint | Adapter]
@@ -62,6 +63,17 @@ class Plan:
         """What each residence holds on the device."""
         element_bytes = torch.finfo(getattr(torch, self.dtype)).bits // 8
         return self.place.needed_bytes(self.num_parameters, element_bytes, list(self.experts.values()))
+
+    @property
+    def measured(self) -> list[Objective]:
+        """The objectives that are a metric of a task, and no summary of others."""
+        return [objective for objective in self.objectives if not objective.summary]
+
+    def sources(self, split: Split) -> dict[str, list[int | str]]:
+        """Task -> the source of each item of a split."""
+        return {
+            task: [self.evaluator.sources[task][item] for item in splits[split]] for task, splits in self.splits.items()
+        }
 
     @property
     def rigid(self) -> str | None:
@@ -115,9 +127,7 @@ def make_plan(campaign: Campaign) -> Plan:
     base, experts, tensors = open_checkpoints(campaign.base, campaign.experts)
     groups = make_groups(tensors, campaign.space.groups)
     operators, space = _make_choice(campaign, tensors, groups)
-    tasks = list(dict.fromkeys(objective.task for objective in campaign.objectives))
-    entry = EVALUATORS[campaign.evaluation["kind"]]
-    evaluator = entry.make(campaign.evaluation_options(), tasks, base.folder)
+    evaluator = _make_evaluator(campaign, base)
     return Plan(
         base=base,
         experts=experts,
@@ -267,18 +277,71 @@ def _range(spec: ParameterSpec, given: RangeSection, knots: int | None) -> Range
     return Range(low=low, high=high, start=start, knots=knots)
 
 
+def _make_evaluator(campaign: Campaign, base: Checkpoint) -> Evaluator:
+    made = {
+        section.where: EVALUATORS[section.kind].make(section.options, section.wanted, base.folder)
+        for section in campaign.evaluators
+    }
+    if len(made) == 1:
+        return next(iter(made.values()))
+    return SeveralEvaluators({task: made[section.where] for section in campaign.evaluators for task in section.wanted})
+
+
 def _objectives(campaign: Campaign, evaluator: Evaluator) -> tuple[Objective, ...]:
-    objectives = []
-    for number, section in enumerate(campaign.objectives):
-        metrics = evaluator.metrics(section.task)
-        if section.metric not in metrics:
-            known = did_you_mean(section.metric, metrics)
-            raise CampaignError(f"objectives[{number}].metric: task {section.task} has no {section.metric!r}{known}")
-        direction = section.direction or metrics[section.metric]
-        if direction != metrics[section.metric]:
-            raise CampaignError(
-                f"objectives[{number}].direction: {section.metric} is better "
-                f"{'larger' if direction == 'min' else 'smaller'}; leave the direction out"
-            )
-        objectives.append(Objective(**{**section.model_dump(), "direction": direction}))
-    return tuple(objectives)
+    measured = {
+        section.name: _measured(section, f"objectives[{number}]", evaluator)
+        for number, section in enumerate(campaign.objectives)
+        if section.task
+    }
+    summaries = {
+        section.name: _summary(section, f"objectives[{number}]", measured)
+        for number, section in enumerate(campaign.objectives)
+        if not section.task
+    }
+    parts = {part for summary in summaries.values() for part in summary.parts}
+    objectives = {**measured, **summaries}
+    return tuple(replace(objectives[section.name], steers=section.name not in parts) for section in campaign.objectives)
+
+
+def _measured(section: ObjectiveSection, where: str, evaluator: Evaluator) -> Objective:
+    assert section.task is not None
+    assert section.metric is not None
+    metrics = evaluator.metrics(section.task)
+    if section.metric not in metrics:
+        known = did_you_mean(section.metric, metrics)
+        raise CampaignError(f"{where}.metric: task {section.task} has no {section.metric!r}{known}")
+    better = metrics[section.metric].direction
+    direction = section.direction or better
+    if direction is None:
+        raise CampaignError(
+            f"{where}.direction: {section.metric} does not say which way is better; give direction: max or min"
+        )
+    if better and direction != better:
+        raise CampaignError(
+            f"{where}.direction: {section.metric} is better {'larger' if direction == 'min' else 'smaller'}; leave the "
+            "direction out"
+        )
+    return Objective(
+        name=section.name,
+        task=section.task,
+        metric=section.metric,
+        direction=direction,
+        floor=section.floor,
+        ceiling=section.ceiling,
+    )
+
+
+def _summary(section: ObjectiveSection, where: str, measured: Mapping[str, Objective]) -> Objective:
+    directions = {measured[part].direction for part in section.parts}
+    if len(directions) > 1:
+        found = ", ".join(f"{part} ({measured[part].direction})" for part in section.parts)
+        raise CampaignError(f"{where}: expected objectives that are all better larger or all smaller, found {found}")
+    return Objective(
+        name=section.name,
+        direction=directions.pop(),
+        floor=section.floor,
+        ceiling=section.ceiling,
+        summary="mean" if section.mean else "worst",
+        parts=tuple(section.parts),
+        normalized_by=section.normalized_by,
+    )

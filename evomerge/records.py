@@ -16,8 +16,12 @@ from pydantic import BaseModel, ConfigDict
 
 Floats = npt.NDArray[np.float64]
 Items = npt.NDArray[np.int64]
+TaskItems = Mapping[str, Items]
+"""Task -> some of its items."""
+
 Direction = Literal["max", "min"]
 Split = Literal["adapt", "search", "test"]
+Summary = Literal["mean", "worst"]
 
 
 class Options(BaseModel):
@@ -142,19 +146,34 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """A metric of a task that the campaign makes as large or as small as it can, within floor and ceiling."""
+    """A metric of a task, or a summary of other objectives, and which way it is better, within floor and ceiling.
+
+    A summary has no task and no metric of its own: it is the mean or the worst of the objectives that ``parts`` names,
+    each divided by the score that the expert which normalized_by names has in it. What a summary is made of is
+    measured, shown and kept within its bounds, but steers the search through the summary alone.
+    """
 
     name: str
-    task: str
-    metric: str
+    task: str = ""
+    metric: str = ""
     direction: Direction
     floor: float | None = None
     ceiling: float | None = None
+    summary: Summary | None = None
+    parts: tuple[str, ...] = ()
+    normalized_by: Mapping[str, str] = field(default_factory=dict)
+    steers: bool = True
 
     @property
     def sign(self) -> int:
         """+1 if larger is better, else -1."""
         return 1 if self.direction == "max" else -1
+
+    @property
+    def measure(self) -> str:
+        """What is measured, in words: the metric, or the summary and its parts."""
+        normalized = ", normalized by the experts' own" if self.normalized_by else ""
+        return f"{self.summary} of {', '.join(self.parts)}{normalized}" if self.summary else self.metric
 
     def violation(self, value: float) -> float:
         """Return by how much ``value`` misses the floor or ceiling; 0 where it keeps both."""
@@ -165,11 +184,15 @@ class Objective:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """One objective's mean over items in the user's sign, its standard error, and the items' own scores (float32)."""
+    """One objective's score in the user's sign, its standard error, and one number an item whose mean is the score.
+
+    companion: per item, minus the log-probability of the right answer in nats, where the evaluator gives it.
+    """
 
     value: float
     stderr: float
     items: npt.NDArray[np.float32]
+    companion: npt.NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,10 +207,11 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """What one candidate scored on one split.
+    """What one candidate scored on one split, or on the first items of it if it was stopped.
 
-    cost is in full-evaluation equivalents (a forward over all search items of all tasks = 1, with backward = 3);
-    seconds says where the time went. weights is the hash of the merged tensors where it was asked for.
+    stopped says why a race left the other items out; values and standard errors are then estimates of what all items
+    would have given. cost is in full-evaluation equivalents (a forward over all search items of all tasks = 1, with
+    backward = 3); seconds says where the time went. weights is the hash of the merged tensors where it was asked for.
     """
 
     split: Split
@@ -196,6 +220,7 @@ class Measurement:
     seconds: Mapping[str, float]
     weights: str | None = None
     arrival: Arrival | None = None
+    stopped: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,12 @@ from filelock import FileLock, Timeout
 
 from evomerge.campaign import Campaign
 from evomerge.errors import RunError, did_you_mean
-from evomerge.front.compare import paired_difference
+from evomerge.evidence.compare import paired_difference
+from evomerge.evidence.summary import Summarizer, all_sources
 from evomerge.front.front import front_hypervolume, front_of, maximized
 from evomerge.front.pick import knee, prefer
 from evomerge.ledger.ledger import Ledger
-from evomerge.records import Measurement, Objective, Trial
+from evomerge.records import Measurement, Objective, Split, Trial
 from evomerge.space.choice import chosen
 
 if TYPE_CHECKING:
@@ -38,17 +39,35 @@ class Run:
     @cached_property
     def trials(self) -> list[Trial]:
         """All trials so far, in the order of issue."""
-        return self.ledger.trials()
+        return [
+            replace(trial, measurement=self.searched.get(f"trial:{trial.number}")) for trial in self.ledger.trials()
+        ]
 
     @cached_property
     def searched(self) -> dict[str, Measurement]:
-        """Subject (``trial:N`` or a reference model) -> measurement on search items."""
-        return self.ledger.measurements("search")
+        """Subject (``trial:N`` or a reference model) -> measurement on search items; empty until all references are."""
+        return self._measurements("search")
 
     @cached_property
     def tested(self) -> dict[str, Measurement]:
         """Subject -> measurement on test items; empty until the search has ended."""
-        return self.ledger.measurements("test")
+        return self._measurements("test")
+
+    def _measurements(self, split: Split) -> dict[str, Measurement]:
+        measured = self.ledger.measurements(split)
+        if not all(f"expert:{expert}" in measured for expert in self.campaign.experts):
+            return {}
+        return Summarizer(self.objectives, self.sources(split), measured).add_to_all(measured)
+
+    def sources(self, split: Split) -> dict[str, list[int | str]]:
+        """Objective -> the sources of its items of a split."""
+        sources: dict[str, list[int | str]] = self.facts["sources"][split]
+        return sources
+
+    @property
+    def steering(self) -> list[Objective]:
+        """The objectives that steer; the others are parts of summaries among them."""
+        return [objective for objective in self.objectives if objective.steers]
 
     @cached_property
     def front(self) -> list[Trial]:
@@ -63,9 +82,19 @@ class Run:
         return num_finished >= self.campaign.budget.evaluations and bool(self.tested) and members <= self.tested.keys()
 
     @property
+    def stopped(self) -> list[Trial]:
+        """Trials that a race stopped before all search items were scored."""
+        return [trial for trial in self.trials if trial.measurement and trial.measurement.stopped]
+
+    @property
+    def cost(self) -> float:
+        """Full-evaluation equivalents of all trials."""
+        return sum(trial.measurement.cost for trial in self.trials if trial.measurement)
+
+    @property
     def has_one_metric(self) -> bool:
         """Whether all objectives are of one metric, so that their mean says something."""
-        return len({objective.metric for objective in self.objectives}) == 1
+        return len({objective.measure for objective in self.steering}) == 1
 
     @property
     def references(self) -> list[str]:
@@ -79,7 +108,7 @@ class Run:
 
     def gain(self, subject: str, over: str) -> tuple[float, float]:
         """Return the paired difference of two subjects' mean test scores over objectives, and its standard error."""
-        return paired_difference(self.tested[subject], self.tested[over], self.objectives, self.facts["test_sources"])
+        return paired_difference(self.tested[subject], self.tested[over], self.steering, self.sources("test"))
 
     @property
     def has_choice(self) -> bool:
@@ -132,7 +161,7 @@ class Run:
         if at_knee:
             return self.front[knee(values_NM)]
         assert preference is not None
-        names = [objective.name for objective in self.objectives]
+        names = [objective.name for objective in self.steering]
         for name, weight in preference.items():
             if name not in names:
                 raise RunError(f"--prefer: no objective {name!r}{did_you_mean(name, names)}")
@@ -159,7 +188,9 @@ def open_run(location: str | Path) -> Run:
         folder = Path("runs") / folder
     ledger = Ledger.open(folder)
     facts = ledger.facts()
-    objectives = tuple(Objective(**objective) for objective in facts["objectives"])
+    objectives = tuple(
+        Objective(**{**objective, "parts": tuple(objective["parts"])}) for objective in facts["objectives"]
+    )
     campaign = Campaign.model_validate(ledger.campaign(), strict=False)
     return Run(folder, campaign, objectives, facts, ledger)
 
@@ -200,8 +231,9 @@ def search(
             if run.is_finished and campaign.budget.evaluations <= len(run.trials):
                 return run
         plan = make_plan(campaign)
-        stages = make_stages(campaign, plan)
+        make_stages(campaign, plan)  # mistakes come to light before the weights are loaded
         scorer = Scorer(plan, loading)
+        stages = make_stages(campaign, plan)  # with what the rehearsal showed of the evaluator
         dumped = campaign.model_dump(mode="json")
         if started:
             require_same_inputs(run, plan, scorer.materializer.hashes)
@@ -247,10 +279,7 @@ def _facts(plan: "Plan", scorer: "Scorer") -> dict[str, Any]:
         "hashes": scorer.materializer.hashes,
         "decisions": decisions(plan.experts.values(), plan.dtype),
         "items": plan.evaluator.digest,
-        "test_sources": {
-            task: [plan.evaluator.sources[task][item] for item in splits["test"]]
-            for task, splits in plan.splits.items()
-        },
+        "sources": {split: all_sources(plan.objectives, plan.sources(split)) for split in ("search", "test")},
     }
     if len(plan.operators) > 1:
         facts["choice"] = {

@@ -11,12 +11,25 @@ from functools import partial
 import numpy as np
 import torch
 
-from evomerge.errors import CandidateError, EvoMergeError
+from evomerge.errors import CandidateError, DataError, EvoMergeError
+from evomerge.evaluators.evaluator import Evaluator, ItemScores, companion_of
+from evomerge.evidence.scores import score_of
 from evomerge.materialize.materializer import Materializer
 from evomerge.operators.linear import TaskArithmetic
 from evomerge.operators.operator import Operator
 from evomerge.plan import Plan
-from evomerge.records import Arrival, Candidate, Floats, Measurement, Recipe, Score, Split
+from evomerge.records import (
+    Arrival,
+    Candidate,
+    Floats,
+    Items,
+    Measurement,
+    Objective,
+    Recipe,
+    Score,
+    Split,
+    TaskItems,
+)
 
 BACKWARD_COST = 3.0  # forward + backward, in forwards
 ADAM = (0.9, 0.999, 1e-8)
@@ -38,20 +51,35 @@ class Scorer:
             progress(f"and preparing {recipe.operator}; {self.materializer.residence}, {self.materializer.kernels}")
             with suppress(CandidateError):
                 self.materializer.build(self._operators[recipe.operator], recipe)
+        progress("and rehearsing the evaluation")
+        self._rehearse()
 
-    def score(self, subject: Candidate | Recipe, split: Split) -> Measurement:
-        """Build the merge and score it on all items of a split; a descent comes first.
+    def _rehearse(self) -> None:
+        """Score two items of every task: what does not fit the model is found now, not as a failure of candidates."""
+        model = self.materializer.resident.module
+        for task, splits in self.plan.splits.items():
+            try:
+                self.plan.evaluator.score(model, task, splits["search"][:2])
+            except EvoMergeError:
+                raise
+            except Exception as error:  # a user's evaluator, data or judge raises whatever it likes
+                raise DataError(f"task {task} cannot be scored: {_in_one_line(error)}") from error
+
+    def score(self, subject: Candidate | Recipe, split: Split, items: TaskItems | None = None) -> Measurement:
+        """Build the merge and score it on items of a split (default: all of them); a descent comes first.
 
         Raises: CandidateError if the candidate fails, whatever the reason: the campaign goes on.
         """
+        if items is None:
+            items = {task: splits[split] for task, splits in self.plan.splits.items()}
         try:
-            return self._score(subject, split)
+            return self._score(subject, split, items)
         except EvoMergeError:
             raise
         except Exception as error:  # a user's model or data can raise anything; it is one candidate's fate
-            raise CandidateError(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+            raise CandidateError(_in_one_line(error)) from error
 
-    def _score(self, subject: Candidate | Recipe, split: Split) -> Measurement:
+    def _score(self, subject: Candidate | Recipe, split: Split, items: TaskItems) -> Measurement:
         clock = _Clock()
         arrival, cost = None, 0.0
         if isinstance(subject, Candidate) and subject.descent is not None:
@@ -61,32 +89,25 @@ class Scorer:
             subject = self.plan.recipe(arrival.point if arrival else subject.point)
         self.materializer.build(self._operators[subject.operator], subject)
         clock.lap("materialize")
-        scores, num_items = self._evaluate(split)
+        scores = self._evaluate(items)
         clock.lap("evaluate")
         return Measurement(
             split=split,
             scores=scores,
-            cost=cost + num_items / self._num_search_items,
+            cost=cost + sum(map(len, items.values())) / self._num_search_items,
             seconds=clock.seconds,
             weights=self.materializer.weights_hash() if split == "test" else None,
             arrival=arrival,
         )
 
-    def _evaluate(self, split: Split) -> tuple[dict[str, Score], int]:
+    def _evaluate(self, items: TaskItems) -> dict[str, Score]:
         """Score the resident model; every task once, whatever the number of its metrics."""
-        by_task = {}
-        for task, splits in self.plan.splits.items():
-            by_task[task] = self.plan.evaluator.score(self.materializer.resident.module, task, splits[split])
-        scores = {}
-        for objective in self.plan.objectives:
-            items = by_task[objective.task][objective.metric]
-            if not np.isfinite(items).all():
-                flawed = int((~np.isfinite(items)).sum())
-                raise CandidateError(
-                    f"{objective.name}: {flawed} of {len(items)} items have no finite {objective.metric}"
-                )
-            scores[objective.name] = score_of(items)
-        return scores, sum(len(splits[split]) for splits in self.plan.splits.values())
+        evaluator, model = self.plan.evaluator, self.materializer.resident.module
+        by_task = {task: evaluator.score(model, task, of_task) for task, of_task in items.items()}
+        return {
+            objective.name: objective_score(evaluator, objective, by_task[objective.task], items[objective.task])
+            for objective in self.plan.measured
+        }
 
     def _descend(self, candidate: Candidate) -> tuple[Arrival, float]:
         """Follow Adam on minibatches of the adapt items; return where it ended, and its cost.
@@ -132,10 +153,30 @@ class Scorer:
         return arrival, BACKWARD_COST * num_items / self._num_search_items
 
 
-def score_of(items: "np.typing.NDArray[np.float32]") -> Score:
-    """Return the mean over items and its standard error (sample deviation over the root of their number)."""
-    exact = items.astype(np.float64)
-    return Score(value=float(exact.mean()), stderr=float(exact.std(ddof=1) / np.sqrt(len(exact))), items=items)
+def objective_score(evaluator: Evaluator, objective: Objective, reported: ItemScores, items: Items) -> Score:
+    """Return an objective's score from what the evaluator reported of items of its task.
+
+    Raises: CandidateError if it is not finite.
+    """
+    of_items = reported[objective.metric]
+    if of_items.dtype.kind == "f" and not np.isfinite(of_items).all():
+        flawed = int((~np.isfinite(of_items)).sum())
+        raise CandidateError(f"{objective.name}: {flawed} of {len(of_items)} items have no finite {objective.metric}")
+    sources = evaluator.sources[objective.task]
+    score = score_of(
+        of_items,
+        items,
+        [sources[item] for item in items],
+        aggregate=evaluator.metrics(objective.task)[objective.metric].aggregate,
+        companion=companion_of(objective.metric, reported),
+    )
+    if not np.isfinite([score.value, score.stderr]).all():
+        raise CandidateError(f"{objective.name}: {objective.metric} of {len(items)} items is {score.value:g}")
+    return score
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _adam(gradient_D: Floats, moments: list[Floats], step: int) -> Floats:

@@ -77,6 +77,7 @@ def _auto(campaign: Campaign, plan: Plan) -> list[Stage]:
     The descents cost at most AUTO_DESCENT_COST, whatever the budget, so that a larger budget only lengthens the search.
     """
     budget, stages = campaign.budget.evaluations, []
+    num_steering = sum(objective.steers for objective in plan.objectives)
     if plan.rigid is None and campaign.split.adapt > 0 and "ce" in plan.evaluator.losses:
         options = AdaMergingOptions(loss="ce", steps=25, learning_rate=1e-2)
         num_legs = int(AUTO_DESCENT_COST / (1 + descent_cost(plan, options)))
@@ -90,7 +91,7 @@ def _auto(campaign: Campaign, plan: Plan) -> list[Stage]:
             )
         )
         budget -= num_legs
-    name, reason = ("cma_es", "one objective") if len(plan.objectives) == 1 else ("nsga2", "several objectives")
+    name, reason = ("cma_es", "one objective") if num_steering == 1 else ("nsga2", "several objectives")
     if budget:
         defaults = PROPOSERS[name].options_type()
         stages.append(Stage(proposer=name, options=defaults, num_evaluations=budget, reason=reason))

@@ -9,9 +9,9 @@ PACKAGE = Path(__file__).parent.parent / "evomerge"
 LAYERS = (
     {"records", "errors", "strict"},
     {"kernels"},
-    {"operators", "space", "splits", "front"},
+    {"operators", "space", "splits", "front", "evidence"},
     {"materialize", "ledger"},
-    {"proposers", "evaluators", "workers", "families"},
+    {"proposers", "evaluators", "fidelity", "workers", "families"},
     {"campaign", "assemble", "plan", "scorer", "stages", "references", "driver", "recipe_file"},
     {"interop"},
     {"run", "check", "export", "card", "guard"},

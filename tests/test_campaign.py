@@ -17,7 +17,14 @@ from evomerge.records import Options, ParameterSpec
 from evomerge.stages import make_stages
 
 OBJECTIVE = {"name": "rot90", "task": "rot90", "metric": "accuracy"}
+PARITY = {"name": "parity", "task": "parity", "metric": "accuracy"}
+ALL = {"name": "all", "mean": ["rot90", "parity"]}
 EVALUATION = {"kind": "classification", "data": "data"}
+
+
+def several(*sections: dict[str, Any]) -> dict[str, Any]:
+    return {"kind": "several", "evaluators": [EVALUATION | section for section in sections]}
+
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"nmae": "x"}, r"nmae: unknown key; did you mean 'name'\?"),
@@ -69,6 +76,22 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"objectives": [{**OBJECTIVE, "direction": "min"}]}, r"objectives\[0\].direction: accuracy is better larger"),
     ({"objectives": [{**OBJECTIVE, "metric": "acuracy"}]}, r"objectives\[0\].metric.*did you mean 'accuracy'\?"),
     ({"objectives": [OBJECTIVE, OBJECTIVE]}, "objectives: the name 'rot90' is given twice"),
+    ({"objectives": [{"name": "a", "task": "rot90"}]}, r"objectives\[0\]: .*expected task and metric .*found task"),
+    ({"objectives": [{**OBJECTIVE, "mean": ["a", "b"]}]}, r"objectives\[0\]: .*found task, metric, mean"),
+    ({"objectives": [{**OBJECTIVE, "normalized_by": {"a": "b"}}]}, r"objectives\[0\]: .*normalized_by goes with mean or worst"),
+    ({"objectives": [OBJECTIVE, PARITY, {"name": "all", "mean": ["rot90"]}]}, r"objectives\[2\].mean: .*at least 2"),
+    ({"objectives": [OBJECTIVE, PARITY, {"name": "all", "mean": ["rot90", "partiy"]}]}, r"objectives\[2\]: .*found 'partiy'; did you mean 'parity'\?"),
+    ({"objectives": [OBJECTIVE, PARITY, {"name": "all", "worst": ["rot90", "rot90"]}]}, r"objectives\[2\]: rot90 is listed twice"),
+    ({"objectives": [OBJECTIVE, PARITY, {**ALL, "normalized_by": {"noise": "rot90"}}]}, r"objectives\[2\].normalized_by: 'noise' is none of rot90, parity"),
+    ({"objectives": [OBJECTIVE, PARITY, {**ALL, "normalized_by": {"rot90": "rot"}}]}, r"objectives\[2\].normalized_by.rot90: unknown expert 'rot'; did you mean 'rot90'\?"),
+    ({"objectives": [OBJECTIVE, {**PARITY, "metric": "loss"}, ALL]}, r"objectives\[2\]: expected objectives that are all better larger or all smaller, found rot90 \(max\), parity \(min\)"),
+    ({"evaluation": {"kind": "several", "evaluators": []}}, "evaluation.evaluators: .*at least 1"),
+    ({"evaluation": {"kind": "several", "evaluators": [EVALUATION]}}, r"evaluation.evaluators\[0\].tasks: expected a list of the tasks"),
+    ({"evaluation": several({"tasks": ["rot90", "pairty"]})}, r"evaluators\[0\].tasks: no objective is of task 'pairty'; did you mean 'parity'\?"),
+    ({"evaluation": several({"tasks": ["rot90"]}, {"tasks": ["rot90"]})}, r"evaluators\[1\].tasks: rot90 is scored by evaluation.evaluators\[0\] already"),
+    ({"evaluation": several({"tasks": ["rot90"]})}, "evaluation.evaluators: none of them lists task 'parity'"),
+    ({"evaluation": several({"tasks": ["rot90"], "kind": "several"})}, r"evaluators\[0\].kind: several evaluators are listed once"),
+    ({"evaluation": several({"tasks": ["rot90"], "batch": 1})}, r"evaluators\[0\].batch: unknown key; did you mean 'batch_size'\?"),
     ({"evaluation": {"kind": "clasification", "data": "x"}}, "evaluation.kind: unknown evaluator.*'classification'"),
     ({"evaluation": {"kind": "classification"}}, "evaluation.data: missing"),
     ({"evaluation": {**EVALUATION, "batch": 3}}, r"evaluation.batch: unknown key; did you mean 'batch_size'\?"),
@@ -113,6 +136,36 @@ def test_files_that_are_no_campaigns(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(CampaignError, match=message):
             read_campaign(path)
+
+
+def test_summaries_steer_and_their_parts_do_not(make_campaign: Callable[..., Campaign]) -> None:
+    noise = {"name": "noise", "task": "noise", "metric": "accuracy", "floor": 0.2}
+    share = {**ALL, "normalized_by": {"rot90": "rot90"}, "floor": 0.5}
+    plan = make_plan(make_campaign(objectives=[OBJECTIVE, PARITY, noise, share]))
+    assert [(objective.name, objective.steers) for objective in plan.objectives] == [
+        ("rot90", False),
+        ("parity", False),
+        ("noise", True),
+        ("all", True),
+    ]
+    assert plan.objectives[3].summary == "mean"
+    assert plan.objectives[3].direction == "max"
+    assert plan.objectives[3].floor == 0.5
+    assert [objective.name for objective in plan.measured] == ["rot90", "parity", "noise"]
+
+
+def test_several_evaluators_share_the_tasks(
+    make_campaign: Callable[..., Campaign], small_digits: FamilySummary
+) -> None:
+    data = {"kind": "classification", "data": str(small_digits.path / "data")}
+    first, second = ({**data, "tasks": tasks} for tasks in (["parity", "noise"], ["rot90"]))
+    split = {"adapt": 0.2, "search": 0.4, "test": 0.4}
+    evaluation = {"kind": "several", "evaluators": [first, {**second, "batch_size": 7}], "split": split}
+    plan, alone = make_plan(make_campaign(evaluation=evaluation)), make_plan(make_campaign())
+    assert {task: list(splits["test"]) for task, splits in plan.splits.items()} == {
+        task: list(splits["test"]) for task, splits in alone.splits.items()
+    }
+    assert plan.evaluator.metrics("rot90") == alone.evaluator.metrics("rot90")
 
 
 def test_numbers_in_exponent_form_are_numbers(campaign_file: Callable[..., Path]) -> None:

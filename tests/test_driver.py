@@ -24,6 +24,8 @@ from evomerge.evaluators.classification import ClassificationEvaluator
 from evomerge.families.family import FamilySummary
 from evomerge.ledger.ledger import FILE_NAME
 from evomerge.records import Trial
+from evomerge.report.html import write_report
+from evomerge.report.terminal import print_front
 from evomerge.run import Run, open_run, search
 
 CHAIN = [
@@ -258,15 +260,55 @@ def test_a_failed_candidate_is_a_failed_trial_and_the_campaign_goes_on(
     assert run.is_finished
 
 
-def test_a_base_that_cannot_be_scored_ends_the_run_with_its_reason(
-    make_campaign: Callable[..., Campaign], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("first_broken", [0, 5])
+def test_an_evaluator_that_raises_on_the_base_ends_the_run_with_its_reason(
+    make_campaign: Callable[..., Campaign], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_broken: int
 ) -> None:
-    def broken(*_: Any) -> Any:
-        raise KeyError("pixel_values")
+    """What does not work at all is found in the rehearsal of three tasks; what does not work on one item, later."""
+    score, calls = ClassificationEvaluator.score, iter(range(10**6))
+
+    def broken(*given: Any) -> Any:
+        if next(calls) >= first_broken:
+            raise KeyError("pixel_values")
+        return score(*given)
 
     monkeypatch.setattr(ClassificationEvaluator, "score", broken)
-    with pytest.raises(EvoMergeError, match="base cannot be scored on the search items: KeyError"):
+    told = (
+        "task rot90 cannot be scored: KeyError"
+        if first_broken == 0
+        else "base cannot be scored on the search items: KeyError"
+    )
+    with pytest.raises(EvoMergeError, match=told) as caught:
         search(make_campaign(), tmp_path / "run", watcher=Silent())
+    assert caught.value.exit_status == (2 if first_broken == 0 else 1)
+
+
+def test_summaries_steer_are_shown_and_survive_a_resume(make_campaign: Callable[..., Campaign], tmp_path: Path) -> None:
+    """The mean of two, normalized by the experts' own scores, and the worst of two others, one of them bounded."""
+    plain = [{"name": name, "task": task, "metric": "accuracy"} for name, task in (("r", "rot90"), ("p", "parity"))]
+    again = [{**plain[0], "name": "r2"}, {"name": "n", "task": "noise", "metric": "accuracy", "ceiling": 0.9}]
+    summaries = [
+        {"name": "share", "mean": ["r", "p"], "normalized_by": {"r": "rot90", "p": "parity"}},
+        {"name": "least", "worst": ["r2", "n"]},
+    ]
+    changes = {"objectives": [*plain, *again, *summaries], "search": [{"proposer": "nsga2", "population": 4}]}
+    with pytest.raises(Interrupt):
+        search(make_campaign(**changes, budget={"evaluations": 12}), tmp_path / "run", watcher=Interrupting(after=6))
+    run = search(make_campaign(**changes, budget={"evaluations": 12}), tmp_path / "run", watcher=Silent())
+    whole = search(make_campaign(**changes, budget={"evaluations": 12}), tmp_path / "whole", watcher=Silent())
+    assert story(run) == story(whole)
+    assert [objective.name for objective in run.steering] == ["share", "least"]
+    for split in (run.searched, run.tested):
+        own = {"r": split["expert:rot90"].scores["r"].value, "p": split["expert:parity"].scores["p"].value}
+        for measurement in split.values():
+            value = {name: score.value for name, score in measurement.scores.items()}
+            assert value["share"] == pytest.approx((value["r"] / own["r"] + value["p"] / own["p"]) / 2)
+            assert value["least"] == min(value["r2"], value["n"])
+    assert all(run.searched[f"trial:{trial.number}"].scores["n"].value <= 0.9 for trial in run.front)
+    gain, error = run.gain("uniform", "base")
+    assert np.isfinite([gain, error]).all()
+    print_front(run)
+    write_report(run, tmp_path / "report.html")
 
 
 @pytest.mark.parametrize("changed", ["expert/model.safetensors", "data/parity.safetensors"])

@@ -10,56 +10,53 @@ own logits count.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 
 from evomerge.errors import DataError
-from evomerge.evaluators.evaluator import ItemScores, digest_of
-from evomerge.records import Direction, Items, Options
+from evomerge.evaluators.evaluator import LOSS, ItemScores, Metric, Wanted, digest_of
+from evomerge.records import Items, Options
 
 
 class ClassificationOptions(Options):
     """data: the folder of the task files; batch_size: images a forward."""
 
     data: str
-    batch_size: int = 512
+    batch_size: int = Field(default=512, ge=1)
 
 
 class ClassificationEvaluator:
     """Accuracy and cross-entropy (nats) of image classifiers that share an encoder.
 
-    Raises: DataError for a missing or malformed file, or a label that the head does not have.
+    Raises: DataError for a missing or malformed file, or a head that does not fit the labels or the model's features.
     """
 
     losses = frozenset({"ce", "entropy"})
 
-    def __init__(self, options: ClassificationOptions, tasks: Sequence[str]) -> None:
+    def __init__(self, options: ClassificationOptions, wanted: Wanted) -> None:
         self.batch_size = options.batch_size
-        self._data = {task: _read_task(Path(options.data), task) for task in tasks}
-        self.digest = digest_of(Path(options.data) / f"{task}.safetensors" for task in tasks)
+        self._data = {task: _read_task(Path(options.data), task) for task in wanted}
+        self.digest = digest_of(Path(options.data) / f"{task}.safetensors" for task in wanted)
         self.sources: Mapping[str, Sequence[int | str]] = {
             task: tensors["sources"].tolist() for task, tensors in self._data.items()
         }
 
-    def metrics(self, task: str) -> Mapping[str, Direction]:  # noqa: ARG002
+    def metrics(self, task: str) -> Mapping[str, Metric]:  # noqa: ARG002
         """Every task reports the same."""
-        return {"accuracy": "max", "loss": "min"}
+        return {"accuracy": Metric("max"), LOSS: Metric("min")}
 
     def score(self, model: nn.Module, task: str, items: Items) -> ItemScores:
-        """Accuracy (0 or 1) and cross-entropy of each item."""
+        """Accuracy (0 or 1; NaN where a logit is not finite) and cross-entropy of each item."""
         hits, losses = [], []
         with torch.inference_mode():
             for batch in torch.from_numpy(items).split(self.batch_size):
                 labels = self._data[task]["labels"][batch]
                 logits = self._logits(model, task, batch).float().cpu()
-                hits.append(logits.argmax(-1) == labels)
+                hits.append((logits.argmax(-1) == labels).float().where(logits.isfinite().all(-1), torch.nan))
                 losses.append(cross_entropy(logits, labels, reduction="none"))
-        return {
-            "accuracy": torch.cat(hits).float().numpy(),
-            "loss": torch.cat(losses).numpy(),
-        }
+        return {"accuracy": torch.cat(hits).numpy(), LOSS: torch.cat(losses).numpy()}
 
     def loss(self, model: nn.Module, task: str, items: Items, name: str) -> Tensor:
         """Mean cross-entropy with the labels, or mean entropy of the prediction (no labels needed)."""
@@ -85,8 +82,13 @@ class ClassificationEvaluator:
         features = getattr(output, "pooler_output", None)
         if features is None:
             features = output.last_hidden_state[:, 0]
-        head = (tensors["head.weight"].to(features), tensors["head.bias"].to(features))
-        return linear(features, *head)
+        weight, bias = tensors["head.weight"].to(features), tensors["head.bias"].to(features)
+        if weight.shape[1] != features.shape[-1]:
+            raise DataError(
+                f"task {task}: head.weight is for {weight.shape[1]} features, but the model has {features.shape[-1]}; "
+                "make the head from features of this base"
+            )
+        return linear(features, weight, bias)
 
 
 def _read_task(folder: Path, task: str) -> dict[str, Tensor]:
@@ -111,9 +113,15 @@ def _read_task(folder: Path, task: str) -> dict[str, Tensor]:
     if not len(labels):
         raise DataError(f"task {task}: {path} holds no images")
     if "head.weight" in tensors:
-        tensors.setdefault("head.bias", torch.zeros(len(tensors["head.weight"])))
-        _require_classes(f"task {task}: {path}", labels, len(tensors["head.weight"]), "the head")
-    if not np.isfinite(float(tensors["pixel_values"].sum())):
+        weight = tensors["head.weight"]
+        bias = tensors.setdefault("head.bias", torch.zeros(weight.shape[:1]))
+        if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+            raise DataError(
+                f"task {task}: {path}: expected head.weight (classes, features) and head.bias (classes), found "
+                f"{tuple(weight.shape)} and {tuple(bias.shape)}"
+            )
+        _require_classes(f"task {task}: {path}", labels, len(weight), "the head")
+    if not all(part.isfinite().all() for part in tensors["pixel_values"].split(1024)):
         raise DataError(f"task {task}: {path}: pixel_values hold a NaN or an infinity")
     return tensors
 

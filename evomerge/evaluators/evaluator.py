@@ -1,12 +1,14 @@
 """What an evaluator is: it scores the items asked for and decides nothing.
 
-Built once a campaign; all that does not depend on the weights (files, tokens, batches) is kept.
+Built once a campaign; all that does not depend on the weights (files, tokens, batches) is kept. A new kind is one file
+with such a class, one entry in ``assemble.EVALUATORS``, and a test class that inherits ``evaluator_contract.py``.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,15 +16,36 @@ from torch import Tensor, nn
 
 from evomerge.records import Direction, Items
 
-ItemScores = dict[str, npt.NDArray[np.float32]]
-"""Metric -> one score an item, in the order of the items asked for."""
+ItemScores = dict[str, npt.NDArray[Any]]
+"""Metric -> one score an item, shape (N,), in the order of the items asked for.
+
+float32 where the score of the task is the mean over items; else whatever the metric's ``aggregate`` takes. Under
+``loss``, or ``loss:<metric>``, stands the smooth companion: minus the log-probability of the right answer, in nats.
+"""
+
+Wanted = Mapping[str, Sequence[str]]
+"""Task -> the metrics that the campaign's objectives ask for."""
+
+LOSS = "loss"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """Which way a metric is better (None where only the campaign can say), and how items make a task's score.
+
+    aggregate: (what ``score`` reports of the items, the items) -> the task's score; None is the mean.
+    """
+
+    direction: Direction | None
+    aggregate: Callable[[npt.NDArray[Any], Items], float] | None = None
 
 
 class Evaluator(Protocol):
     """Scores a model on the items of named tasks."""
 
-    losses: frozenset[str]
-    """Names of the differentiable losses: ``ce`` (of the right answer), ``entropy`` (of the prediction)."""
+    @property
+    def losses(self) -> frozenset[str]:
+        """Names of the differentiable losses: ``ce`` (of the right answer), ``entropy`` (of the prediction)."""
 
     @property
     def sources(self) -> Mapping[str, Sequence[int | str]]:
@@ -30,16 +53,25 @@ class Evaluator(Protocol):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the items: a run's scores compare only while it stays the same."""
+        """SHA-256 of all that makes the scores but the weights: a run's scores compare only while it stays the same."""
 
-    def metrics(self, task: str) -> Mapping[str, Direction]:
-        """Return the metrics that ``score`` reports for a task, and which way is better."""
+    def metrics(self, task: str) -> Mapping[str, Metric]:
+        """Return the metrics that ``score`` reports for a task."""
 
     def score(self, model: nn.Module, task: str, items: Items) -> ItemScores:
-        """Score the items; every metric of the task, float32, one number an item."""
+        """Score the items: every metric of the task, and the companion where there is one.
+
+        What one model does to one item is no reason to raise: it scores NaN, and the candidate fails with that reason.
+        """
 
     def loss(self, model: nn.Module, task: str, items: Items, name: str) -> Tensor:
         """Return the mean of a named loss over the items, in nats, differentiable in the model's parameters."""
+
+
+def companion_of(metric: str, scores: ItemScores) -> npt.NDArray[np.float32] | None:
+    """Return the smooth companion of a metric among what an evaluator reported, if there is one."""
+    found: npt.NDArray[np.float32] | None = scores.get(f"{LOSS}:{metric}", scores.get(LOSS))
+    return found
 
 
 def digest_of(paths: Iterable[Path]) -> str:

@@ -1,6 +1,6 @@
-"""The front of a run: the trials that no other trial dominates, floors and ceilings kept.
+"""The front of a run: the trials that no other trial dominates, floors and ceilings kept, scored on all items.
 
-Shape letters: N trials, M objectives.
+Shape letters: N trials, M objectives that steer.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,10 @@ from evomerge.records import Floats, Measurement, Objective, Trial
 
 
 def maximized(measurement: Measurement, objectives: Sequence[Objective]) -> Floats:
-    """Return the objectives' values (M,), larger is better."""
-    return np.array([objective.sign * measurement.scores[objective.name].value for objective in objectives])
+    """Return the values (M,) of the objectives that steer, larger is better."""
+    return np.array(
+        [objective.sign * measurement.scores[objective.name].value for objective in objectives if objective.steers]
+    )
 
 
 def violation(measurement: Measurement, objectives: Sequence[Objective]) -> float:
@@ -26,7 +28,11 @@ def front_of(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[T
 
     The values are those of the search items: picking happens on them.
     """
-    measured = [trial for trial in trials if trial.measurement and not violation(trial.measurement, objectives)]
+    measured = [
+        trial
+        for trial in trials
+        if trial.measurement and not trial.measurement.stopped and not violation(trial.measurement, objectives)
+    ]
     if not measured:
         return []
     values_NM = np.array([maximized(trial.measurement, objectives) for trial in measured if trial.measurement])

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from sqlalchemy import Connection, create_engine, event, func, insert, select, update
 from sqlalchemy.exc import DatabaseError, OperationalError
 
@@ -228,6 +229,7 @@ def _insert(connection: Connection, subject: str, measurement: Measurement) -> N
             seconds=json.dumps(dict(measurement.seconds)),
             weights=measurement.weights,
             arrival=json.dumps(asdict(measurement.arrival)) if measurement.arrival else None,
+            stopped=measurement.stopped,
         )
     )
     connection.execute(
@@ -239,7 +241,8 @@ def _insert(connection: Connection, subject: str, measurement: Measurement) -> N
                 "objective": objective,
                 "value": score.value,
                 "stderr": score.stderr,
-                "items": zlib.compress(score.items.astype("<f4").tobytes()),
+                "items": _packed(score.items),
+                "companion": None if score.companion is None else _packed(score.companion),
             }
             for objective, score in measurement.scores.items()
         ],
@@ -250,8 +253,12 @@ def _read(connection: Connection, split: Split) -> dict[str, Measurement]:
     rows = connection.execute(select(tables.scores).where(tables.scores.c.split == split)).all()
     scores: dict[str, dict[str, Score]] = {}
     for row in rows:
-        items = np.frombuffer(zlib.decompress(row.items), dtype="<f4")
-        scores.setdefault(row.subject, {})[row.objective] = Score(value=row.value, stderr=row.stderr, items=items)
+        scores.setdefault(row.subject, {})[row.objective] = Score(
+            value=row.value,
+            stderr=row.stderr,
+            items=_unpacked(row.items),
+            companion=None if row.companion is None else _unpacked(row.companion),
+        )
     rows = connection.execute(select(tables.measurements).where(tables.measurements.c.split == split)).all()
     return {
         row.subject: Measurement(
@@ -261,9 +268,19 @@ def _read(connection: Connection, split: Split) -> dict[str, Measurement]:
             seconds=json.loads(row.seconds),
             weights=row.weights,
             arrival=_arrival(json.loads(row.arrival)) if row.arrival else None,
+            stopped=row.stopped,
         )
         for row in rows
     }
+
+
+def _packed(numbers: npt.NDArray[np.float32]) -> bytes:
+    return zlib.compress(numbers.astype("<f4").tobytes())
+
+
+def _unpacked(packed: bytes) -> npt.NDArray[np.float32]:
+    numbers: npt.NDArray[np.float32] = np.frombuffer(zlib.decompress(packed), dtype="<f4")
+    return numbers
 
 
 def _candidate(data: dict[str, Any]) -> Candidate:

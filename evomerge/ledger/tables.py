@@ -2,7 +2,7 @@
 
 from sqlalchemy import Column, Float, Integer, LargeBinary, MetaData, String, Table, UniqueConstraint
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 metadata = MetaData()
 
@@ -42,6 +42,7 @@ measurements = Table(  # subject: "trial:12", or a reference model: "base", "exp
     Column("seconds", String, nullable=False),  # JSON
     Column("weights", String),
     Column("arrival", String),  # JSON
+    Column("stopped", String),  # why a race left the other items out
 )
 
 scores = Table(
@@ -53,4 +54,5 @@ scores = Table(
     Column("value", Float, nullable=False),
     Column("stderr", Float, nullable=False),
     Column("items", LargeBinary, nullable=False),  # zlib of little-endian float32, in the order of the split's items
+    Column("companion", LargeBinary),  # the same
 )

@@ -42,7 +42,7 @@ def write_report(run: Run, path: Path) -> None:
 
     knee = f"trial:{run.pick(at_knee=True).number}"
     split = "test" if run.tested else "search"
-    title = f"The front, on {split} items" if len(run.objectives) > 1 else "Candidates, on search items"
+    title = f"The front, on {split} items" if len(run.steering) > 1 else "Candidates, on search items"
     sections = [
         f"<h1>{html.escape(run.campaign.name)}</h1>",
         f'<p class="lead">{_lead(run)}</p>',
@@ -66,14 +66,14 @@ def write_report(run: Run, path: Path) -> None:
 
 
 def _lead(run: Run) -> str:
-    cost = sum(trial.measurement.cost for trial in run.trials if trial.measurement)
     num_failed = sum(trial.failure is not None for trial in run.trials)
     failed = f", {num_failed} of them failed" if num_failed else ""
+    failed += f", {len(run.stopped)} of them stopped early" if run.stopped else ""
     experts = html.escape(", ".join(run.campaign.experts))
     return (
         f"{len(run.campaign.experts)} experts ({experts}) merged by "
         f"{html.escape(' or '.join(run.campaign.operator_names))} in "
-        f"{len(run.facts['space'])} dimensions. {len(run.trials)} candidates{failed}, {cost:.0f} full-evaluation "
+        f"{len(run.facts['space'])} dimensions. {len(run.trials)} candidates{failed}, {run.cost:.0f} full-evaluation "
         f"equivalents, {len(run.front)} models on the front. Candidates were chosen on search items; {_touches(run)}. "
         "± and bars are one standard error."
     )
@@ -91,7 +91,7 @@ def _front_figure(run: Run, knee: str) -> Any:
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    names = [objective.name for objective in run.objectives]
+    names = [objective.name for objective in run.steering]
     if len(names) == 1:
         return _single_objective_figure(run, knee)
     pairs = [(row, column) for row in range(1, len(names)) for column in range(row)]
@@ -102,8 +102,8 @@ def _front_figure(run: Run, knee: str) -> Any:
     for y, x in pairs:
         for trace in _pair_traces(run, knee, x, y, with_legend=(x, y) == (0, 1)):
             figure.add_trace(trace, row=y, col=x + 1)
-        figure.update_xaxes(title_text=_axis(run.objectives[x]) if y == size else None, row=y, col=x + 1)
-        figure.update_yaxes(title_text=_axis(run.objectives[y]) if x == 0 else None, row=y, col=x + 1)
+        figure.update_xaxes(title_text=_axis(run.steering[x]) if y == size else None, row=y, col=x + 1)
+        figure.update_yaxes(title_text=_axis(run.steering[y]) if x == 0 else None, row=y, col=x + 1)
     for row in range(1, size + 1):
         for column in range(row + 1, size + 1):
             figure.update_xaxes(visible=False, row=row, col=column)
@@ -113,15 +113,21 @@ def _front_figure(run: Run, knee: str) -> Any:
 
 
 def _pair_traces(run: Run, knee: str, x: int, y: int, *, with_legend: bool) -> list[Any]:
-    """Dominated trials (search values, faint), references, the front with error bars, and the knee."""
+    """Stopped and dominated trials (search values, faint), references, the front with error bars, and the knee."""
     measured = run.tested or run.searched
     on_front = [f"trial:{trial.number}" for trial in run.front]
+    stopped = [f"trial:{trial.number}" for trial in run.stopped]
     dominated = [
-        f"trial:{trial.number}" for trial in run.trials if trial.measurement and f"trial:{trial.number}" not in on_front
+        subject
+        for subject in (f"trial:{trial.number}" for trial in run.trials if trial.measurement)
+        if subject not in (*on_front, *stopped)
     ]
-    bars = len(run.objectives) == 2
+    bars = len(run.steering) == 2
     faint = Style("dominated (search values)", {"color": FAINT, "size": 5, "opacity": 0.5})
+    open_ = {"color": FAINT, "size": 5, "opacity": 0.5, "symbol": "circle-open"}
+    early = [_points(run, run.searched, stopped, (x, y), Style("stopped early (estimates)", open_))] if stopped else []
     traces = [
+        *early,
         _points(run, run.searched, dominated, (x, y), faint),
         _points(run, measured, on_front, (x, y), Style("front", {"color": FRONT, "size": 8}, bars)),
     ]
@@ -143,7 +149,7 @@ def _points(
 ) -> Any:
     import plotly.graph_objects as go
 
-    first, second = (run.objectives[axis].name for axis in axes)
+    first, second = (run.steering[axis].name for axis in axes)
     scores = [measured[subject].scores for subject in subjects]
     errors = {}
     for axis, objective in (("error_x", first), ("error_y", second)) if style.bars else ():
@@ -164,7 +170,7 @@ def _single_objective_figure(run: Run, knee: str) -> Any:
     """One objective: every candidate's search value in the order of trials, and the references as lines."""
     import plotly.graph_objects as go
 
-    objective = run.objectives[0]
+    objective = run.steering[0]
     finished = [trial for trial in run.trials if trial.measurement]
     values = [run.searched[f"trial:{trial.number}"].scores[objective.name].value for trial in finished]
     figure = go.Figure(
@@ -251,7 +257,7 @@ def _table(run: Run, knee: str) -> str:
 def _commands(run: Run, knee: str) -> str:
     folder = html.escape(str(run.folder))
     number = knee.split(":")[1]
-    wish = f"{html.escape(run.objectives[0].name)}=2"
+    wish = f"{html.escape(run.steering[0].name)}=2"
     commands = (f"--trial {number} --out merged", f"--prefer {wish} --out merged", "--knee --out merged --verify")
     return "".join(f"<p><code>evomerge export {folder} {command}</code></p>" for command in commands)
 

@@ -129,19 +129,20 @@ class SearchProgress:
         self._progress.advance(self._task)
 
     def _note(self) -> None:
-        measured = [trial.measurement for trial in self._trials if trial.measurement]
+        scored = [trial.measurement for trial in self._trials if trial.measurement]
+        measured = [measurement for measurement in scored if not measurement.stopped]
         if not measured or self._run is None or self._task is None:
             return
         objectives = self._run.objectives
         best = [
             objective.sign * max(objective.sign * measurement.scores[objective.name].value for measurement in measured)
-            for objective in objectives
+            for objective in self._run.steering
         ]
         volume = front_hypervolume(self._trials, objectives, self._run.searched["base"])
-        num_failed = len(self._trials) - len(measured)
-        failed = f" · {num_failed} failed" if num_failed else ""
+        counts = {"stopped": len(scored) - len(measured), "failed": len(self._trials) - len(scored)}
+        fates = "".join(f" · {count} {fate}" for fate, count in counts.items() if count)
         shown = " ".join(f"{value:.2f}" for value in best[:4]) + (" ..." if len(best) > 4 else "")
-        self._progress.update(self._task, note=f"best {shown} · hv {volume:.2g}{failed}")
+        self._progress.update(self._task, note=f"best {shown} · hv {volume:.2g}{fates}")
 
 
 def print_front(run: Run, *, everything: bool = False) -> None:
@@ -247,8 +248,11 @@ def print_check(file: Path, report: CheckReport) -> None:
     console.print(table)
     items = Table(title="items", show_edge=True)
     for column in ("objective", "task", "metric", "adapt", "search", "test"):
-        items.add_column(column, justify="right" if column in plan.splits[plan.objectives[0].task] else "left")
+        items.add_column(column, justify="right" if column in SPLITS else "left")
     for objective in plan.objectives:
+        if objective.summary:
+            items.add_row(objective.name, "", f"{objective.measure} ({objective.direction})", "", "", "")
+            continue
         counts = [str(len(plan.splits[objective.task][split])) for split in SPLITS]
         items.add_row(objective.name, objective.task, f"{objective.metric} ({objective.direction})", *counts)
     console.print(items)
@@ -365,6 +369,11 @@ def _print_notes(run: Run, num_hidden: int, *, compact: bool) -> None:
     failed = [trial for trial in run.trials if trial.failure]
     if failed:
         say(f"{len(failed)} of {len(run.trials)} trials failed; the last: {failed[-1].failure}")
+    if run.stopped:
+        say(
+            f"{len(run.stopped)} of {len(run.trials)} trials were stopped early: all trials together cost "
+            f"{run.cost:.0f} full evaluations"
+        )
     if compact and run.tested:
         worst = max(score.stderr for measurement in run.tested.values() for score in measurement.scores.values())
         say(f"standard errors of single scores are at most {worst:.3f}")
@@ -377,7 +386,8 @@ def _cells(run: Run, measured: dict[str, Measurement], subject: str, *, compact:
     scores = [measured[subject].scores[objective.name] for objective in run.objectives]
     cells = [f"{score.value:.3f}" if compact else f"{score.value:.3f} ±{_short(score.stderr)}" for score in scores]
     if run.has_one_metric:
-        cells.append(f"{np.mean([score.value for score in scores]):.3f}")
+        steering = [measured[subject].scores[objective.name].value for objective in run.steering]
+        cells.append(f"{np.mean(steering):.3f}")
         if run.tested:
             gain, error = run.gain(subject, run.best_scalar)
             cells.append("" if subject == run.best_scalar else f"{gain:+.3f} ±{_short(error)}")
@@ -392,4 +402,4 @@ def _short(error: float) -> str:
 def _mean(run: Run, subject: str) -> float:
     """The order of the table: by search values, so that test values choose nothing."""
     scores = run.searched[subject].scores
-    return float(np.mean([objective.sign * scores[objective.name].value for objective in run.objectives]))
+    return float(np.mean([objective.sign * scores[objective.name].value for objective in run.steering]))

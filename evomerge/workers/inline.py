@@ -1,6 +1,6 @@
 """The inline pool: one worker, in this process, with nothing to start.
 
-A pool runs any scorer: an object with ``score(subject, split) -> Measurement``.
+A pool runs any scorer: an object with ``score(subject, split, items) -> Measurement``.
 """
 
 from collections import deque
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from evomerge.errors import CandidateError
-from evomerge.records import Candidate, Measurement, Recipe, Split
+from evomerge.records import Candidate, Measurement, Recipe, Split, TaskItems
 
 Subject = Candidate | Recipe
 Outcome = Measurement | CandidateError
@@ -17,8 +17,8 @@ Outcome = Measurement | CandidateError
 class Scorer(Protocol):
     """Owns a resident model and scores what it is given. Raises: CandidateError for a candidate that fails."""
 
-    def score(self, subject: Subject, split: Split) -> Measurement:
-        """Build the merge and score it on a split."""
+    def score(self, subject: Subject, split: Split, items: TaskItems | None = None) -> Measurement:
+        """Build the merge and score it on items of a split; None is all of them."""
 
 
 class InlinePool:
@@ -28,22 +28,22 @@ class InlinePool:
 
     def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
-        self._queue: deque[tuple[int, Subject, Split]] = deque()
+        self._queue: deque[tuple[int, Subject, Split, TaskItems | None]] = deque()
 
     @property
     def num_free(self) -> int:
         """How many subjects can be submitted without waiting for a result."""
         return self.num_slots - len(self._queue)
 
-    def submit(self, key: int, subject: Subject, split: Split) -> None:
-        """Hand a subject to the worker; ``key`` comes back with its outcome."""
-        self._queue.append((key, subject, split))
+    def submit(self, key: int, subject: Subject, split: Split, items: TaskItems | None = None) -> None:
+        """Hand a subject to the worker, with the items to score (all of the split); ``key`` comes back."""
+        self._queue.append((key, subject, split, items))
 
     def results(self) -> Iterator[tuple[int, Outcome]]:
         """Yield (key, outcome) in the order in which they finish, until nothing is left."""
         while self._queue:
-            key, subject, split = self._queue.popleft()
+            key, subject, split, items = self._queue.popleft()
             try:
-                yield key, self.scorer.score(subject, split)
+                yield key, self.scorer.score(subject, split, items)
             except CandidateError as error:
                 yield key, error

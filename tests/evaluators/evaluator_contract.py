@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from evomerge.evaluators.evaluator import Evaluator, ItemScores
+from evomerge.evaluators.evaluator import LOSS, Evaluator, ItemScores, Metric
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums in another order, where batches are put together otherwise
 
@@ -52,13 +52,18 @@ class EvaluatorContract:
     def test_it_reports_the_metrics_that_it_declares(self, evaluator: Evaluator, model: Any) -> None:
         for task in self.tasks:
             items = self.everything(evaluator, task)
-            scores = evaluator.score(model, task, items)
-            assert scores.keys() == evaluator.metrics(task).keys()
-            assert set(evaluator.metrics(task).values()) <= {"max", "min"}
-            for of_items in scores.values():
-                assert of_items.dtype == np.float32
+            scores, metrics = evaluator.score(model, task, items), evaluator.metrics(task)
+            companions = {LOSS, *(f"{LOSS}:{name}" for name in metrics)}
+            assert metrics.keys() <= scores.keys() <= metrics.keys() | companions
+            for name, of_items in scores.items():
                 assert of_items.shape == items.shape
-                assert np.isfinite(of_items).all()
+                metric = metrics.get(name, Metric("min"))
+                assert metric.direction in ("max", "min", None)
+                if metric.aggregate is None:
+                    assert of_items.dtype == np.float32
+                    assert np.isfinite(of_items).all()
+                else:
+                    assert isinstance(metric.aggregate(of_items, items), float)
 
     def test_scores_follow_the_order_of_the_items(self, evaluator: Evaluator, model: Any) -> None:
         for task in self.tasks:

@@ -15,6 +15,7 @@ from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from evomerge.errors import DataError
 from evomerge.evaluators.classification import ClassificationEvaluator, ClassificationOptions
+from evomerge.evaluators.evaluator import Metric
 
 NUM_ITEMS, HIDDEN = 14, 16
 SHAPE = (3, 8, 8)
@@ -44,7 +45,8 @@ def tensors_of_a_task(seed: int, num_classes: int, *, head: bool) -> dict[str, T
 
 
 def make(folder: Path, tasks: list[str], batch_size: int = 512) -> ClassificationEvaluator:
-    return ClassificationEvaluator(ClassificationOptions(data=str(folder), batch_size=batch_size), tasks)
+    wanted = {task: ["accuracy"] for task in tasks}
+    return ClassificationEvaluator(ClassificationOptions(data=str(folder), batch_size=batch_size), wanted)
 
 
 class TestWithHeadsInTheData(EvaluatorContract):
@@ -90,6 +92,27 @@ class TestWithHeadsInTheData(EvaluatorContract):
             with torch.no_grad():
                 ours = evaluator.loss(model, task, np.arange(NUM_ITEMS), "entropy")
             assert float(ours) == pytest.approx(entropy, rel=1e-4)
+
+    def test_logits_that_are_not_finite_are_no_answer(self, evaluator: ClassificationEvaluator, model: Any) -> None:
+        """Neither a wrong one nor, by the index that argmax makes of a NaN, a right one."""
+        with torch.no_grad():
+            model.embeddings.cls_token[..., 0] = torch.nan
+        scores = evaluator.score(model, "three", np.arange(NUM_ITEMS))
+        assert np.isnan(scores["accuracy"]).all()
+        assert np.isnan(scores["loss"]).all()
+
+    def test_which_way_its_metrics_are_better(self, evaluator: ClassificationEvaluator) -> None:
+        assert evaluator.metrics("three") == {"accuracy": Metric("max"), "loss": Metric("min")}
+
+    def test_a_head_for_other_features(self, data: Path, model: Any) -> None:
+        tensors = tensors_of_a_task(1, 3, head=True)
+        tensors["head.weight"] = torch.randn(3, HIDDEN + 8)
+        save_file(tensors, data / "three.safetensors")
+        with pytest.raises(
+            DataError, match=rf"task three: head.weight .*{HIDDEN + 8} features.* has {HIDDEN};"
+        ) as caught:
+            make(data, ["three"]).score(model, "three", np.arange(3))
+        assert "\n" not in str(caught.value)
 
     def test_the_entropy_needs_no_labels(self, data: Path, model: Any) -> None:
         other = tensors_of_a_task(1, 3, head=True)
@@ -191,6 +214,8 @@ def labels(*first: float) -> Tensor:
         (put(labels=labels(0.0, 1.0)), ["labels", "whole numbers"]),
         (put(labels=torch.zeros(NUM_ITEMS, 2, dtype=torch.int64)), ["labels", "whole numbers"]),
         (put(pixel_values=torch.full((NUM_ITEMS, *SHAPE), float("nan"))), ["pixel_values", "NaN"]),
+        (put(head_weight=torch.zeros(HIDDEN)), ["head.weight (classes, features)", f"found ({HIDDEN},) and (3,)"]),
+        (put(head_bias=torch.zeros(4)), ["head.bias (classes)", f"found (3, {HIDDEN}) and (4,)"]),
         (
             put(
                 pixel_values=torch.zeros(0, *SHAPE),
@@ -210,6 +235,14 @@ def test_a_malformed_file_is_named(
         make(tmp_path, ["three"])
     for word in ["task three", str(path), *words]:
         assert word in str(caught.value)
+
+
+def test_large_images_in_half_precision_are_read(tmp_path: Path) -> None:
+    """Their sum is beyond the largest number of the type; none of them is."""
+    tensors = tensors_of_a_task(1, 3, head=True)
+    tensors["pixel_values"] = torch.full((NUM_ITEMS, *SHAPE), 1000.0, dtype=torch.float16)
+    save_file(tensors, tmp_path / "three.safetensors")
+    assert len(make(tmp_path, ["three"]).sources["three"]) == NUM_ITEMS
 
 
 def test_no_such_task(tmp_path: Path) -> None:

@@ -9,50 +9,26 @@ import numpy as np
 import pytest
 import torch
 from evaluator_contract import EvaluatorContract
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
+from tiny_models import LIMIT, NUM_WORDS, tiny, word_tokenizer, write_base
 from torch.nn.functional import log_softmax
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from evomerge.errors import DataError
+from evomerge.evaluators.evaluator import Metric
 from evomerge.evaluators.language import LanguageEvaluator, LanguageOptions
 from evomerge.materialize.resident import quiet_transformers
 
-NUM_WORDS, NUM_ITEMS, LIMIT = 40, 12, 48
+NUM_ITEMS = 12
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with a tokenizer of one token a word, which puts <s> in front."""
-    folder = tmp_path_factory.mktemp("language") / "base"
-    words = {"<s>": 0, "<unk>": 1, **{f"w{i}": i + 2 for i in range(NUM_WORDS)}}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>").save_pretrained(folder)
-    with quiet_transformers():
-        make_model().save_pretrained(folder)
-    return folder
+    return write_base(tmp_path_factory.mktemp("language") / "base", make_model(), word_tokenizer())
 
 
 def make_model() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=32,
-        vocab_size=NUM_WORDS + 2,
-        max_position_embeddings=LIMIT,
-        initializer_range=0.3,
-        bos_token_id=0,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
+    return tiny("llama", num_hidden_layers=1)
 
 
 def words(rng: np.random.Generator, low: int, high: int) -> str:
@@ -116,14 +92,15 @@ def read(data: Path, task: str) -> list[dict[str, Any]]:
 class TestLanguage(EvaluatorContract):
     tasks = ("text", "answer", "choice")
     mean_loss_tasks = ("text", "answer")
+    wanted = {"text": ["loss"], "answer": ["exact_match"], "choice": ["accuracy"]}
 
     @pytest.fixture
     def evaluator(self, data: Path, base: Path) -> LanguageEvaluator:
-        return LanguageEvaluator(LanguageOptions(data=str(data), batch_size=8), self.tasks, base)
+        return LanguageEvaluator(LanguageOptions(data=str(data), batch_size=8), self.wanted, base)
 
     @pytest.fixture
     def one_at_a_time(self, data: Path, base: Path) -> LanguageEvaluator:
-        return LanguageEvaluator(LanguageOptions(data=str(data), batch_size=1), self.tasks, base)
+        return LanguageEvaluator(LanguageOptions(data=str(data), batch_size=1), self.wanted, base)
 
     @pytest.fixture
     def model(self) -> Any:
@@ -216,9 +193,9 @@ class TestLanguage(EvaluatorContract):
         assert ours == pytest.approx(np.mean(expected), rel=1e-5)
 
     def test_metrics_depend_on_the_form(self, evaluator: LanguageEvaluator) -> None:
-        assert evaluator.metrics("text") == {"loss": "min"}
-        assert evaluator.metrics("answer") == {"exact_match": "max", "loss": "min"}
-        assert evaluator.metrics("choice") == {"accuracy": "max", "loss": "min"}
+        assert evaluator.metrics("text") == {"loss": Metric("min")}
+        assert evaluator.metrics("answer") == {"exact_match": Metric("max"), "loss": Metric("min")}
+        assert evaluator.metrics("choice") == {"accuracy": Metric("max"), "loss": Metric("min")}
 
     def test_sources_are_those_of_the_file(self, evaluator: LanguageEvaluator) -> None:
         assert list(evaluator.sources["text"]) == [f"s{i // 2}" for i in range(NUM_ITEMS)]
@@ -235,7 +212,7 @@ def make(tmp_path: Path, base: Path) -> Callable[..., LanguageEvaluator]:
 
     def write_and_build(*lines: Any, where: Path = base) -> LanguageEvaluator:
         write(tmp_path, "task", list(lines))
-        return LanguageEvaluator(LanguageOptions(data=str(tmp_path)), ["task"], where)
+        return LanguageEvaluator(LanguageOptions(data=str(tmp_path)), {"task": ["loss"]}, where)
 
     return write_and_build
 
@@ -246,7 +223,7 @@ def make(tmp_path: Path, base: Path) -> Callable[..., LanguageEvaluator]:
         ([], ["is empty"]),
         ([TEXT, "{'text': 1}\n"], ["line 2", "not JSON"]),
         ([TEXT, "\n", TEXT], ["line 2", "not JSON"]),
-        ([TEXT, [1, 2]], ["line 2", "expected source and either text", "list"]),
+        ([TEXT, [1, 2]], ["line 2", "expected a JSON object", "list"]),
         ([{"text": "w1 w2"}], ["line 1", "expected source", "found text"]),
         ([{**TEXT, "answer": "w2"}], ["line 1", "expected source", "answer, source, text"]),
         ([{"source": 0, "prompt": "w1", "choices": ["w2"]}], ["line 1", "choices and gold"]),
@@ -267,7 +244,10 @@ def make(tmp_path: Path, base: Path) -> Callable[..., LanguageEvaluator]:
         ([TEXT, {**TEXT, "text": ""}], ["line 2", "at least one token"]),
         ([ANSWER, {**ANSWER, "answer": " "}], ["line 2", "at least one token"]),
         ([CHOICE, {**CHOICE, "choices": [" w2", ""]}], ["line 2", "at least one token"]),
-        ([TEXT, {**TEXT, "text": " ".join(["w1"] * LIMIT)}], [f"{LIMIT + 1} tokens", f"takes {LIMIT}"]),
+        (
+            [TEXT, {**TEXT, "text": " ".join(["w1"] * LIMIT)}],
+            ["task.jsonl, line 2", f"{LIMIT + 1} tokens", f"takes {LIMIT}"],
+        ),
     ],
 )
 def test_a_malformed_file_is_named(make: Callable[..., LanguageEvaluator], lines: list[Any], words: list[str]) -> None:
@@ -287,13 +267,13 @@ def test_separators_of_unicode_do_not_end_a_line(make: Callable[..., LanguageEva
 def test_a_file_that_is_not_utf8(make: Callable[..., LanguageEvaluator], tmp_path: Path, base: Path) -> None:
     (tmp_path / "task.jsonl").write_bytes(b'{"source": 0, "text": "\xff\xfe"}\n')
     with pytest.raises(DataError, match=r"task task: .*task\.jsonl.*UTF-8"):
-        LanguageEvaluator(LanguageOptions(data=str(tmp_path)), ["task"], base)
+        LanguageEvaluator(LanguageOptions(data=str(tmp_path)), {"task": ["loss"]}, base)
 
 
 def test_no_such_task(make: Callable[..., LanguageEvaluator], tmp_path: Path, base: Path) -> None:
     make(TEXT)
     with pytest.raises(DataError, match=r"task other: expected the file .*other\.jsonl.*tasks there: task"):
-        LanguageEvaluator(LanguageOptions(data=str(tmp_path)), ["other"], base)
+        LanguageEvaluator(LanguageOptions(data=str(tmp_path)), {"other": ["loss"]}, base)
 
 
 def test_a_base_without_tokenizer(make: Callable[..., LanguageEvaluator], tmp_path: Path) -> None:

@@ -2,22 +2,24 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from evomerge.errors import CandidateError, EvoMergeError
-from evomerge.records import Candidate, Measurement, Split
+from evomerge.records import Candidate, Measurement, Split, TaskItems
 from evomerge.workers.inline import InlinePool, Scorer
 
 
 class Echo:
-    """A real scorer of nothing: its measurement's cost says which candidate it saw."""
+    """A real scorer of nothing: its measurement's cost says which candidate it saw, its seconds which items."""
 
-    def score(self, subject: Any, split: Split) -> Measurement:
+    def score(self, subject: Any, split: Split, items: TaskItems | None = None) -> Measurement:
         if subject.point[0] < 0:
             raise CandidateError("negative")
         if subject.point[0] > 100:
             raise EvoMergeError("ours")
-        return Measurement(split=split, scores={}, cost=subject.point[0], seconds={})
+        seconds = {task: float(len(of_task)) for task, of_task in (items or {}).items()}
+        return Measurement(split=split, scores={}, cost=subject.point[0], seconds=seconds)
 
 
 class PoolContract:
@@ -31,6 +33,14 @@ class PoolContract:
         outcomes = dict(pool.results())
         assert {key: outcome.cost for key, outcome in outcomes.items()} == {key: float(key) for key in range(5)}
         assert all(outcome.split == "search" for outcome in outcomes.values())
+
+    def test_the_items_asked_for_reach_the_scorer(self) -> None:
+        pool = self.make(Echo())
+        pool.submit(0, Candidate(point=(1.0,)), "search", {"a": np.arange(3)})
+        pool.submit(1, Candidate(point=(1.0,)), "search")
+        outcomes = dict(pool.results())
+        assert outcomes[0].seconds == {"a": 3.0}
+        assert outcomes[1].seconds == {}
 
     def test_a_failed_candidate_is_an_outcome_and_the_others_go_on(self) -> None:
         pool = self.make(Echo())
