@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test test-all lint format bench-overhead bench-materialize bench-digits clean
+.PHONY: help setup demo test test-all lint format bench-overhead bench-materialize bench-digits bench-coverage clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -53,6 +53,18 @@ bench-materialize: setup  ## Seconds a merge of 350 M parameters, beside memory,
 
 bench-digits: setup  ## Per-layer search against uniform average and best single coefficient, several seeds
 	@$(BIN)/python benchmarks/digits_per_layer.py
+
+bench-coverage: setup  ## How often 95 % intervals hold the score over all items of a family (ten minutes)
+	@$(BIN)/python benchmarks/coverage.py
+
+bench-evaluate: setup  ## Seconds a candidate beyond the forwards, beside lm-eval, and equality with its command line
+	@$(BIN)/python benchmarks/evaluate.py
+
+bench-coverage: setup  ## How often the 95 % intervals hold the mean over all items
+	@$(BIN)/python benchmarks/coverage.py
+
+bench-racing: setup  ## What a race saves in items for the same hypervolume, over ten seeds
+	@$(BIN)/python benchmarks/racing.py
 
 clean:  ## Remove what make built
 	@rm -rf $(VENV) demo .cache .mypy_cache .ruff_cache .pytest_cache

@@ -10,6 +10,7 @@ from evomerge.evaluators.callable import CallableEvaluator, CallableOptions
 from evomerge.evaluators.classification import ClassificationEvaluator, ClassificationOptions
 from evomerge.evaluators.embedding import EmbeddingEvaluator, EmbeddingOptions
 from evomerge.evaluators.evaluator import Evaluator, Wanted
+from evomerge.evaluators.generation import GenerationEvaluator, GenerationOptions
 from evomerge.evaluators.language import LanguageEvaluator, LanguageOptions
 from evomerge.operators.arcee_fusion import ArceeFusion
 from evomerge.operators.breadcrumbs import Breadcrumbs, BreadcrumbsTies
@@ -98,6 +99,7 @@ EVALUATORS = {
         ClassificationOptions, lambda options, wanted, _: ClassificationEvaluator(options, wanted), ("data",)
     ),
     "embedding": EvaluatorEntry(EmbeddingOptions, EmbeddingEvaluator, ("data",)),
+    "generation": EvaluatorEntry(GenerationOptions, GenerationEvaluator, ("data",)),
     "language": EvaluatorEntry(LanguageOptions, LanguageEvaluator, ("data",)),
 }
 SEVERAL = "several"  # the kind of a list of these

@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from evomerge import assemble
 from evomerge.errors import CampaignError, did_you_mean
+from evomerge.fidelity.race import RaceOptions
 from evomerge.records import Options, Split
 from evomerge.strict import parse, read_yaml
 
@@ -173,6 +174,7 @@ class Campaign(Options):
     space: SpaceSection = SpaceSection()
     objectives: list[ObjectiveSection] = Field(min_length=1)
     evaluation: dict[str, Any]
+    fidelity: RaceOptions | None = None
     search: Literal["auto"] | list[StageSection] = "auto"
     budget: BudgetSection
     workers: WorkersSection = WorkersSection()

@@ -16,7 +16,8 @@ from evomerge.front.front import front_of, maximized, violation
 from evomerge.ledger.ledger import Ledger
 from evomerge.plan import Plan
 from evomerge.proposers.proposer import Problem, Proposer
-from evomerge.records import Measurement, Observation, Recipe, Split, Trial
+from evomerge.racing import RacingPool, finished_models, make_race
+from evomerge.records import Measurement, Observation, Recipe, Split, Trial, in_order
 from evomerge.references import best_scalar, reference_recipes
 from evomerge.stages import Stage
 from evomerge.workers.inline import InlinePool
@@ -44,32 +45,38 @@ class Driver:
         """Score the references, run every stage, and score the front once on the test items."""
         references = reference_recipes(self.plan)
         self._measure("reference models", references, "search")
-        self._summarizer = self._summaries("search")
+        sources = all_sources(self.plan.objectives, self.plan.sources("search"))
+        self._summarizer = Summarizer(self.plan.objectives, sources, self.ledger.measurements("search"))
+        pool: InlinePool | RacingPool = self.pool
+        if self.plan.fidelity:
+            measured = self._summarizer.add_to_all(self.ledger.measurements("search"))
+            race = make_race(self.plan, self.plan.fidelity, {name: measured[name] for name in references}, seed)
+            pool = RacingPool(self.pool, race, self._summarizer, finished_models(measured, self._trials(), references))
         total = sum(stage.num_evaluations for stage in stages)
         self.watcher.phase("search", total, sum(trial.order is not None for trial in self.ledger.trials()))
         for number, stage in enumerate(stages):
-            self._run_stage(number, stage, seed)
+            self._run_stage(number, stage, seed, pool)
         self._score_front(references)
 
-    def _run_stage(self, number: int, stage: Stage, seed: int) -> None:
+    def _run_stage(self, number: int, stage: Stage, seed: int, pool: InlinePool | RacingPool) -> None:
         trials = self._trials()
         proposer, pending = self._rebuild(number, stage, seed, trials)
         for trial in pending.values():
-            self.pool.submit(trial.number, trial.candidate, "search")
+            pool.submit(trial.number, trial.candidate, "search")
         num_issued = sum(trial.stage == number for trial in trials)
         while True:
-            while room := min(self.pool.num_free, stage.num_evaluations - num_issued):
+            while room := min(pool.num_free, stage.num_evaluations - num_issued):
                 asked = proposer.ask(room, [trial.candidate for trial in pending.values()])
                 if not asked:
                     break
                 for candidate in asked:
                     trial = self.ledger.issue(number, num_issued, candidate)
-                    self.pool.submit(trial.number, candidate, "search")
+                    pool.submit(trial.number, candidate, "search")
                     pending[trial.number] = trial
                     num_issued += 1
             if not pending:
                 return
-            key, outcome = next(self.pool.results())
+            key, outcome = next(pool.results())
             trial = self._record(pending.pop(key), outcome)
             proposer.tell(self._observe(trial))
             self.watcher.advance(trial)
@@ -78,7 +85,7 @@ class Driver:
         self, number: int, stage: Stage, seed: int, trials: Sequence[Trial]
     ) -> tuple[Proposer, dict[int, Trial]]:
         """Make the stage's proposer and replay its record; return it with the trials that never finished."""
-        finished = sorted((trial for trial in trials if trial.order is not None), key=lambda trial: trial.order or 0)
+        finished = in_order(trials)
         problem = Problem(
             start_D=self.plan.space.start,
             num_objectives=sum(objective.steers for objective in self.plan.objectives),
@@ -108,10 +115,6 @@ class Driver:
 
     def _summarized(self, trial: Trial) -> Trial:
         return replace(trial, measurement=self._summarizer.add(trial.measurement)) if trial.measurement else trial
-
-    def _summaries(self, split: Split) -> Summarizer:
-        sources = all_sources(self.plan.objectives, self.plan.sources(split))
-        return Summarizer(self.plan.objectives, sources, self.ledger.measurements(split))
 
     def _observe(self, trial: Trial) -> Observation:
         measurement = trial.measurement

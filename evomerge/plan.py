@@ -12,6 +12,7 @@ from evomerge.campaign import Campaign, ObjectiveSection, ParameterSection, Rang
 from evomerge.errors import CampaignError, did_you_mean
 from evomerge.evaluators.evaluator import Evaluator
 from evomerge.evaluators.several import SeveralEvaluators
+from evomerge.fidelity.race import RaceOptions
 from evomerge.materialize.adapter import Adapter, open_expert
 from evomerge.materialize.arrangement import arrange
 from evomerge.materialize.checkpoint import Checkpoint, fit_to_base, open_checkpoint
@@ -44,6 +45,7 @@ class Plan:
     evaluator: Evaluator
     objectives: tuple[Objective, ...]
     splits: TaskSplits
+    fidelity: RaceOptions | None
 
     @property
     def num_parameters(self) -> int:
@@ -128,6 +130,9 @@ def make_plan(campaign: Campaign) -> Plan:
     groups = make_groups(tensors, campaign.space.groups)
     operators, space = _make_choice(campaign, tensors, groups)
     evaluator = _make_evaluator(campaign, base)
+    objectives = _objectives(campaign, evaluator)
+    if campaign.fidelity:
+        _require_means(objectives, evaluator)
     return Plan(
         base=base,
         experts=experts,
@@ -142,8 +147,9 @@ def make_plan(campaign: Campaign) -> Plan:
         groups=groups,
         space=space,
         evaluator=evaluator,
-        objectives=_objectives(campaign, evaluator),
+        objectives=objectives,
         splits=split_items(evaluator.sources, campaign.split.shares(), campaign.seed),
+        fidelity=campaign.fidelity,
     )
 
 
@@ -301,6 +307,16 @@ def _objectives(campaign: Campaign, evaluator: Evaluator) -> tuple[Objective, ..
     parts = {part for summary in summaries.values() for part in summary.parts}
     objectives = {**measured, **summaries}
     return tuple(replace(objectives[section.name], steers=section.name not in parts) for section in campaign.objectives)
+
+
+def _require_means(objectives: Sequence[Objective], evaluator: Evaluator) -> None:
+    """A race judges by the first items: only a mean over items can be judged so."""
+    for objective in objectives:
+        if not objective.summary and evaluator.metrics(objective.task)[objective.metric].aggregate:
+            raise CampaignError(
+                f"fidelity: objective {objective.name}: {objective.metric} is no mean over items and cannot be raced; "
+                "leave fidelity out, or take loss as the metric"
+            )
 
 
 def _measured(section: ObjectiveSection, where: str, evaluator: Evaluator) -> Objective:

@@ -6,7 +6,7 @@ Shape letters: K experts, G groups, D dimensions of the space, M objectives.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -245,6 +245,11 @@ class Trial:
         """The point that was scored: where the descent ended, if there was one."""
         arrival = self.measurement.arrival if self.measurement else None
         return arrival.point if arrival else self.candidate.point
+
+
+def in_order(trials: Iterable[Trial]) -> list[Trial]:
+    """Return the trials that have a result, in the order of the results."""
+    return sorted((trial for trial in trials if trial.order is not None), key=lambda trial: trial.order or 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

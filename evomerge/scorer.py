@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from evomerge.errors import CandidateError, DataError, EvoMergeError
-from evomerge.evaluators.evaluator import Evaluator, ItemScores, companion_of
+from evomerge.evaluators.evaluator import LOSS, Evaluator, ItemScores, companion_of
 from evomerge.evidence.scores import score_of
 from evomerge.materialize.materializer import Materializer
 from evomerge.operators.linear import TaskArithmetic
@@ -159,16 +159,18 @@ def objective_score(evaluator: Evaluator, objective: Objective, reported: ItemSc
     Raises: CandidateError if it is not finite.
     """
     of_items = reported[objective.metric]
-    if of_items.dtype.kind == "f" and not np.isfinite(of_items).all():
-        flawed = int((~np.isfinite(of_items)).sum())
-        raise CandidateError(f"{objective.name}: {flawed} of {len(of_items)} items have no finite {objective.metric}")
-    sources = evaluator.sources[objective.task]
+    sources, metric = evaluator.sources[objective.task], evaluator.metrics(objective.task)[objective.metric]
+    companion = companion_of(objective.metric, metric, reported)
+    for what, numbers in ((objective.metric, of_items), (LOSS, companion)):
+        if numbers is not None and numbers.dtype.kind == "f" and not np.isfinite(numbers).all():
+            flawed = int((~np.isfinite(numbers)).sum())
+            raise CandidateError(f"{objective.name}: {flawed} of {len(numbers)} items have no finite {what}")
     score = score_of(
         of_items,
         items,
         [sources[item] for item in items],
-        aggregate=evaluator.metrics(objective.task)[objective.metric].aggregate,
-        companion=companion_of(objective.metric, reported),
+        aggregate=metric.aggregate,
+        companion=companion,
     )
     if not np.isfinite([score.value, score.stderr]).all():
         raise CandidateError(f"{objective.name}: {objective.metric} of {len(items)} items is {score.value:g}")

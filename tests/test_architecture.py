@@ -12,9 +12,9 @@ LAYERS = (
     {"operators", "space", "splits", "front", "evidence"},
     {"materialize", "ledger"},
     {"proposers", "evaluators", "fidelity", "workers", "families"},
-    {"campaign", "assemble", "plan", "scorer", "stages", "references", "driver", "recipe_file"},
+    {"campaign", "assemble", "plan", "scorer", "stages", "references", "racing", "driver", "recipe_file"},
     {"interop"},
-    {"run", "check", "export", "card", "guard"},
+    {"run", "check", "claims", "export", "card", "guard"},
     {"report"},
     {"cli"},
 )

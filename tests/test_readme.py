@@ -37,11 +37,16 @@ def checkout(tmp_path: Path, digits4: FamilySummary, monkeypatch: pytest.MonkeyP
 
 
 def test_the_campaign_and_its_stages_are_read(checkout: Path) -> None:
-    campaign, choice, stages, *_ = blocks("yaml")
+    campaign, objectives, choice, stages, *_ = blocks("yaml")
     path = checkout / "campaign.yaml"
     path.write_text(campaign)
     plan = make_plan(read_campaign(path))
     assert len(plan.space) == 15  # 2 experts x 8 groups, one of them fixed
+    path.write_text(yaml.safe_dump(yaml.safe_load(campaign) | yaml.safe_load(objectives), sort_keys=False))
+    assert [objective.name for objective in make_plan(read_campaign(path)).objectives if objective.steers] == [
+        "skills",
+        "doubt",
+    ]
     path.write_text(yaml.safe_dump(yaml.safe_load(campaign) | yaml.safe_load(choice), sort_keys=False))
     assert (
         len(make_plan(read_campaign(path)).space) == 13

@@ -33,11 +33,13 @@ LOSS = "loss"
 class Metric:
     """Which way a metric is better (None where only the campaign can say), and how items make a task's score.
 
-    aggregate: (what ``score`` reports of the items, the items) -> the task's score; None is the mean.
+    aggregate: (what ``score`` reports of the items, the items) -> the task's score; None is the mean. follows_loss:
+    whether a model with a smaller ``loss`` may be expected to be better; if not, only ``loss:<metric>`` is a companion.
     """
 
     direction: Direction | None
     aggregate: Callable[[npt.NDArray[Any], Items], float] | None = None
+    follows_loss: bool = True
 
 
 class Evaluator(Protocol):
@@ -68,9 +70,11 @@ class Evaluator(Protocol):
         """Return the mean of a named loss over the items, in nats, differentiable in the model's parameters."""
 
 
-def companion_of(metric: str, scores: ItemScores) -> npt.NDArray[np.float32] | None:
+def companion_of(name: str, metric: Metric, scores: ItemScores) -> npt.NDArray[np.float32] | None:
     """Return the smooth companion of a metric among what an evaluator reported, if there is one."""
-    found: npt.NDArray[np.float32] | None = scores.get(f"{LOSS}:{metric}", scores.get(LOSS))
+    found: npt.NDArray[np.float32] | None = scores.get(
+        f"{LOSS}:{name}", scores.get(LOSS) if metric.follows_loss else None
+    )
     return found
 
 

@@ -98,10 +98,10 @@ class GenerationEvaluator:
 
     def metrics(self, task: str) -> Mapping[str, Metric]:
         """Length; with answers exact_match and loss; and of a judge what objectives ask for, of no known direction."""
-        metrics = {LENGTH: Metric("min")}
+        metrics = {LENGTH: Metric("min", follows_loss=False)}
         if self._tasks[task].references:
             metrics |= {EXACT_MATCH: Metric("max"), LOSS: Metric("min")}
-        return metrics | {metric: Metric(None) for metric in self._judged(task)}
+        return metrics | {metric: Metric(None, follows_loss=False) for metric in self._judged(task)}
 
     def score(self, model: nn.Module, task: str, items: Items) -> ItemScores:
         """Have every prompt answered; the companion is the loss of the reference answer, whatever was written."""
@@ -150,12 +150,6 @@ class GenerationEvaluator:
         for number, line in enumerate(lines, start=1):
             where = f"task {task}: {path}, line {number}"
             prompt, reference = self._tokens(line)
-            if (
-                reference is None
-                and isinstance(judge := self._options.judge, ModelJudgeOptions)
-                and judge.needs_reference
-            ):
-                raise DataError(f"{where}: expected an answer: the judge's prompt has a {{reference}}; found none")
             if not prompt or (reference and reference.num_scored < 1):
                 raise DataError(f"{where}: expected at least one token in prompt and answer, found none")
             longest = max(len(prompt) + self._options.max_new_tokens, len(reference.tokens) if reference else 0)
@@ -181,7 +175,9 @@ class GenerationEvaluator:
         return prompt, TokenSequence((*prompt, *answer), len(answer))
 
     def _flaw(self, line: Mapping[str, Any]) -> str | None:
-        known = {"source", "prompt", "answer"}
+        known, judge = {"source", "prompt", "answer"}, self._options.judge
+        if "answer" not in line and isinstance(judge, ModelJudgeOptions) and judge.needs_reference:
+            return "expected an answer, as the judge's prompt has a {reference}; found none"
         if "prompt" not in line or (line.keys() - known and self._judge is None):
             return f"expected source, prompt and, if there is one, answer; found {', '.join(sorted(line))}"
         for key in ("prompt", "answer"):

@@ -87,7 +87,9 @@ class LanguageEvaluator:
             return _choice_scores(total, [len(sequences) for sequences in chosen], [held.gold[item] for item in items])
         loss = -total / torch.tensor([sequence.num_scored for sequence in flat])
         scores = {LOSS: loss.float().numpy()}
-        return scores if held.form == "text" else {"exact_match": exact.float().numpy(), **scores}
+        if held.form == "answer":
+            scores["exact_match"] = exact.float().where(total.isfinite(), torch.nan).numpy()
+        return scores
 
     def loss(self, model: nn.Module, task: str, items: Items, name: str) -> Tensor:
         """Mean over items of the loss of the right answer, or of the entropy of the predictions where it stands."""
@@ -97,11 +99,14 @@ class LanguageEvaluator:
 
 
 def _choice_scores(total: Tensor, num_choices: Sequence[int], gold: Sequence[int]) -> ItemScores:
+    """Accuracy, NaN where a choice has no finite log-probability, and -log p(right | choices)."""
     rows = total.split(list(num_choices))
-    return {
-        "accuracy": np.array([int(row.argmax()) == right for row, right in zip(rows, gold, strict=True)], np.float32),
-        "loss": np.array([-row.log_softmax(0)[right] for row, right in zip(rows, gold, strict=True)], np.float32),
-    }
+    hits = [
+        float(int(row.argmax()) == right) if bool(row.isfinite().all()) else np.nan
+        for row, right in zip(rows, gold, strict=True)
+    ]
+    losses = [-row.log_softmax(0)[right] for row, right in zip(rows, gold, strict=True)]
+    return {"accuracy": np.array(hits, np.float32), LOSS: np.array(losses, np.float32)}
 
 
 def _tokenize(where: str, lines: Sequence[Mapping[str, Any]], tokenizer: Any, limit: int | None) -> _Task:

@@ -61,13 +61,13 @@ def logprobs(
         else:
             batches = forwards(model, runs, batch_size)
         for batch, logits, targets, scored in batches:
-            of_rows = [rows[run] for run in batch]
-            targets_BTR, scored_BTR = _each(targets, scored, [[sequences[index] for index in row] for row in of_rows])
-            logp_BTR = logits.log_softmax(-1).gather(-1, targets_BTR)
-            exact_BTR = (logits.argmax(-1, keepdim=True) == targets_BTR) | ~scored_BTR
-            indices, held_BR = [index for row in of_rows for index in row], scored_BTR.any(1)
-            total[indices] = logp_BTR.where(scored_BTR, 0.0).double().sum(1)[held_BR].cpu()
-            greedy[indices] = exact_BTR.all(1)[held_BR].cpu()
+            pairs = [(row, index) for row, run in enumerate(batch) for index in rows[run]]
+            indices, row_B = [index for _, index in pairs], targets.new_tensor([row for row, _ in pairs])
+            targets_BT, scored_BT = _of_each(targets, scored, row_B, [sequences[index] for index in indices])
+            places_T = torch.arange(logits.shape[1], device=logits.device)
+            logp_BT = logits.log_softmax(-1)[row_B[:, None], places_T, targets_BT]
+            total[indices] = logp_BT.where(scored_BT, 0.0).double().sum(1).cpu()
+            greedy[indices] = ((logits.argmax(-1)[row_B] == targets_BT) | ~scored_BT).all(1).cpu()
     return total, greedy
 
 
@@ -85,7 +85,7 @@ def mean_loss(model: nn.Module, sequences: Sequence[TokenSequence], batch_size: 
 
 
 def _alike(sequences: Sequence[TokenSequence]) -> list[list[int]]:
-    """Return indices of sequences that one forward answers, as only their last tokens differ; most scored comes first.
+    """Return the indices of sequences that one row answers, as only their last tokens differ; most scored comes first.
 
     Such are choices of one token, and equal sequences, which so score equal to the last bit.
     """
@@ -95,22 +95,18 @@ def _alike(sequences: Sequence[TokenSequence]) -> list[list[int]]:
     return [sorted(row, key=lambda index: -sequences[index].num_scored) for row in rows.values()]
 
 
-def _each(targets_BT: Tensor, scored_BT: Tensor, rows: Sequence[Sequence[TokenSequence]]) -> tuple[Tensor, Tensor]:
-    """Return the tokens to be predicted and which are scored, (B, T, R), for each of the up to R sequences of a row."""
-    width, device = max(len(row) for row in rows), targets_BT.device
-    ends, counts = (
-        torch.tensor([[*of_row, *[0] * (width - len(of_row))] for of_row in of_rows], device=device)
-        for of_rows in (
-            [[sequence.tokens[-1] for sequence in row] for row in rows],
-            [[sequence.num_scored for sequence in row] for row in rows],
-        )
+def _of_each(
+    targets: Tensor, scored: Tensor, rows: Tensor, sequences: Sequence[TokenSequence]
+) -> tuple[Tensor, Tensor]:
+    """Return the tokens to be predicted and which are scored, (B, T), of sequences that are answered by given rows."""
+    places = torch.arange(targets.shape[1], device=targets.device)
+    last = (places * scored).amax(1)[rows]
+    targets, behind = targets[rows], last[:, None] - places
+    targets[torch.arange(len(rows), device=rows.device), last] = targets.new_tensor(
+        [sequence.tokens[-1] for sequence in sequences]
     )
-    places = torch.arange(targets_BT.shape[1], device=device)
-    last_B = (places * scored_BT).amax(1)
-    targets_BTR = targets_BT[..., None].repeat(1, 1, width)
-    targets_BTR[torch.arange(len(rows), device=device), last_B] = ends
-    behind_BT = last_B[:, None] - places  # how many tokens before the last
-    return targets_BTR, (behind_BT[..., None] >= 0) & (behind_BT[..., None] < counts[:, None])
+    counts = targets.new_tensor([sequence.num_scored for sequence in sequences])
+    return targets, (behind >= 0) & (behind < counts[:, None])
 
 
 def continues_exactly(model: Any, sequences: Sequence[TokenSequence]) -> bool:

@@ -23,14 +23,15 @@ MAX_GROUPS = 100  # of sources; a standard error from so many is itself known to
 def cluster_error(residuals_N: Floats, codes_N: Items) -> float:
     """Return the standard error of a sum of N small residuals (their sum is 0) that are drawn source by source.
 
-    codes_N: source of each item, 0 to S - 1. With r_s the residuals' sum over source s, the variance is
+    codes_N: a number for the source of each item. With r_s the residuals' sum over source s, the variance is
     ``S / (S - 1) * sum_s r_s^2``: of a mean over items of clusters of any size, to first order (Cochran 1977, 6.3).
     One source says nothing about others: infinite.
     """
-    sums_S = np.bincount(codes_N, residuals_N)
-    if len(sums_S) < 2:
+    num_sources = int(np.count_nonzero(np.bincount(codes_N)))
+    if num_sources < 2:
         return float("inf")
-    return float(np.sqrt(len(sums_S) / (len(sums_S) - 1) * (sums_S**2).sum()))
+    sums_S = np.bincount(codes_N, residuals_N)
+    return float(np.sqrt(num_sources / (num_sources - 1) * (sums_S**2).sum()))
 
 
 def source_codes(sources: Sequence[int | str]) -> Items:
@@ -65,7 +66,8 @@ def score_of(
     """Return the score of the items, with a standard error that is clustered by source.
 
     reported: what the evaluator said of each item; sources: of each item; aggregate: None for the mean. An aggregate
-    is called once more for each source. Where an item or the score is not finite, neither is the error.
+    is called once more for each source (see ``grouped``), and has to be smooth: of a median, the error is a guess.
+    Where an item or the score is not finite, neither is the error.
     Raises: CandidateError if the aggregate is not finite without one of the sources, so that its error is unknown.
     """
     codes_N = source_codes(sources)
@@ -73,12 +75,13 @@ def score_of(
         if aggregate is None:
             value = float(reported.astype(np.float64).mean())
             residuals_N = (reported.astype(np.float64) - value) / len(items)
+            items_N = reported.astype(np.float32)  # not by way of the residuals, whose roundings would be seen
         else:
             value = float(aggregate(reported, items))
             residuals_N = (
                 _influence(aggregate, reported, items, codes_N) if np.isfinite(value) else np.zeros(len(items))
             )
-        items_N = (value + len(items) * residuals_N).astype(np.float32)
+            items_N = (value + len(items) * residuals_N).astype(np.float32)
     stderr = cluster_error(residuals_N, codes_N) if np.isfinite(items_N).all() else float("nan")
     return Score(value=value, stderr=stderr, items=items_N, companion=companion)
 

@@ -54,13 +54,14 @@ class Verdict:
             found = f"largest gain {_signed(largest.difference)}" + ("" if is_only else f" in {largest.objective}")
             where = "" if is_only else " in any objective"
             return f"no model on the front is better than {self.reference} beyond noise{where} ({found})"
-        best = {gain.objective: gain for gain in reversed(self.winners)}
+        best = {gain.objective: gain for gain in reversed(self.winners)}  # the last that is put in stays
         named = [
             f"{gain.model} {_signed(gain.difference)}" + ("" if is_only else f" in {gain.objective}")
             for gain in self.winners
-            if best[gain.objective] is gain
+            if gain is best[gain.objective]
         ]
-        more = [f"{len(named) - NUM_NAMED} more objectives"] if len(named) > NUM_NAMED else []
+        rest = len(named) - NUM_NAMED
+        more = [f"and gains in {rest} more objective{'s' if rest > 1 else ''}"] if rest > 0 else []
         num_better, num_models = (len({gain.model for gain in some}) for some in (self.winners, self.gains))
         return (
             f"{num_better} of {num_models} models on the front {'is' if num_better == 1 else 'are'} better than "
@@ -69,18 +70,18 @@ class Verdict:
 
 
 def verdict(
-    reference: str,
-    scored: Measurement,
     members: Mapping[str, Measurement],
+    reference: Measurement,
+    name: str,
     objectives: Sequence[Objective],
     sources: Sources,
 ) -> Verdict:
-    """Compare the front's members (one at least, by the name to show) with a reference, on the same test items.
+    """Compare the front's members (one at least, by the names to show) with a reference, on the same test items.
 
-    reference: what to call it; scored: its measurement. The chances are those of the largest of all gains (Westfall
-    and Young 1993, 2.6), which are as dependent as the models are alike, with Student's tails for few sources.
+    name: what to call the reference. The chances are those of the largest of all gains (Westfall and Young 1993, 2.6),
+    which are as dependent as the models are alike, with Student's tails for few sources.
     """
-    items = [np.stack([gains(member, scored, objective) for member in members.values()]) for objective in objectives]
+    items = [np.stack([gains(member, reference, objective) for member in members.values()]) for objective in objectives]
     of_items = [sources[objective.name] for objective in objectives]
     codes = [source_codes(of_objective) for of_objective in of_items]
     differences = [cautious_differences(*of_objective) for of_objective in zip(items, codes, strict=True)]
@@ -91,22 +92,22 @@ def verdict(
     largest_R = _largest_by_chance(contributions(items, of_items), errors_MK, fewest)
     found = [
         Gain(
-            model=name,
+            model=model,
             objective=objective.name,
-            difference=paired_difference(member, scored, [objective], sources),
+            difference=paired_difference(member, reference, [objective], sources),
             chance=float((1 + (largest_R >= ratios_MK[m, k]).sum()) / (1 + len(largest_R))),
         )
         for m, objective in enumerate(objectives)
-        for k, (name, member) in enumerate(members.items())
+        for k, (model, member) in enumerate(members.items())
     ]
     order = np.argsort(-ratios_MK.ravel(), kind="stable")
-    return Verdict(reference=reference, gains=tuple(found[i] for i in order))
+    return Verdict(reference=name, gains=tuple(found[i] for i in order))
 
 
-def luck_text(num_candidates: int, optimism: float, gap: Difference) -> str:
-    """Say by how much the best mean of so many candidates must look better than it is, and what test items say."""
+def luck_text(what: str, num_candidates: int, optimism: float, gap: Difference) -> str:
+    """Say by how much the best of so many candidates must look better than it is, and what test items say."""
     change = f"{'lost' if gap.value >= 0 else 'gained'} {abs(gap.value):.3f} ±{gap.stderr:.3f}"
-    return f"the best mean of {num_candidates} candidates flatters by about {optimism:.3f}; on test items it {change}"
+    return f"the best {what} of {num_candidates} candidates flatters by about {optimism:.3f}; on test items it {change}"
 
 
 def _largest_by_chance(sums_MKS: Floats, errors_MK: Floats, freedom: int) -> Floats:

@@ -1,4 +1,4 @@
-"""A mergekit-evolve configuration -> a campaign file: models, method and search space; the tasks are left to fill in.
+"""A mergekit-evolve configuration -> a campaign file: models, method, search space, and its tasks of lm-eval.
 
 After mergekit's public description of the format (its ``docs/evolve.md``). What cannot be carried over is named twice:
 in the campaign's comments and in the notes that are returned.
@@ -10,7 +10,7 @@ from textwrap import wrap
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from evomerge.assemble import OPERATORS, look_up
 from evomerge.errors import CampaignError
@@ -23,17 +23,12 @@ from evomerge.space.choice import COEFFICIENT
 from evomerge.space.groups import BLOCK_NUMBER
 from evomerge.strict import parse, read_yaml
 
-FILL_IN = "FILL-IN"
 SEARCHED = ("density", "gamma")
 """What mergekit-evolve searches beside the weights, where the method has it."""
-METRICS = {"acc": "accuracy", "acc_norm": "accuracy", "exact_match": "exact_match"}
 NO_EFFECT = {
     "limit": "the share evaluation.split.search says how many items steer the search",
-    "num_fewshot": "put the examples into the items' prompts",
     "shuffle": "items are split by source and seed",
     "random_init": "the search starts at equal weights",
-    "apply_chat_template": "put the template into the items' prompts",
-    "fewshot_as_multiturn": "put the examples into the items' prompts",
 }
 
 
@@ -65,11 +60,19 @@ class EvolveSection(Options):
     genome: GenomeSection
     tasks: Annotated[list[TaskSection], Field(min_length=1)]
     limit: Any = None
-    num_fewshot: Any = None
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
     shuffle: Any = None
     random_init: Any = None
-    apply_chat_template: Any = None
-    fewshot_as_multiturn: Any = None
+    apply_chat_template: bool = True
+    fewshot_as_multiturn: bool = True
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _named(cls, given: Any) -> Any:
+        """A task may be its name alone."""
+        return (
+            [{"name": task} if isinstance(task, str) else task for task in given] if isinstance(given, list) else given
+        )
 
 
 def is_genome(data: Mapping[str, Any]) -> bool:
@@ -205,28 +208,35 @@ class _Translation:
         return [tensor.name for tensor in tensor_index(empty_model(open_checkpoint("base", self.base)))]
 
     def _objectives(self) -> list[dict[str, str]]:
-        sections = []
-        for number, task in enumerate(self.section.tasks):
-            metric = METRICS.get(task.metric.split(",", maxsplit=1)[0])
-            if metric is None:
-                self.notes.append(f"tasks[{number}].metric: {task.metric} is unknown here; loss stands in its place")
-            sections.append({"name": _label(task.name), "task": _label(task.name), "metric": metric or "loss"})
-        weights = {_label(task.name): task.weight for task in self.section.tasks}
-        if len(set(weights.values())) > 1:
-            shown = ",".join(f"{name}={weight:g}" for name, weight in weights.items())
+        sections: list[dict[str, str]] = []
+        weights: dict[str, float] = {}
+        for task in self.section.tasks:
+            label = _label(task.name)
+            label = f"{label}.{_label(task.metric)}" if label in weights else label
+            weights[label] = task.weight
+            lower_is_better = {"direction": "min"} if task.weight < 0 else {}
+            sections.append({"name": label, "task": task.name, "metric": task.metric, **lower_is_better})
+        if len({abs(weight) for weight in weights.values()}) > 1:
+            shown = ",".join(f"{name}={abs(weight):g}" for name, weight in weights.items())
             self.notes.append(
                 "tasks: their weights are not part of a campaign, which finds the front of all trade-offs; pick from "
                 f"it with evomerge export RUN --prefer {shown}"
             )
         return sections
 
-    def _evaluation(self) -> dict[str, str]:
-        tasks = ", ".join(dict.fromkeys(task.name for task in self.section.tasks))
+    def _evaluation(self) -> dict[str, Any]:
+        """lm-eval's tasks and options; half of the items steer the search, the other half tell what came of it."""
         self.notes.append(
-            f"evaluation.data: tasks of the lm-eval harness ({tasks}) cannot be scored yet; put items of each into a "
-            f'folder as TASK.jsonl (see the README, "Your own items"), and write that folder for {FILL_IN}'
+            "evaluation.include_path: where task files of your own lie, if there are any: what --task-search-path named"
         )
-        return {"kind": "language", "data": FILL_IN}
+        shots = {} if self.section.num_fewshot is None else {"num_fewshot": self.section.num_fewshot}
+        return {
+            "kind": "lm_eval",
+            **shots,
+            "apply_chat_template": self.section.apply_chat_template,
+            "fewshot_as_multiturn": self.section.fewshot_as_multiturn,
+            "split": {"adapt": 0.0, "search": 0.5, "test": 0.5},
+        }
 
 
 def _label(name: str) -> str:

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from evomerge.claims import claims
+from evomerge.evidence.intervals import score_intervals
 from evomerge.front.front import front_hypervolume
-from evomerge.records import Measurement, Objective, Trial
+from evomerge.records import Floats, Measurement, Objective, Trial, in_order
 from evomerge.run import Run
 
 FRONT, FAINT, MARK, GRID = "#0072B2", "#9AA5B1", "#D55E00", "#E5E8EC"  # Okabe and Ito: apart for the colour-blind
@@ -21,6 +23,7 @@ p.lead { color: #51606f; margin-top: .3rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { text-align: right; padding: .2rem .8rem; border-bottom: 1px solid #e5e8ec; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
+td small { display: block; color: #66727f; font-size: .72rem; line-height: 1.1; }
 tr.reference td { color: #66727f; } tr.knee td { font-weight: 600; }
 code { background: #f3f5f7; padding: .15rem .4rem; border-radius: .25rem; }
 .scroll { overflow-x: auto; }
@@ -48,6 +51,7 @@ def write_report(run: Run, path: Path) -> None:
         f'<p class="lead">{_lead(run)}</p>',
         f"<h2>{title}</h2>",
         _picture(_front_figure(run, knee)),
+        *_claims(run),
         "<h2>Models</h2>",
         f'<div class="scroll">{_table(run, knee)}</div>',
         _coefficients(run, knee),
@@ -75,8 +79,13 @@ def _lead(run: Run) -> str:
         f"{html.escape(' or '.join(run.campaign.operator_names))} in "
         f"{len(run.facts['space'])} dimensions. {len(run.trials)} candidates{failed}, {run.cost:.0f} full-evaluation "
         f"equivalents, {len(run.front)} models on the front. Candidates were chosen on search items; {_touches(run)}. "
-        "± and bars are one standard error."
+        "± and bars are one standard error, small ranges 95 % intervals."
     )
+
+
+def _claims(run: Run) -> list[str]:
+    sentences = [f"<li>{html.escape(claim[0].upper() + claim[1:])}.</li>" for claim in claims(run)]
+    return ["<h2>What the items say</h2>", f"<ul>{''.join(sentences)}</ul>"] if sentences else []
 
 
 def _touches(run: Run) -> str:
@@ -224,7 +233,7 @@ def _coefficients(run: Run, knee: str) -> str:
 def _hypervolume_figure(run: Run) -> Any:
     import plotly.graph_objects as go
 
-    finished = sorted((trial for trial in run.trials if trial.order is not None), key=lambda trial: trial.order or 0)
+    finished = in_order(run.trials)
     costs = np.cumsum([trial.measurement.cost if trial.measurement else 0.0 for trial in finished])
     steps = sorted({int(step) for step in np.linspace(1, len(finished), 60)})
     volumes = [front_hypervolume(finished[:step], run.objectives, run.searched["base"]) for step in steps]
@@ -241,9 +250,14 @@ def _table(run: Run, knee: str) -> str:
     with_gain = bool(run.tested) and run.has_one_metric
     gain_head = "<th>over best scalar</th>" if with_gain else ""
     lines = [f"<tr><th>model</th>{head}{gain_head}</tr>"]
-    for subject in [*run.references, *(f"trial:{trial.number}" for trial in run.front)]:
+    subjects = [*run.references, *(f"trial:{trial.number}" for trial in run.front)]
+    intervals = _intervals(run, measured, subjects)
+    for subject in subjects:
         scores = [measured[subject].scores[objective.name] for objective in run.objectives]
-        cells = "".join(f"<td>{score.value:.3f} ± {score.stderr:.3f}</td>" for score in scores)
+        cells = "".join(
+            f"<td>{score.value:.3f} ± {score.stderr:.3f}<small>{low:.3f} to {high:.3f}</small></td>"
+            for score, (low, high) in zip(scores, intervals[subject], strict=True)
+        )
         if with_gain:
             gain, error = run.gain(subject, run.best_scalar)
             cells += "<td></td>" if subject == run.best_scalar else f"<td>{gain:+.3f} ± {error:.3f}</td>"
@@ -252,6 +266,18 @@ def _table(run: Run, knee: str) -> str:
         label += " (knee)" if kind == "knee" else ""
         lines.append(f'<tr class="{kind}"><td>{html.escape(label)}</td>{cells}</tr>')
     return f"<table>{''.join(lines)}</table>"
+
+
+def _intervals(run: Run, measured: dict[str, Measurement], subjects: list[str]) -> dict[str, Floats]:
+    """Return subject -> the 95 % intervals of its objectives, (M, 2)."""
+    sources = run.sources("test" if run.tested else "search")
+    by_objective = [
+        score_intervals(
+            np.stack([measured[subject].scores[objective.name].items for subject in subjects]), sources[objective.name]
+        )
+        for objective in run.objectives
+    ]
+    return dict(zip(subjects, np.stack(by_objective, axis=1), strict=True))
 
 
 def _commands(run: Run, knee: str) -> str:

@@ -23,6 +23,7 @@ from rich.table import Table
 from evomerge.assemble import OPERATORS
 from evomerge.campaign import Campaign
 from evomerge.check import CheckReport
+from evomerge.claims import claims
 from evomerge.errors import EvoMergeError, RunError
 from evomerge.export import Verification
 from evomerge.families.family import make
@@ -240,9 +241,10 @@ def print_check(file: Path, report: CheckReport) -> None:
     )
     table.add_row("merging", f"{_residence(report)}; {report.kernels}")
     table.add_row("one evaluation", f"{_duration(report.evaluation_s)} (timed)")
+    bound = "at most" if plan.fidelity else "about"
     table.add_row(
         "whole run",
-        f"about {_duration(report.total_s)} for {report.equivalents:.0f} equivalents and "
+        f"{bound} {_duration(report.total_s)} for {report.equivalents:.0f} equivalents and "
         f"{report.reference_evaluations} reference models; the front's test scores come on top",
     )
     console.print(table)
@@ -364,6 +366,8 @@ def _print_notes(run: Run, num_hidden: int, *, compact: bool) -> None:
     if num_hidden:
         say(f"{num_hidden} more on the front: {COMMAND} front {run.folder} --all")
     say(f"hypervolume {run.hypervolume():.4g} above the base, on search items; by those the table is sorted")
+    for claim in claims(run):
+        say(claim)
     if run.tested and run.has_one_metric:
         say(f"over scalar: paired difference of the mean to {run.best_scalar}, the best single coefficient")
     failed = [trial for trial in run.trials if trial.failure]

@@ -15,7 +15,7 @@ TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums in another order, where
 def assert_same_scores(one: ItemScores, other: ItemScores) -> None:
     assert one.keys() == other.keys()
     for metric, scores in one.items():
-        np.testing.assert_allclose(scores, other[metric], **TOLERANCE)
+        np.testing.assert_allclose(scores.tolist(), other[metric].tolist(), **TOLERANCE)  # objects: pairs of numbers
 
 
 class EvaluatorContract:
@@ -138,3 +138,11 @@ class EvaluatorContract:
             assert rounded.dtype == np.float32
             np.testing.assert_allclose(rounded, exact, rtol=0.1, atol=0.1)
             assert len(np.unique(rounded)) > len(items) // 2, "log-probabilities rounded to bfloat16 would coincide"
+
+    def test_a_broken_model_scores_nan_and_raises_nothing(self, evaluator: Evaluator, model: Any) -> None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(torch.nan)
+        for task in self.tasks:
+            scores = evaluator.score(model, task, self.everything(evaluator, task)[:4])
+            assert np.isnan(scores["loss"]).all()

@@ -19,7 +19,7 @@ from evomerge.errors import CampaignError, DataError
 from evomerge.evaluators.evaluator import Metric
 from evomerge.evaluators.generate import Limits, generate
 from evomerge.evaluators.generation import GenerationEvaluator, GenerationOptions
-from evomerge.evaluators.judge import JudgeError
+from evomerge.evaluators.judge import JudgeError, ModelJudge, ModelJudgeOptions
 
 NUM_ITEMS, NEW = 12, 6
 EVERYTHING = np.arange(NUM_ITEMS)
@@ -343,8 +343,6 @@ class TestModelJudges:
         assert np.isnan(scores["harm"]).any()
 
     def test_an_answer_that_looks_like_a_template_is_left_alone(self) -> None:
-        from evomerge.evaluators.judge import ModelJudge, ModelJudgeOptions
-
         asked = []
 
         def reply(_path: str, body: dict[str, Any], _headers: Any) -> tuple[int, Any]:

@@ -145,6 +145,25 @@ def test_what_is_shared_is_run_once() -> None:
     assert plain.logits == 24 * 3
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_choices_of_one_token_are_answered_by_one_row(share: bool) -> None:
+    """And equal sequences, of which more or fewer tokens may be scored."""
+    rng = np.random.default_rng(0)
+    contexts = [tokens(rng, 12) for _ in range(6)]
+    sequences = [TokenSequence((*context, last), 1) for context in contexts for last in (3, 8, 5, 7)]
+    sequences += [
+        TokenSequence((*context, last), scored) for context in contexts[:3] for last, scored in ((8, 1), (9, 4))
+    ]
+    model = tiny("llama")
+    calls = Calls(model)
+    total, greedy = logprobs(model, sequences, 4, share_prefixes=share)
+    assert calls.tokens == 6 * 12
+    expected, exact = one_by_one(model, sequences)
+    np.testing.assert_allclose(total.numpy(), expected, **CLOSE)
+    assert greedy.tolist() == exact
+    assert [float(total[4 * n + 1]) for n in range(3)] == [float(total[24 + 2 * n]) for n in range(3)]
+
+
 def test_sharing_that_saves_little_is_left() -> None:
     rng = np.random.default_rng(0)
     sequences = [TokenSequence((5, *tokens(rng, 12)), 12) for _ in range(8)]

@@ -241,6 +241,18 @@ def test_codes_count_the_distinct_names(sources: list[int | str]) -> None:
     assert [names[list(codes).index(code)] for code in codes] == names
 
 
+def test_numbers_of_sources_that_are_not_there_do_not_count() -> None:
+    residuals = np.array([0.3, -0.1, -0.2])
+    assert cluster_error(residuals, np.array([7, 2, 4])) == cluster_error(residuals, np.array([0, 1, 2]))
+    assert cluster_error(residuals, np.array([7, 7, 7])) == np.inf
+
+
 def test_residuals_of_one_source_add_up() -> None:
     assert cluster_error(np.array([0.1, -0.1, 0.2, -0.2]), np.array([0, 0, 1, 1])) == pytest.approx(0.0)
     assert cluster_error(np.array([0.1, 0.2, -0.1, -0.2]), np.array([0, 0, 1, 1])) == pytest.approx(np.sqrt(2 * 0.18))
+
+
+def test_the_items_of_a_mean_are_kept_to_the_last_bit() -> None:
+    """Hits and misses stay 1 and 0: residuals added to their mean would not give them back."""
+    hits = (np.random.default_rng(0).random(30) < 0.3).astype(np.float32)
+    assert (score_of(hits, np.arange(30), range(30)).items == hits).all()

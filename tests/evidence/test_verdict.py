@@ -32,7 +32,7 @@ def alike(rng: np.random.Generator, num_models: int, lead: float = 0.0) -> tuple
 
 
 def judge(reference: Measurement, members: dict[str, Measurement], *objectives: Objective) -> Verdict:
-    return verdict("the uniform average", reference, members, objectives or (A, B), SOURCES)
+    return verdict(members, reference, "the uniform average", objectives or (A, B), SOURCES)
 
 
 def test_a_front_of_equals_rarely_has_a_winner() -> None:
@@ -111,13 +111,13 @@ def test_long_verdicts_name_some_objectives_and_count_the_rest() -> None:
             split="test", scores={name: score_of(x, np.arange(50), range(50)) for name in names}, cost=1.0, seconds={}
         )
 
-    text = verdict("the best scalar", scored(2), {"trial 1": scored(9)}, objectives, sources).text
+    text = verdict({"trial 1": scored(9)}, scored(2), "the best scalar", objectives, sources).text
     assert text.count("±") == 3
-    assert text.endswith(" in three, 2 more objectives")
+    assert text.endswith(" in three, and gains in 2 more objectives")
 
 
 def test_luck_in_words() -> None:
-    assert luck_text(240, 0.0213, Difference(0.018, 0.012)) == (
+    assert luck_text("mean", 240, 0.0213, Difference(0.018, 0.012)) == (
         "the best mean of 240 candidates flatters by about 0.021; on test items it lost 0.018 ±0.012"
     )
-    assert luck_text(8, 0.0, Difference(-0.004, 0.012)).endswith("on test items it gained 0.004 ±0.012")
+    assert luck_text("chat", 8, 0.0, Difference(-0.004, 0.012)).endswith("on test items it gained 0.004 ±0.012")

@@ -51,9 +51,15 @@ def test_layers_share_numbers_in_groups(write: Write) -> None:
     assert groups["before"] == ("model.embed_tokens.weight",)
     assert campaign["space"]["coefficient"] == {"low": 0.0, "high": 1.0, "start": 0.5}
     assert campaign["operator"]["density"] == {"low": 0.05, "high": 1.0, "start": 1.0, "per": "group"}
-    assert campaign["objectives"] == [{"name": "gsm8k", "task": "gsm8k", "metric": "exact_match"}]
+    assert campaign["objectives"] == [{"name": "gsm8k", "task": "gsm8k", "metric": "exact_match,strict-match"}]
+    assert campaign["evaluation"] == {
+        "kind": "lm_eval",
+        "apply_chat_template": True,
+        "fewshot_as_multiturn": True,
+        "split": {"adapt": 0.0, "search": 0.5, "test": 0.5},
+    }
     assert campaign["search"] == [{"proposer": "cma_es", "sigma": 0.1667}]
-    assert "tasks of the lm-eval harness (gsm8k) cannot be scored yet" in notes
+    assert "evaluation.include_path: where task files of your own lie" in notes
 
 
 def test_filters_part_the_layers(write: Write) -> None:
@@ -76,19 +82,28 @@ def test_options_are_mergekits(write: Write) -> None:
     assert "genome.normalize: task_arithmetic has no such option" in notes
 
 
-def test_what_is_not_carried_over_is_said(write: Write) -> None:
-    sections = evolve(models=["inputs/v1", "inputs/v2"], tokenizer_source="union")
-    sections |= {"num_fewshot": 4, "limit": 100}
-    sections["tasks"] = [{"name": "a", "weight": 2.0}, {"name": "b-b", "metric": "bleu,none"}]
+def test_tasks_are_lm_evals(write: Write) -> None:
+    tasks = [
+        "a",
+        {"name": "b-b", "metric": "word_perplexity,none", "weight": -2.0},
+        {"name": "a", "metric": "acc_norm,none"},
+    ]
+    sections = evolve() | {"tasks": tasks, "num_fewshot": 4, "apply_chat_template": False}
     campaign, notes = translated(write, sections)
-    assert [objective["metric"] for objective in campaign["objectives"]] == ["accuracy", "loss"]
-    for said in (
-        "num_fewshot: put the examples",
-        "limit: the share",
-        "genome.tokenizer_source",
-        "tasks[1].metric: bleu,none is unknown here",
-        "evomerge export RUN --prefer a=2,b-b=1",
-    ):
+    assert campaign["objectives"] == [
+        {"name": "a", "task": "a", "metric": "acc,none"},
+        {"name": "b-b", "task": "b-b", "metric": "word_perplexity,none", "direction": "min"},
+        {"name": "a.acc_norm_none", "task": "a", "metric": "acc_norm,none"},
+    ]
+    assert campaign["evaluation"]["num_fewshot"] == 4
+    assert campaign["evaluation"]["apply_chat_template"] is False
+    assert "evomerge export RUN --prefer a=1,b-b=2,a.acc_norm_none=1" in notes
+
+
+def test_what_is_not_carried_over_is_said(write: Write) -> None:
+    sections = evolve(models=["inputs/v1", "inputs/v2"], tokenizer_source="union") | {"limit": 100, "shuffle": True}
+    _, notes = translated(write, sections)
+    for said in ("limit: the share", "shuffle: items are split", "genome.tokenizer_source"):
         assert said in notes
 
 
