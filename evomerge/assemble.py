@@ -12,6 +12,8 @@ from evomerge.evaluators.embedding import EmbeddingEvaluator, EmbeddingOptions
 from evomerge.evaluators.evaluator import Evaluator, Wanted
 from evomerge.evaluators.generation import GenerationEvaluator, GenerationOptions
 from evomerge.evaluators.language import LanguageEvaluator, LanguageOptions
+from evomerge.evaluators.lm_eval import LmEvalEvaluator
+from evomerge.evaluators.lm_eval_tasks import LmEvalOptions
 from evomerge.operators.arcee_fusion import ArceeFusion
 from evomerge.operators.breadcrumbs import Breadcrumbs, BreadcrumbsTies
 from evomerge.operators.consensus import Consensus
@@ -101,6 +103,7 @@ EVALUATORS = {
     "embedding": EvaluatorEntry(EmbeddingOptions, EmbeddingEvaluator, ("data",)),
     "generation": EvaluatorEntry(GenerationOptions, GenerationEvaluator, ("data",)),
     "language": EvaluatorEntry(LanguageOptions, LanguageEvaluator, ("data",)),
+    "lm_eval": EvaluatorEntry(LmEvalOptions, LmEvalEvaluator, ("include_path",)),
 }
 SEVERAL = "several"  # the kind of a list of these
 

@@ -116,7 +116,7 @@ def verify_export(run: Run, trial: Trial, folder: Path, loading: Loading) -> lis
             if objective.task not in reported:
                 loading(f"and scoring {objective.task} on {split} items")
                 reported[objective.task] = plan.evaluator.score(model, objective.task, items)
-            score = objective_score(plan.evaluator, objective, reported[objective.task], items)
+            score = objective_score(plan, objective, reported[objective.task], items)
             before = recorded.scores[objective.name]
             rows.append(
                 Verification(

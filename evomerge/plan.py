@@ -12,6 +12,7 @@ from evomerge.campaign import Campaign, ObjectiveSection, ParameterSection, Rang
 from evomerge.errors import CampaignError, did_you_mean
 from evomerge.evaluators.evaluator import Evaluator
 from evomerge.evaluators.several import SeveralEvaluators
+from evomerge.evidence.scores import Aggregate, grouped
 from evomerge.fidelity.race import RaceOptions
 from evomerge.materialize.adapter import Adapter, open_expert
 from evomerge.materialize.arrangement import arrange
@@ -32,7 +33,10 @@ from evomerge.strict import parse
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A checked campaign: everything but the weights. operators and objectives are in the order of the file."""
+    """A checked campaign: everything but the weights. operators and objectives are in the order of the file.
+
+    item_sources: task -> the source of each item, by which errors are clustered.
+    """
 
     base: Checkpoint
     experts: Mapping[str, Checkpoint | Adapter]
@@ -45,6 +49,7 @@ class Plan:
     evaluator: Evaluator
     objectives: tuple[Objective, ...]
     splits: TaskSplits
+    item_sources: Mapping[str, Sequence[int | str]]
     fidelity: RaceOptions | None
 
     @property
@@ -73,9 +78,7 @@ class Plan:
 
     def sources(self, split: Split) -> dict[str, list[int | str]]:
         """Task -> the source of each item of a split."""
-        return {
-            task: [self.evaluator.sources[task][item] for item in splits[split]] for task, splits in self.splits.items()
-        }
+        return {task: [self.item_sources[task][item] for item in splits[split]] for task, splits in self.splits.items()}
 
     @property
     def rigid(self) -> str | None:
@@ -131,8 +134,12 @@ def make_plan(campaign: Campaign) -> Plan:
     operators, space = _make_choice(campaign, tensors, groups)
     evaluator = _make_evaluator(campaign, base)
     objectives = _objectives(campaign, evaluator)
-    if campaign.fidelity:
-        _require_means(objectives, evaluator)
+    aggregated = next((objective for objective in objectives if aggregate_of(objective, evaluator)), None)
+    if campaign.fidelity and aggregated:
+        raise CampaignError(
+            f"fidelity: objective {aggregated.name}: {aggregated.metric} is no mean over items and cannot be raced; "
+            "leave fidelity out, or take loss as the metric"
+        )
     return Plan(
         base=base,
         experts=experts,
@@ -149,6 +156,7 @@ def make_plan(campaign: Campaign) -> Plan:
         evaluator=evaluator,
         objectives=objectives,
         splits=split_items(evaluator.sources, campaign.split.shares(), campaign.seed),
+        item_sources=grouped(evaluator.sources) if aggregated else evaluator.sources,
         fidelity=campaign.fidelity,
     )
 
@@ -309,14 +317,9 @@ def _objectives(campaign: Campaign, evaluator: Evaluator) -> tuple[Objective, ..
     return tuple(replace(objectives[section.name], steers=section.name not in parts) for section in campaign.objectives)
 
 
-def _require_means(objectives: Sequence[Objective], evaluator: Evaluator) -> None:
-    """A race judges by the first items: only a mean over items can be judged so."""
-    for objective in objectives:
-        if not objective.summary and evaluator.metrics(objective.task)[objective.metric].aggregate:
-            raise CampaignError(
-                f"fidelity: objective {objective.name}: {objective.metric} is no mean over items and cannot be raced; "
-                "leave fidelity out, or take loss as the metric"
-            )
+def aggregate_of(objective: Objective, evaluator: Evaluator) -> Aggregate | None:
+    """Return how items make the score of an objective, if that is no mean."""
+    return None if objective.summary else evaluator.metrics(objective.task)[objective.metric].aggregate
 
 
 def _measured(section: ObjectiveSection, where: str, evaluator: Evaluator) -> Objective:

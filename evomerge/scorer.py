@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from evomerge.errors import CandidateError, DataError, EvoMergeError
-from evomerge.evaluators.evaluator import LOSS, Evaluator, ItemScores, companion_of
+from evomerge.evaluators.evaluator import LOSS, ItemScores, companion_of
 from evomerge.evidence.scores import score_of
 from evomerge.materialize.materializer import Materializer
 from evomerge.operators.linear import TaskArithmetic
@@ -105,7 +105,7 @@ class Scorer:
         evaluator, model = self.plan.evaluator, self.materializer.resident.module
         by_task = {task: evaluator.score(model, task, of_task) for task, of_task in items.items()}
         return {
-            objective.name: objective_score(evaluator, objective, by_task[objective.task], items[objective.task])
+            objective.name: objective_score(self.plan, objective, by_task[objective.task], items[objective.task])
             for objective in self.plan.measured
         }
 
@@ -153,27 +153,26 @@ class Scorer:
         return arrival, BACKWARD_COST * num_items / self._num_search_items
 
 
-def objective_score(evaluator: Evaluator, objective: Objective, reported: ItemScores, items: Items) -> Score:
+def objective_score(plan: Plan, objective: Objective, reported: ItemScores, items: Items) -> Score:
     """Return an objective's score from what the evaluator reported of items of its task.
 
     Raises: CandidateError if it is not finite.
     """
-    of_items = reported[objective.metric]
-    sources, metric = evaluator.sources[objective.task], evaluator.metrics(objective.task)[objective.metric]
+    of_items, metric = reported[objective.metric], plan.evaluator.metrics(objective.task)[objective.metric]
     companion = companion_of(objective.metric, metric, reported)
     for what, numbers in ((objective.metric, of_items), (LOSS, companion)):
         if numbers is not None and numbers.dtype.kind == "f" and not np.isfinite(numbers).all():
             flawed = int((~np.isfinite(numbers)).sum())
             raise CandidateError(f"{objective.name}: {flawed} of {len(numbers)} items have no finite {what}")
-    score = score_of(
-        of_items,
-        items,
-        [sources[item] for item in items],
-        aggregate=metric.aggregate,
-        companion=companion,
-    )
+    sources = [plan.item_sources[objective.task][item] for item in items]
+    try:
+        score = score_of(of_items, items, sources, aggregate=metric.aggregate, companion=companion)
+    except CandidateError as error:
+        raise CandidateError(f"{objective.name}: {error}") from error
     if not np.isfinite([score.value, score.stderr]).all():
-        raise CandidateError(f"{objective.name}: {objective.metric} of {len(items)} items is {score.value:g}")
+        raise CandidateError(
+            f"{objective.name}: {objective.metric} of {len(items)} items is {score.value:g} ± {score.stderr:g}"
+        )
     return score
 
 

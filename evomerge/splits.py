@@ -22,7 +22,7 @@ def split_items(sources: Mapping[str, Sequence[int | str]], shares: Mapping[Spli
 
     sources maps a task to the source of each of its items; shares sum to 1. The sources of all tasks together are
     shuffled by ``seed`` and cut by the shares, so the numbers of a task's items meet them only nearly.
-    Raises: DataError if a task is left without search or test items, or with one only (no standard error).
+    Raises: DataError if a task is left without search or test items, or with those of one source (no standard error).
     """
     known = sorted({str(source) for task in sources.values() for source in task})
     order = np.random.default_rng([seed, 0x5917]).permutation(len(known))
@@ -33,9 +33,10 @@ def split_items(sources: Mapping[str, Sequence[int | str]], shares: Mapping[Spli
         homes = np.array([home[str(source)] for source in of_items])
         splits[task] = {split: np.flatnonzero(homes == split) for split in SPLITS}
         for split in SPLITS:
-            if shares[split] > 0 and len(splits[task][split]) < 2:
+            held = splits[task][split]
+            if shares[split] > 0 and len({str(of_items[item]) for item in held}) < 2:
                 raise DataError(
-                    f"task {task}: the {split} split holds {len(splits[task][split])} of {len(homes)} items, expected "
-                    f"at least 2; give it a larger share or more items"
+                    f"task {task}: the {split} split holds {len(held)} of {len(homes)} items, expected at least 2 of "
+                    "different sources; give it a larger share or more items"
                 )
     return splits
