@@ -3,7 +3,7 @@
 A sequence is a context and a continuation whose tokens are scored. Sequences are padded on the right, where a causal
 model never looks. Without gradients, what sequences begin with can be run once and its keys and values be kept: the
 prefix of all of them (a few-shot prompt), and the context of several continuations (the choices of an item).
-Shape letters: N sequences, B rows of a batch, T tokens, V vocabulary, R sequences that share a row.
+Shape letters: N sequences, B rows of a batch, T tokens, V vocabulary.
 """
 
 import copy

@@ -132,7 +132,7 @@ def ability_of(fitted: ItemResponse, answered_n: Items, responses_n: Floats, rid
         shift_D = ability_D - mean_D
         return float(_log_loss(logits_n, responses_n) + shift_D @ penalty_DD @ shift_D / 2)
 
-    ability_D = mean_D.copy()
+    ability_D: Floats = mean_D.copy()
     for _ in range(50):
         expected_n = _sigmoid(slopes_nD @ ability_D - offsets_n)
         gradient_D = slopes_nD.T @ (expected_n - responses_n) + penalty_DD @ (ability_D - mean_D)

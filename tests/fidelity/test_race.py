@@ -1,0 +1,142 @@
+"""Races: what is hopeless stops early, what is of use hardly ever, and what is finished is what it would have been."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from simulated import ITEMS, OBJECTIVES, SOURCES, World
+
+from evomerge.errors import CampaignError
+from evomerge.fidelity.race import Race, RaceOptions
+from evomerge.records import Measurement, Objective
+
+
+def run(race: Race, whole: Measurement, finished: dict[str, Measurement]) -> tuple[str | None, float]:
+    """Race a model; return why it was stopped, if it was, and the share of items that it took."""
+    for done in range(1, len(race.rounds.added)):
+        estimate = race.estimate(race.rounds.beginning(whole, OBJECTIVES, done), finished)
+        reason = race.verdict(estimate, finished)
+        if reason is not None:
+            return reason, race.rounds.share(done)
+    return None, 1.0
+
+
+def make(
+    world: World, objectives: list[Objective] = OBJECTIVES, **options: object
+) -> tuple[Race, dict[str, Measurement]]:
+    references = world.references()
+    race = Race(RaceOptions(**options), objectives, ITEMS, SOURCES, references, seed=0)
+    return race, {**references, "trial:0": world.model(1.0, 1.0)}
+
+
+@pytest.mark.parametrize("estimator", ["paired", "irt"])
+def test_the_hopeless_stop_early(estimator: str) -> None:
+    world = World(1)
+    race, finished = make(world, estimator=estimator)
+    outcomes = [run(race, world.model(-1.5, -1.5), finished) for _ in range(20)]
+    assert all(reason and "is better in every objective" in reason for reason, _ in outcomes)
+    assert np.mean([share for _, share in outcomes]) < 0.25
+
+
+@pytest.mark.parametrize("estimator", ["paired", "irt"])
+def test_what_nothing_dominates_is_seldom_stopped(estimator: str) -> None:
+    """Candidates as good as the best finished one: not dominated by its values on all items, in half of the cases."""
+    world = World(2)
+    race, finished = make(world, estimator=estimator, aim="front")
+    mistakes, num = 0, 0
+    for _ in range(100):
+        model = world.model(1.0, 1.0)
+        dominated = any(
+            all(rival.scores[name].value > model.scores[name].value for name in model.scores)
+            for rival in finished.values()
+        )
+        if dominated:
+            continue
+        num += 1
+        mistakes += run(race, model, finished)[0] is not None
+    assert num > 25
+    assert mistakes / num <= 0.08
+
+
+def test_the_first_trial_is_never_stopped() -> None:
+    world = World(3)
+    race, finished = make(world)
+    del finished["trial:0"]
+    assert run(race, world.model(-3, -3), finished)[0] is None
+
+
+def test_a_floor_that_is_out_of_reach_stops() -> None:
+    world = World(4)
+    objectives = [replace(OBJECTIVES[0], floor=0.9), OBJECTIVES[1]]
+    race, finished = make(world, objectives)
+    reason, share = run(race, world.model(-1.5, 1.5), finished)
+    assert reason is not None
+    assert "a misses its floor of 0.9" in reason
+    assert share < 1
+
+
+def test_worse_than_the_base_is_of_no_use_to_the_hypervolume() -> None:
+    world = World(5)
+    race, finished = make(world)
+    reason, _ = run(race, world.model(-3.0, 2.5), finished)
+    assert reason is not None
+    assert "worse than the base in a" in reason
+    of_the_front, _ = make(World(5), aim="front")
+    assert run(of_the_front, world.model(-3.0, 2.5), finished)[0] is None
+
+
+def test_rounds_that_are_joined_are_the_whole() -> None:
+    world = World(6)
+    race, _ = make(world)
+    whole = world.model(0.5, 0.5)
+    so_far: Measurement | None = None
+    for items in race.rounds.added:
+        scores = {
+            name: replace(score, items=score.items[items[name]], companion=score.items[items[name]] + 1)
+            for name, score in whole.scores.items()
+        }
+        part = replace(whole, scores=scores, cost=sum(map(len, items.values())) / 400)
+        assert race.next_items(so_far) is items
+        so_far = race.joined(so_far, part) if so_far else part
+    assert so_far is not None
+    assert race.next_items(so_far) is None
+    assert so_far.cost == pytest.approx(1.0)
+    assert so_far.seconds == {"evaluate": pytest.approx(float(len(race.rounds.added)))}
+    for name, score in whole.scores.items():
+        joined = so_far.scores[name]
+        assert (joined.items == score.items).all()
+        assert joined.value == score.value
+        assert joined.stderr == pytest.approx(score.stderr)
+        assert joined.companion is not None
+        assert (joined.companion == score.items + 1).all()
+
+
+def test_estimates_are_better_than_the_first_items_and_their_errors_are_right() -> None:
+    world = World(7)
+    race, finished = make(world)
+    finished |= {f"trial:{number}": world.model(*world.rng.normal(0.5, 0.5, 2)) for number in range(1, 40)}
+    off, plain, ratios = [], [], []
+    for _ in range(60):
+        model = world.model(*world.rng.normal(0.5, 0.5, 2))
+        partial = race.rounds.beginning(model, OBJECTIVES, 1)
+        estimate = race.estimate(partial, finished)
+        for name, score in model.scores.items():
+            off.append(estimate.scores[name].value - score.value)
+            plain.append(partial.scores[name].value - score.value)
+            ratios.append(off[-1] / estimate.scores[name].stderr)
+    assert np.sqrt(np.mean(np.square(off))) < np.sqrt(np.mean(np.square(plain)))
+    assert 0.7 < np.sqrt(np.mean(np.square(ratios))) < 1.3
+
+
+def test_irt_refuses_numbers_that_are_no_shares_of_a_hit() -> None:
+    world = World(8)
+    references = {
+        name: replace(
+            model, scores={task: replace(score, items=3 * score.items) for task, score in model.scores.items()}
+        )
+        for name, model in world.references().items()
+    }
+    with pytest.raises(
+        CampaignError, match=r"irt needs scores in \[0, 1\] of every item, but a \(accuracy\) has 0 to 3"
+    ):
+        Race(RaceOptions(estimator="irt"), OBJECTIVES, ITEMS, SOURCES, references, seed=0)
