@@ -60,9 +60,6 @@ bench-coverage: setup  ## How often 95 % intervals hold the score over all items
 bench-evaluate: setup  ## Seconds a candidate beyond the forwards, beside lm-eval, and equality with its command line
 	@$(BIN)/python benchmarks/evaluate.py
 
-bench-coverage: setup  ## How often the 95 % intervals hold the mean over all items
-	@$(BIN)/python benchmarks/coverage.py
-
 bench-racing: setup  ## What a race saves in items for the same hypervolume, over ten seeds
 	@$(BIN)/python benchmarks/racing.py
 
