@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test test-all lint format bench-overhead bench-materialize bench-digits bench-coverage clean
+.PHONY: help setup demo test test-all lint format bench-overhead bench-materialize bench-digits bench-evaluate bench-coverage \
+        bench-racing clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
