@@ -153,8 +153,9 @@ def test_prompts_of_a_chat_are_lm_evals(base: Path, folder: Path, make: Make, mu
 
 @pytest.mark.slow
 def test_the_command_line_says_the_same(base: Path, folder: Path, whole: LmEvalEvaluator, tmp_path: Path) -> None:
+    tasks = [task for task in TASKS if task != "letter"]  # of its mcc the command line bootstraps an error, for minutes
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "3"]
-    command += ["--model_args", f"pretrained={base},dtype=float32", "--tasks", ",".join(TASKS)]
+    command += ["--model_args", f"pretrained={base},dtype=float32", "--tasks", ",".join(tasks)]
     command += ["--include_path", str(folder), "--log_samples", "--output_path", str(tmp_path)]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     ran = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True, check=False)
@@ -162,9 +163,9 @@ def test_the_command_line_says_the_same(base: Path, folder: Path, whole: LmEvalE
     results = json.loads(next(tmp_path.rglob("results_*.json")).read_text())["results"]
     samples = {
         task: list(map(json.loads, next(tmp_path.rglob(f"samples_{task}_*.jsonl")).read_text().splitlines()))
-        for task in TASKS
+        for task in tasks
     }
-    assert_as_lm_eval(whole, results, samples, list(TASKS))
+    assert_as_lm_eval(whole, results, samples, tasks)
 
 
 # Prompts are made once
@@ -232,12 +233,12 @@ def test_choices_of_one_token_take_one_row(make: Make, model: Any) -> None:
 
 
 def test_metrics_are_named_as_lm_eval_prints_them(whole: LmEvalEvaluator, make: Make) -> None:
-    assert whole.metrics("choice").keys() == {"acc", "acc_norm", "acc_mutual_info", "mcc", "loss"}
+    assert whole.metrics("choice").keys() == {"acc", "acc_norm", "acc_mutual_info", "loss"}
     assert whole.metrics("write").keys() == {"exact_match,whole", "exact_match,word", "loss"}
     assert whole.metrics("last")["perplexity"].direction == whole.metrics("last")["loss"].direction == "min"
     assert whole.metrics("said")["length"].direction == "max"
     assert whole.metrics("choice")["acc"].aggregate is None
-    assert whole.metrics("choice")["mcc"].aggregate is not None
+    assert whole.metrics("letter")["mcc"].aggregate is not None
     assert make("choice", metrics={"choice": ["acc,none"]}).metrics("choice").keys() >= {"acc", "acc,none"}
 
 

@@ -31,8 +31,7 @@ TASKS: dict[str, dict[str, Any]] = {
         "doc_to_choice": "{{choices}}",
         "doc_to_target": "{{gold}}",
         "num_fewshot": 3,
-        "metric_list": [{"metric": name, **MEAN} for name in ("acc", "acc_norm", "acc_mutual_info")]
-        + [{"metric": "mcc", "aggregation": "matthews_corrcoef", "higher_is_better": True}],
+        "metric_list": [{"metric": name, **MEAN} for name in ("acc", "acc_norm", "acc_mutual_info")],
     },
     "letter": {
         "output_type": "multiple_choice",
@@ -40,7 +39,10 @@ TASKS: dict[str, dict[str, Any]] = {
         "doc_to_choice": ["A", "B", "C", "D"],
         "doc_to_target": "gold",
         "num_fewshot": 0,
-        "metric_list": [{"metric": "acc", **MEAN}],
+        "metric_list": [
+            {"metric": "acc", **MEAN},
+            {"metric": "mcc", "aggregation": "matthews_corrcoef", "higher_is_better": True},
+        ],
     },
     "last": {
         "output_type": "loglikelihood",
