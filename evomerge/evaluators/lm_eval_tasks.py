@@ -17,7 +17,7 @@ from difflib import get_close_matches
 from inspect import getsource
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from evomerge.records import Options
 PYTHON_SEED, SEED = 0, 1234  # of lm-eval's command line; the second is NumPy's, torch's and the few-shot sampler's
 SCORING = ("metric_list", "filter_list", "process_results", "doc_to_target", "doc_to_choice", "repeats")
 
+Shots = Annotated[int, Field(ge=0)]
 Outcome = dict[tuple[str, str], Any]
 """(metric, filter) -> what a task's process_results says of one document."""
 
@@ -46,7 +47,7 @@ class LmEvalOptions(Options):
     """
 
     include_path: str | None = None
-    num_fewshot: int | dict[str, int] | None = None
+    num_fewshot: Shots | dict[str, Shots] | None = None
     apply_chat_template: bool = False
     fewshot_as_multiturn: bool = True
     system_instruction: str | None = None
