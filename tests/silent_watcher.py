@@ -10,3 +10,22 @@ class Silent:
 
     def advance(self, trial: object) -> None:
         self.num_advances += 1
+
+
+class Interrupt(Exception):
+    """What ``Interrupting`` raises."""
+
+
+class Interrupting(Silent):
+    """Raises after so many search trials, as Ctrl-C would."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.after = after
+
+    def advance(self, trial: object) -> None:
+        super().advance(trial)
+        if trial is not None:
+            self.after -= 1
+            if self.after == 0:
+                raise Interrupt

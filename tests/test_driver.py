@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from silent_watcher import Silent
+from silent_watcher import Interrupt, Interrupting, Silent
 from sqlalchemy import Engine, event
 
 from evomerge.campaign import Campaign, read_campaign
@@ -35,25 +35,6 @@ CHAIN = [
     {"proposer": "tpe", "evaluations": 14, "num_startup": 4},
     {"proposer": "cma_es"},
 ]
-
-
-class Interrupt(Exception):
-    pass
-
-
-class Interrupting(Silent):
-    """Raises after so many search trials, as Ctrl-C would."""
-
-    def __init__(self, after: int) -> None:
-        super().__init__()
-        self.after = after
-
-    def advance(self, trial: object) -> None:
-        super().advance(trial)
-        if trial is not None:
-            self.after -= 1
-            if self.after == 0:
-                raise Interrupt
 
 
 def story(run: Run) -> list[tuple[Any, ...]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from silent_watcher import Silent
+from silent_watcher import Interrupt, Interrupting, Silent
 
 from evomerge.campaign import Campaign, read_campaign
 from evomerge.errors import CampaignError
@@ -17,22 +17,6 @@ from evomerge.report.terminal import print_front
 from evomerge.run import Run, search
 
 SEARCH = [{"proposer": "sobol", "evaluations": 24}, {"proposer": "nsga2", "population": 8}]
-
-
-class Interrupt(Exception):
-    pass
-
-
-class Interrupting(Silent):
-    def __init__(self, after: int) -> None:
-        super().__init__()
-        self.after = after
-
-    def advance(self, trial: object) -> None:
-        super().advance(trial)
-        self.after -= trial is not None
-        if self.after == 0:
-            raise Interrupt
 
 
 @pytest.fixture(scope="module")

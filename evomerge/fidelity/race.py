@@ -29,7 +29,7 @@ class RaceOptions(Options):
     start: share of the search items in the first round; factor: growth of that share from round to round; confidence:
     that a candidate is not stopped which all search items would show to be of use; estimator: of what all items would
     give; aim: what is of use, whatever no finished model dominates (front), or what is moreover better than the base in
-    every objective, once some model is (hypervolume).
+    every objective, once a finished trial is (hypervolume).
     """
 
     start: float = Field(default=0.1, gt=0, lt=1)
@@ -125,7 +125,11 @@ class Race:
                 return f"{name} is better in every objective"
         base_M = maximized(finished["base"], self._objectives)
         worse = [objective.name for objective, is_worse in zip(steering, best_M < base_M, strict=True) if is_worse]
-        if self._options.aim == "hypervolume" and worse and any((values > base_M).all() for values in useful.values()):
+        # Reference models do not count: an average may beat the base by a hair in everything where nothing else does.
+        above = [
+            name for name, values_M in useful.items() if name not in self._references and (values_M > base_M).all()
+        ]
+        if self._options.aim == "hypervolume" and worse and above:
             return f"worse than the base in {worse[0]}"
         return None
 

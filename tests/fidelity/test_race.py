@@ -85,6 +85,19 @@ def test_worse_than_the_base_is_of_no_use_to_the_hypervolume() -> None:
     assert run(of_the_front, world.model(-3.0, 2.5), finished)[0] is None
 
 
+def test_a_reference_model_above_the_base_does_not_close_the_lower_ground() -> None:
+    """Scalars of this world are better than the base in both; as long as no trial is, candidates may be worse in one."""
+    world = World(5)
+    race, finished = make(world)
+    finished["trial:0"] = world.model(-3.0, 2.0)
+    assert any(
+        all(finished[name].scores[task].value > finished["base"].scores[task].value for task in ("a", "b"))
+        for name in finished
+        if name.startswith("scalar")
+    )
+    assert run(race, world.model(-3.0, 2.5), finished)[0] is None
+
+
 def test_rounds_that_are_joined_are_the_whole() -> None:
     world = World(6)
     race, _ = make(world)
