@@ -367,7 +367,7 @@ def _print_notes(run: Run, num_hidden: int, *, compact: bool) -> None:
         say(f"{num_hidden} more on the front: {COMMAND} front {run.folder} --all")
     say(f"hypervolume {run.hypervolume():.4g} above the base, on search items; by those the table is sorted")
     for claim in claims(run):
-        say(claim)
+        console.print(f"· {claim}")
     if run.tested and run.has_one_metric:
         say(f"over scalar: paired difference of the mean to {run.best_scalar}, the best single coefficient")
     failed = [trial for trial in run.trials if trial.failure]
