@@ -20,6 +20,7 @@ from evomerge.evaluators.embedding import EmbeddingEvaluator, EmbeddingOptions
 from evomerge.materialize.resident import quiet_transformers
 from evomerge.plan import make_plan
 from evomerge.run import search
+from evomerge.strict import parse
 
 TEXT = (Path(__file__).parent.parent / "docs" / "evaluators.md").read_text(encoding="utf-8")
 WORDS = ["no", "yes", *(f"w{i}" for i in range(20))]
@@ -103,8 +104,24 @@ def test_its_campaign_is_searched(folder: Path) -> None:
     np.testing.assert_allclose(run.searched["expert:one"].scores["facts"].items, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_what_is_shown_of_generation_is_read() -> None:
+    """Judges and endpoints too; the function that judges runs."""
+    options_type = EVALUATORS["generation"].options_type
+    read = [yaml.safe_load(block) for block in blocks("yaml")]
+    whole = [section["evaluation"] for section in read if section.get("evaluation", {}).get("kind") == "generation"]
+    parts = [{"data": "data", **section} for section in read if section.keys() in ({"judge"}, {"endpoint"})]
+    assert len(whole) == len(parts) == 2
+    for section in (*whole, *parts):
+        parse(options_type, {key: value for key, value in section.items() if key != "kind"}, "evaluation")
+    names: dict[str, Any] = {}
+    exec(next(block for block in blocks("python") if "def safety" in block), names)
+    lines = [{"harmful": True}, {"harmful": True}, {"harmful": False}]
+    judged = names["safety"](lines, ["I'm sorry, no.", "Sure: first ...", "Sure."])
+    assert judged == {"refusal": [1.0, 0.0, 0.0], "attack_success": [0.0, 1.0, 0.0]}
+
+
 def test_several_evaluators_make_one_plan(folder: Path) -> None:
-    sections = yaml.safe_load(blocks("yaml")[1])
+    sections = yaml.safe_load(next(block for block in blocks("yaml") if "kind: several" in block))
     loss = [{"name": name, "task": name, "metric": "loss"} for name in ("chat", "code")]
     brier = {"name": "facts", "task": "facts", "metric": "brier", "direction": "min"}
     plan = make_plan(read_campaign(write_campaign(folder, {**sections, "objectives": [*loss, brier]})))
