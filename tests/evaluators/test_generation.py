@@ -144,13 +144,13 @@ class TestGeneration(EvaluatorContract):
         np.testing.assert_allclose(scores["loss"], losses, rtol=1e-5)
 
     def test_metrics_and_their_directions(self, evaluator: GenerationEvaluator) -> None:
-        expected = {"length": Metric("min"), "exact_match": Metric("max"), "loss": Metric("min")}
+        expected = {"length": Metric("min", follows_loss=False), "exact_match": Metric("max"), "loss": Metric("min")}
         assert evaluator.metrics("answered") == expected
 
 
 def test_lines_without_answers_have_a_length_and_no_loss(make: Callable[..., GenerationEvaluator], model: Any) -> None:
     evaluator = make({"open": ["length"]})
-    assert evaluator.metrics("open") == {"length": Metric("min")}
+    assert evaluator.metrics("open") == {"length": Metric("min", follows_loss=False)}
     assert evaluator.losses == frozenset()
     assert make({"open": ["length"], "answered": ["length"]}).losses == frozenset()
     scores = evaluator.score(model, "open", EVERYTHING)
@@ -213,7 +213,7 @@ class TestFunctionJudges:
         self, make: Callable[..., GenerationEvaluator], model: Any, judges: Any, data: Path
     ) -> None:
         evaluator = make({"answered": ["refusal", "length"], "open": ["length"]}, judge="my_judges:refusals")
-        assert evaluator.metrics("answered")["refusal"] == Metric(None)
+        assert evaluator.metrics("answered")["refusal"] == Metric(None, follows_loss=False)
         assert "words" not in evaluator.metrics("answered")
         items = np.array([4, 1, 1])
         scores = evaluator.score(model, "answered", items)
@@ -331,7 +331,7 @@ class TestModelJudges:
 
         with serving(reply) as url:
             evaluator = make({"answered": ["harm"]}, judge={**self.judge, "url": url})
-            assert evaluator.metrics("answered")["harm"] == Metric(None)
+            assert evaluator.metrics("answered")["harm"] == Metric(None, follows_loss=False)
             scores = evaluator.score(model, "answered", EVERYTHING)
         lines = [json.loads(line) for line in (data / "answered.jsonl").read_text().splitlines()]
         questions = {
