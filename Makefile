@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile  # the tests of a file share what they train
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help setup demo test test-all lint format bench-overhead bench-materialize bench-digits bench-evaluate bench-coverage \
@@ -35,10 +36,10 @@ demo: setup  ## Train experts, search, and export a merged model: about a minute
 	@echo "  raise budget.evaluations in benchmarks/demo.yaml and run make demo again: it goes on where it ended"
 
 test: setup  ## The default tests: CPU, no network
-	@$(BIN)/python -m pytest -q -m "not slow and not ray and not browser"
+	@$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not slow and not ray and not browser"
 
 test-all: setup  ## Every test, slow ones included
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q $(SIDE_BY_SIDE)
 
 lint: setup  ## ruff and mypy --strict
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -4,8 +4,9 @@
 
 On the ``text`` family's base: a candidate's seconds beyond the model's forward and generate, and in them, for 300
 multiple-choice and 60 generation items (CPU seconds of the thread, so that what else runs on the machine counts
-little); how many kinds of prompts 50 candidates see; and every metric beside that of ``lm_eval run``, item by item, in
-float32 and bfloat16.
+little), with prompts that are templates, as in lm-eval's own tasks, and with prompts that are plain fields; how many
+kinds of prompts 50 candidates see; and every metric beside that of ``lm_eval run``, item by item, in float32 and
+bfloat16, and for a merge of the family's experts that was exported.
 """
 
 import contextlib
@@ -20,8 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -32,14 +34,19 @@ import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from transformers.cache_utils import DynamicCache
 
 from evomerge.evaluators.lm_eval import LmEvalEvaluator
 from evomerge.evaluators.lm_eval_tasks import LmEvalOptions
-from evomerge.families.family import make
+from evomerge.export import merge_recipe
+from evomerge.families.family import FamilySummary, make
+from evomerge.interop.read import read_any_recipe
+from evomerge.materialize.materializer import Materializer
 
 NUM_RUNS, NUM_CANDIDATES, BATCH_SIZE = 5, 50, 64
 TIMED = {"choice": 300, "sort": 60}  # task -> items
 FEW = 8
+DTYPES = [("float32", ""), ("bfloat16", ""), ("bfloat16", ",softmax_dtype=float32")]
 
 MEAN = {"aggregation": "mean", "higher_is_better": True}
 TASKS: dict[str, dict[str, Any]] = {
@@ -80,12 +87,32 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
+PLAIN_FIELDS = {
+    "choice": {"doc_to_text": "prompt", "doc_to_choice": "choices", "doc_to_target": "gold"},
+    "sort": {"doc_to_text": "prompt", "doc_to_target": "answer"},
+}
+
+
 class Inside:
-    """Seconds spent in a model's forward and generate, and a hash of all tokens that its forward was fed."""
+    """Seconds spent in a model's forward and generate, and a hash of all tokens that its forward was fed.
+
+    ``moving``: seconds of those beyond, in which kept keys and values are laid out for the rows of the next forward.
+    """
 
     def __init__(self, model: Any) -> None:
-        self.seconds, self.fed, self._depth = 0.0, hashlib.sha256(), 0
+        self.seconds, self.moving, self.fed, self._depth = 0.0, 0.0, hashlib.sha256(), 0
         model.forward, model.generate = self._timed(model.forward), self._timed(model.generate)
+        for name in ("batch_select_indices", "batch_repeat_interleave"):
+            setattr(DynamicCache, name, self._moving(getattr(DynamicCache, name)))
+
+    def _moving(self, function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def timed(*args: Any) -> None:
+            started = time.thread_time()
+            function(*args)
+            self.moving += time.thread_time() - started
+
+        return timed
 
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -103,12 +130,12 @@ class Inside:
 
         return timed
 
-    def run(self, score: Callable[[], object]) -> tuple[float, float]:
-        """Return the seconds that a scoring took beyond the model, and in it."""
-        self.seconds, self.fed = 0.0, hashlib.sha256()
+    def run(self, score: Callable[[], object]) -> tuple[float, float, float]:
+        """Return the seconds that a scoring took beyond the model, moving keys and values, and in the model."""
+        self.seconds, self.moving, self.fed = 0.0, 0.0, hashlib.sha256()
         started = time.thread_time()
         score()
-        return time.thread_time() - started - self.seconds, self.seconds
+        return time.thread_time() - started - self.seconds - self.moving, self.moving, self.seconds
 
 
 def main() -> None:
@@ -118,14 +145,37 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_tasks(family.path / "data", Path(folder) / "all", {})
         write_tasks(family.path / "data", Path(folder) / "timed", TIMED)
+        write_tasks(family.path / "data", Path(folder) / "plain", TIMED, PLAIN_FIELDS)
         write_tasks(family.path / "data", Path(folder) / "few", {"choice": FEW})
         base = family.path / "base"
-        overhead(base, Path(folder) / "timed")
+        overhead(base, Path(folder) / "timed", "templates")
+        overhead(base, Path(folder) / "plain", "plain fields")
         prompts(base, Path(folder) / "few")
-        equality(base, Path(folder) / "all")
+        equality(base, Path(folder) / "all", "the base", DTYPES)
+        merged = Path(folder) / "merged"
+        equality(merged, Path(folder) / "all", "an exported merge", DTYPES[:1], merge(family, merged))
 
 
-def write_tasks(data: Path, folder: Path, num_items: Mapping[str, int]) -> None:
+def merge(family: FamilySummary, out: Path) -> Any:
+    """Export 0.4 of each expert; return the same merge as a worker holds it, in memory."""
+    recipe = out.with_suffix(".yaml")
+    experts = {name: str(family.path / "experts" / name) for name in family.experts}
+    sections = {"base": str(family.path / "base"), "experts": experts, "dtype": "float32"}
+    recipe.write_text(yaml.safe_dump({**sections, "operator": {"name": "task_arithmetic"}, "coefficient": 0.4}))
+    with quiet():
+        merge_recipe(recipe, out, "cpu", lambda _: None)
+        read = read_any_recipe(recipe)
+        materializer = Materializer(read.base, read.experts, dtype="float32")
+        materializer.build(read.operator, read.recipe)
+        return materializer.resident.module
+
+
+def write_tasks(
+    data: Path,
+    folder: Path,
+    num_items: Mapping[str, int],
+    changes: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
+) -> None:
     """Write task files with the first items of each task (by default all); few-shot examples come from the others."""
     folder.mkdir()
     for task, section in TASKS.items():
@@ -137,10 +187,12 @@ def write_tasks(data: Path, folder: Path, num_items: Mapping[str, int]) -> None:
         source = {"dataset_path": "json", "dataset_kwargs": {"data_files": files, "cache_dir": str(folder / "cache")}}
         splits = {"test_split": "test", "fewshot_split": "train", "training_split": "train"}
         joined = {"target_delimiter": "", "fewshot_delimiter": "\n"}
-        (folder / f"{task}.yaml").write_text(yaml.safe_dump({"task": task, **source, **splits, **joined, **section}))
+        (folder / f"{task}.yaml").write_text(
+            yaml.safe_dump({"task": task, **source, **splits, **joined, **section, **changes.get(task, {})})
+        )
 
 
-def overhead(base: Path, folder: Path) -> None:
+def overhead(base: Path, folder: Path, prompts_are: str) -> None:
     """Time lm-eval's two ways and ours, in turn."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -167,17 +219,19 @@ def overhead(base: Path, folder: Path) -> None:
         "evomerge": lambda: score(ours),
         "evomerge, prefix_cache: false": lambda: score(plain),
     }
-    seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    seconds: dict[str, list[tuple[float, float, float]]] = {way: [] for way in ways}
     with quiet():
         for _ in range(NUM_RUNS + 1):
             for way, run in ways.items():
                 seconds[way].append(inside.run(run))
-    table = Table(title=f"CPU seconds a candidate, medians of {NUM_RUNS}; {TIMED} items", box=SIMPLE_HEAD)
-    for column in ("way", "beyond the model", "from", "to", "in the model"):
+    title = f"CPU seconds a candidate, medians of {NUM_RUNS}; {TIMED} items, prompts are {prompts_are}"
+    table = Table(title=title, box=SIMPLE_HEAD)
+    for column in ("way", "beyond the model", "from", "to", "moving keys and values", "in the model"):
         table.add_column(column, justify="left" if column == "way" else "right")
     for way, values in seconds.items():
-        beyond, within = zip(*values[1:], strict=True)  # the first warms up
-        shown = (statistics.median(beyond), min(beyond), max(beyond), statistics.median(within))
+        beyond, moving, within = zip(*values[1:], strict=True)  # the first warms up
+        medians = [statistics.median(part) for part in (beyond, moving, within)]
+        shown = (medians[0], min(beyond), max(beyond), *medians[1:])
         table.add_row(way, *(f"{value:.3f}" for value in shown))
     show(table)
 
@@ -212,16 +266,16 @@ def prompts(base: Path, folder: Path) -> None:
     print(f"digest {ours.digest[:16]}, of an evaluator built anew {again.digest[:16]}")
 
 
-def equality(base: Path, folder: Path) -> None:
-    """Run lm-eval's command line, and compare."""
-    table = Table(title="beside lm_eval run, item by item", box=SIMPLE_HEAD)
+def equality(base: Path, folder: Path, what: str, dtypes: Sequence[tuple[str, str]], resident: Any = None) -> None:
+    """Run lm-eval's command line on a checkpoint, and compare with our scores of it, or of the model in memory."""
+    table = Table(title=f"{what} beside lm_eval run, item by item", box=SIMPLE_HEAD)
     columns = ("dtype", "task", "metric", "lm_eval run", "evomerge", "items that differ", "largest difference")
     for column in columns:
         table.add_column(column, justify="left" if column in columns[:3] else "right")
     ours = evaluator(base, folder, list(TASKS))
-    for dtype, softmax in (("float32", ""), ("bfloat16", ""), ("bfloat16", ",softmax_dtype=float32")):
+    for dtype, softmax in dtypes:
         values, samples = command_line(base, folder, f"{dtype}{softmax}")
-        model = load(base).to(getattr(torch, dtype))
+        model = load(base).to(getattr(torch, dtype)) if resident is None else resident
         for task in TASKS:
             items = np.arange(len(ours.sources[task]))
             for metric, of_items in ours.score(model, task, items).items():

@@ -43,8 +43,9 @@ NUM_SEARCHES = {"digits4": 2, "text": 0}
 SHARES = {"adapt": 0.0, "search": 0.5, "test": 0.5}
 OPTIONS = {
     "default": RaceOptions(),
-    "aim: front": RaceOptions(aim="front"),
-    "confidence: 0.8": RaceOptions(confidence=0.8),
+    "gain: 0": RaceOptions(gain=0),
+    "gain: 0.002": RaceOptions(gain=0.002),
+    "above: worst": RaceOptions(above="worst"),
     "estimator: irt": RaceOptions(estimator="irt"),
 }
 console = Console(highlight=False, width=130)

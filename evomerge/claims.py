@@ -29,7 +29,22 @@ def claims(run: Run) -> list[str]:
         verdict(tested, run.tested[subject], name, run.steering, sources).text for subject, name in rivals.items()
     ]
     groups = [run.steering] if run.has_one_metric else [[objective] for objective in run.steering]
-    return sentences + [_luck(run, members, group) for group in groups]
+    sentences += [_luck(run, members, group) for group in groups]
+    return [*sentences, _guessed(run)] if run.stopped else sentences
+
+
+def _guessed(run: Run) -> str:
+    """Say by how much the estimates of stopped trials may be off: the median of their standard errors."""
+    scores = [trial.measurement.scores for trial in run.stopped if trial.measurement]
+    errors = {
+        objective.name: float(np.median([of[objective.name].stderr for of in scores])) for objective in run.steering
+    }
+    assert run.campaign.fidelity is not None
+    shown = ", ".join(f"{error:.2g} in {name}" for name, error in errors.items())
+    return (
+        f"the scores of the {len(scores)} stopped trials are estimates ({run.campaign.fidelity.estimator}), "
+        f"whose standard error is {shown}"
+    )
 
 
 def _luck(run: Run, members: list[Trial], objectives: list[Objective]) -> str:

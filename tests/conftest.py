@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from silent_watcher import Silent
 from small_families import SMALL
 
@@ -19,6 +20,14 @@ from evomerge.families.family import FamilySummary, make
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its interpreter runs kernels on the CPU
+
+
+def made_once(name: str) -> FamilySummary:
+    """Make a real family in the checkout's cache; of the processes that test side by side, one trains it."""
+    folder = Path(__file__).parent.parent / ".cache" / "families"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{name}.lock"):
+        return make(name, folder / name)
 
 
 @pytest.fixture
@@ -40,7 +49,7 @@ def small_text(tmp_path_factory: pytest.TempPathFactory) -> FamilySummary:
 @pytest.fixture(scope="session")
 def digits4() -> FamilySummary:
     """The real family of four tasks: half a minute to train, once a checkout."""
-    return make("digits4", Path(__file__).parent.parent / ".cache" / "families" / "digits4")
+    return made_once("digits4")
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ def test_some_are_stopped_and_none_of_them_is_on_the_front(raced: Run) -> None:
     assert raced.cost < 0.8 * len(raced.trials)
     for trial in raced.stopped:
         assert trial.measurement is not None
-        assert "confidence" in str(trial.measurement.stopped)
+        assert "of the hypervolume" in str(trial.measurement.stopped)
         assert trial.measurement.cost < 1
     everything = {len(raced.sources("search")[objective.name]) for objective in raced.objectives}
     for trial in raced.front:

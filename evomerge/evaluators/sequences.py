@@ -64,10 +64,11 @@ def logprobs(
             pairs = [(row, index) for row, run in enumerate(batch) for index in rows[run]]
             indices, row_B = [index for _, index in pairs], targets.new_tensor([row for row, _ in pairs])
             targets_BT, scored_BT = _of_each(targets, scored, row_B, [sequences[index] for index in indices])
-            places_T = torch.arange(logits.shape[1], device=logits.device)
-            logp_BT = logits.log_softmax(-1)[row_B[:, None], places_T, targets_BT]
+            logits_SV = logits[scored]  # arithmetic for the scored tokens alone
+            place_BT = (scored.flatten().cumsum(0) - 1).view(scored.shape)[row_B]
+            logp_BT = logits_SV.log_softmax(-1)[place_BT, targets_BT]
             total[indices] = logp_BT.where(scored_BT, 0.0).double().sum(1).cpu()
-            greedy[indices] = ((logits.argmax(-1)[row_B] == targets_BT) | ~scored_BT).all(1).cpu()
+            greedy[indices] = ((logits_SV.argmax(-1)[place_BT] == targets_BT) | ~scored_BT).all(1).cpu()
     return total, greedy
 
 

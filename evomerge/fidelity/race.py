@@ -1,10 +1,10 @@
 """The race: a candidate is scored on more and more items, until it is stopped or all are scored.
 
-It is stopped as soon as even the best that the confidence allows would be of no use: worse than a finished model in
-every objective, beyond a floor or ceiling, or worse than the base where others are better. All of these follow from one
-statement, that no objective is better than its limit, which holds for all objectives and looks at once; so there is
-nothing to correct for the number of finished models.
-Shape letters: L looks, M objectives that steer.
+It is stopped as soon as it can be expected to add next to nothing to the hypervolume of what is finished, given its
+estimates and their errors: what would land beyond a floor or ceiling, below the reference point, or where a finished
+model is better in everything adds nothing. The expectation is of draws from independent normal distributions of the
+objectives; as no chance of a mistake is spent, nothing is to be corrected for the number of looks.
+Shape letters: S draws, M objectives that steer, N models.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,26 +17,29 @@ from pydantic import Field
 from evomerge.evidence.scores import score_of
 from evomerge.fidelity.estimator import Estimator
 from evomerge.fidelity.irt import ItemResponses
-from evomerge.fidelity.paired import PRIOR_FREEDOM, Paired
+from evomerge.fidelity.paired import Paired
 from evomerge.fidelity.rounds import Sources, difficulty, make_rounds
 from evomerge.front.front import maximized, violation
-from evomerge.records import Measurement, Objective, Options, Score, TaskItems
+from evomerge.front.improvement import Improvement
+from evomerge.records import Floats, Measurement, Objective, Options, Score, TaskItems
+
+NUM_DRAWS = 64
 
 
 class RaceOptions(Options):
     """How candidates are raced.
 
-    start: share of the search items in the first round; factor: growth of that share from round to round; confidence:
-    that a candidate is not stopped which all search items would show to be of use; estimator: of what all items would
-    give; aim: what is of use, whatever no finished model dominates (front), or what is moreover better than the base in
-    every objective, once a finished trial is (hypervolume).
+    start: share of the search items in the first round; factor: growth of that share from round to round; gain: a
+    candidate that can be expected to add less than this share of the hypervolume is stopped; above: the hypervolume's
+    reference point, the base's scores, or in every objective the worst of base and experts, also in place of the
+    base while no finished trial is better than the base in every objective; estimator: of what all items would give.
     """
 
-    start: float = Field(default=0.1, gt=0, lt=1)
-    factor: float = Field(default=2.0, gt=1)
-    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    start: float = Field(default=0.05, gt=0, lt=1)
+    factor: float = Field(default=1.3, gt=1)
+    gain: float = Field(default=0.001, ge=0, lt=1)
+    above: Literal["base", "worst"] = "base"
     estimator: Literal["paired", "irt"] = "paired"
-    aim: Literal["front", "hypervolume"] = "hypervolume"
 
 
 class Race:
@@ -56,6 +59,9 @@ class Race:
         references: Mapping[str, Measurement],
         seed: int,
     ) -> None:
+        from scipy.special import ndtri
+        from scipy.stats.qmc import Sobol
+
         self._options, self._objectives = options, objectives
         self._measured = [objective for objective in objectives if not objective.summary]
         self._items, self._references = items, frozenset(references)
@@ -63,6 +69,11 @@ class Race:
         self.rounds = make_rounds(items, sources, difficulty(models, self._measured), _shares(options), seed)
         kind = ItemResponses if options.estimator == "irt" else Paired
         self._estimator: Estimator = kind(self._measured, self.rounds)
+        sobol_SM = Sobol(len(objectives), rng=np.random.default_rng(0)).random(
+            NUM_DRAWS
+        )  # the same for every candidate
+        self._normal_SM: Floats = ndtri(sobol_SM)
+        self._spanned: tuple[frozenset[str], Improvement] | None = None
         self._estimator.estimates(self.rounds.beginning(models[0], self._measured, 1), models)  # or it is refused now
 
     def next_items(self, partial: Measurement | None = None) -> TaskItems | None:
@@ -104,51 +115,50 @@ class Race:
         """
         if finished.keys() <= self._references:
             return None
-        reason = self._reason(self._limits(estimate), finished)
-        return f"{estimate.stopped}: {reason} ({self._options.confidence:.0%} confidence)" if reason else None
+        reason = self._reason(estimate, finished)
+        return f"{estimate.stopped}: {reason}" if reason else None
 
-    def _reason(self, limits: Mapping[tuple[str, int], float], finished: Mapping[str, Measurement]) -> str | None:
+    def _reason(self, estimate: Measurement, finished: Mapping[str, Measurement]) -> str | None:
+        draws = {
+            objective.name: estimate.scores[objective.name].value + estimate.scores[objective.name].stderr * normal_S
+            for objective, normal_S in zip(self._objectives, self._normal_SM.T, strict=True)
+        }
+        is_kept_S = np.ones(NUM_DRAWS, dtype=np.bool_)
         for objective in self._objectives:
-            if objective.floor is not None and limits[objective.name, 1] < objective.floor:
-                return f"{objective.name} misses its floor of {objective.floor:g}"
-            if objective.ceiling is not None and limits[objective.name, -1] > objective.ceiling:
-                return f"{objective.name} misses its ceiling of {objective.ceiling:g}"
+            values_S = draws[objective.name]
+            is_kept_S &= [objective.violation(value) == 0 for value in values_S]
+            if not is_kept_S.any():
+                missed = "floor" if objective.floor is not None and values_S.mean() < objective.floor else "ceiling"
+                return f"{objective.name} misses its {missed} of {getattr(objective, missed):g}"
+        front = self._front(finished)
         steering = [objective for objective in self._objectives if objective.steers]
-        best_M = np.array([objective.sign * limits[objective.name, objective.sign] for objective in steering])
+        values_SM = np.stack([objective.sign * draws[objective.name] for objective in steering], axis=1)
+        gain = float(np.where(is_kept_S, front.gains(values_SM), 0.0).mean())
+        if gain > self._options.gain * front.volume:
+            return None
+        return f"it can be expected to add {gain / max(front.volume, 1e-300):.2g} of the hypervolume"
+
+    def _front(self, finished: Mapping[str, Measurement]) -> Improvement:
+        """Return what the finished models span; made anew only when there are more of them."""
+        if self._spanned is None or self._spanned[0] != finished.keys():
+            self._spanned = frozenset(finished), self._span(finished)
+        return self._spanned[1]
+
+    def _span(self, finished: Mapping[str, Measurement]) -> Improvement:
         useful = {
             name: maximized(model, self._objectives)
             for name, model in finished.items()
             if not violation(model, self._objectives)
         }
-        for name, values_M in useful.items():
-            if (values_M > best_M).all():
-                return f"{name} is better in every objective"
         base_M = maximized(finished["base"], self._objectives)
-        worse = [objective.name for objective, is_worse in zip(steering, best_M < base_M, strict=True) if is_worse]
         # Reference models do not count: an average may beat the base by a hair in everything where nothing else does.
-        above = [
-            name for name, values_M in useful.items() if name not in self._references and (values_M > base_M).all()
-        ]
-        if self._options.aim == "hypervolume" and worse and above:
-            return f"worse than the base in {worse[0]}"
-        return None
-
-    def _limits(self, estimate: Measurement) -> dict[tuple[str, int], float]:
-        """Return (objective, side) -> the limit above (+1) or below (-1), for all by which a candidate is judged.
-
-        The chance of a mistake is shared among the limits equally, and among the looks by what a stop there spares.
-        """
-        from scipy.stats import t as student
-
-        sides = [(objective.name, objective.sign) for objective in self._objectives if objective.steers]
-        sides += [(objective.name, 1) for objective in self._objectives if objective.floor is not None]
-        sides += [(objective.name, -1) for objective in self._objectives if objective.ceiling is not None]
-        num_done = self._num_done(estimate)
-        spared_L = 1 - np.array([self.rounds.share(look) for look in range(1, len(self.rounds.added))])
-        chance = (1 - self._options.confidence) * spared_L[num_done - 1] / spared_L.sum() / len(set(sides))
-        width = float(student.isf(chance, self.rounds.num_sources(num_done) - 1 + PRIOR_FREEDOM))
-        scores = estimate.scores
-        return {(name, side): scores[name].value + side * width * scores[name].stderr for name, side in sides}
+        is_passed = any((useful[name] > base_M).all() for name in useful.keys() - self._references)
+        reference_M = base_M
+        if self._options.above == "worst" or not is_passed:
+            corners = [name for name in finished if name == "base" or name.startswith("expert:")]
+            reference_M = np.min([maximized(finished[name], self._objectives) for name in corners], axis=0)
+        values_NM = np.array([*useful.values()]).reshape(len(useful), len(reference_M))
+        return Improvement(values_NM, reference_M)
 
     def _num_done(self, partial: Measurement) -> int:
         objective = self._measured[0]

@@ -34,7 +34,7 @@ def test_the_hopeless_stop_early(estimator: str) -> None:
     world = World(1)
     race, finished = make(world, estimator=estimator)
     outcomes = [run(race, world.model(-1.5, -1.5), finished) for _ in range(20)]
-    assert all(reason and "is better in every objective" in reason for reason, _ in outcomes)
+    assert all(reason and "expected to add 0 of the hypervolume" in reason for reason, _ in outcomes)
     assert np.mean([share for _, share in outcomes]) < 0.25
 
 
@@ -42,7 +42,7 @@ def test_the_hopeless_stop_early(estimator: str) -> None:
 def test_what_nothing_dominates_is_seldom_stopped(estimator: str) -> None:
     """Candidates as good as the best finished one: not dominated by its values on all items, in half of the cases."""
     world = World(2)
-    race, finished = make(world, estimator=estimator, aim="front")
+    race, finished = make(world, estimator=estimator, gain=0)
     mistakes, num = 0, 0
     for _ in range(100):
         model = world.model(1.0, 1.0)
@@ -75,27 +75,40 @@ def test_a_floor_that_is_out_of_reach_stops() -> None:
     assert share < 1
 
 
-def test_worse_than_the_base_is_of_no_use_to_the_hypervolume() -> None:
+def test_worse_than_the_base_adds_nothing_above_it() -> None:
     world = World(5)
     race, finished = make(world)
-    reason, _ = run(race, world.model(-3.0, 2.5), finished)
-    assert reason is not None
-    assert "worse than the base in a" in reason
-    of_the_front, _ = make(World(5), aim="front")
-    assert run(of_the_front, world.model(-3.0, 2.5), finished)[0] is None
+    assert run(race, world.model(-0.9, 2.5), finished)[0] is not None
+    above_the_worst, _ = make(World(5), above="worst", gain=0)
+    assert run(above_the_worst, world.model(-0.9, 2.5), finished)[0] is None
 
 
 def test_a_reference_model_above_the_base_does_not_close_the_lower_ground() -> None:
     """Scalars of this world are better than the base in both; as long as no trial is, candidates may be worse in one."""
     world = World(5)
     race, finished = make(world)
-    finished["trial:0"] = world.model(-3.0, 2.0)
+    finished["trial:0"] = world.model(-1.0, 2.0)
     assert any(
         all(finished[name].scores[task].value > finished["base"].scores[task].value for task in ("a", "b"))
         for name in finished
         if name.startswith("scalar")
     )
-    assert run(race, world.model(-3.0, 2.5), finished)[0] is None
+    assert finished["trial:0"].scores["a"].value < finished["base"].scores["a"].value
+    assert run(race, world.model(-0.9, 2.5), finished)[0] is None
+    finished["trial:1"] = world.model(1.5, 1.5)
+    assert run(race, world.model(-0.9, 2.5), finished)[0] is not None
+
+
+def test_what_is_expected_to_add_little_is_stopped_where_more_is_asked_for() -> None:
+    """The same candidates, a little better than a finished one in one objective and worse in the other."""
+    world = World(9)
+    races = {gain: make(world, gain=gain)[0] for gain in (0.0, 0.001, 0.05)}
+    finished = make(world)[1] | {"trial:1": world.model(1.0, 1.0)}
+    models = [world.model(0.4, 1.3) for _ in range(20)]
+    num_stopped = {
+        gain: sum(run(race, model, finished)[0] is not None for model in models) for gain, race in races.items()
+    }
+    assert num_stopped[0.0] <= num_stopped[0.001] < num_stopped[0.05]
 
 
 def test_rounds_that_are_joined_are_the_whole() -> None:

@@ -1,0 +1,54 @@
+"""Improvements of a hypervolume equal what moocore says of the points with and without one more."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from evomerge.front.improvement import Improvement
+from evomerge.front.pareto import hypervolume
+
+REFERENCE = -0.1
+
+
+@given(
+    num_objectives=st.integers(1, 5),
+    num_points=st.integers(0, 12),
+    seed=st.integers(0, 10**6),
+    levels=st.sampled_from([2, 5, 1000]),  # few levels: equal coordinates and equal points
+)
+@settings(max_examples=150, deadline=None)
+def test_volume_and_gains_are_moocores(num_objectives: int, num_points: int, seed: int, levels: int) -> None:
+    rng = np.random.default_rng(seed)
+    points, asked = (
+        rng.integers(0, levels, (number, num_objectives)) / levels - 0.2 * (levels > 5) for number in (num_points, 8)
+    )
+    reference = np.full(num_objectives, REFERENCE)
+    improvement = Improvement(points, reference)
+    before = hypervolume(points, reference)
+    assert improvement.volume == pytest.approx(before, rel=1e-9, abs=1e-12)
+    expected = [hypervolume(np.vstack([points, point]), reference) - before for point in asked]
+    np.testing.assert_allclose(improvement.gains(asked), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_dominated_adds_exactly_nothing() -> None:
+    rng = np.random.default_rng(0)
+    points = rng.random((60, 4))
+    improvement = Improvement(points, np.zeros(4))
+    assert (improvement.gains(points) == 0).all()
+    assert (improvement.gains(points * 0.9) == 0).all()
+    assert (improvement.gains(points - 2) == 0).all()
+
+
+def test_many_points_go_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    improvement, asked = Improvement(rng.random((20, 3)), np.zeros(3)), rng.random((50, 3))
+    whole = improvement.gains(asked)
+    monkeypatch.setattr("evomerge.front.improvement.MAX_CELLS", 7)
+    assert (improvement.gains(asked) == whole).all()
+
+
+def test_without_points_a_point_adds_its_own_box() -> None:
+    improvement = Improvement(np.zeros((0, 2)), np.array([0.0, 1.0]))
+    assert improvement.volume == 0
+    assert improvement.gains(np.array([[2.0, 4.0], [2.0, 0.5]])).tolist() == [6.0, 0.0]
