@@ -90,7 +90,7 @@ def make_stream(campaign: Campaign, num_candidates: int) -> Stream:
     scorer, everything = Scorer(plan), {task: np.arange(len(of)) for task, of in plan.evaluator.sources.items()}
     references = {name: scorer.score(recipe, "search", everything) for name, recipe in reference_recipes(plan).items()}
     proposer_type = PROPOSERS["nsga2"]
-    problem = Problem(start_D=plan.space.start, num_objectives=len(plan.objectives), seed=(0, 0))
+    problem = Problem(dimensions=plan.space.dimensions, num_objectives=len(plan.objectives), seed=(0, 0))
     proposer = proposer_type(problem, proposer_type.options_type())
     candidates: list[Measurement] = []
     while len(candidates) < num_candidates:

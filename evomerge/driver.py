@@ -12,7 +12,7 @@ import numpy as np
 from evomerge.assemble import PROPOSERS
 from evomerge.errors import EvoMergeError
 from evomerge.evidence.summary import Summarizer, all_sources
-from evomerge.front.front import front_of, maximized, violation
+from evomerge.front.front import front_of, margins, maximized
 from evomerge.ledger.ledger import Ledger
 from evomerge.plan import Plan
 from evomerge.proposers.proposer import Problem, Proposer
@@ -87,7 +87,7 @@ class Driver:
         """Make the stage's proposer and replay its record; return it with the trials that never finished."""
         finished = in_order(trials)
         problem = Problem(
-            start_D=self.plan.space.start,
+            dimensions=self.plan.space.dimensions,
             num_objectives=sum(objective.steers for objective in self.plan.objectives),
             seed=(seed, number),
             history=tuple(self._observe(trial) for trial in finished if trial.stage < number),
@@ -117,13 +117,20 @@ class Driver:
         return replace(trial, measurement=self._summarizer.add(trial.measurement)) if trial.measurement else trial
 
     def _observe(self, trial: Trial) -> Observation:
-        measurement = trial.measurement
+        measurement, objectives = trial.measurement, self.plan.objectives
+        if measurement is None:
+            return Observation(index=trial.index, point=np.array(trial.point), values_M=None)
+        steering = [measurement.scores[objective.name] for objective in objectives if objective.steers]
+        smooth = [np.array([np.nan]) if score.companion is None else score.companion for score in steering]
         return Observation(
             index=trial.index,
             point=np.array(trial.point),
-            values_M=maximized(measurement, self.plan.objectives) if measurement else None,
-            violation=violation(measurement, self.plan.objectives) if measurement else 0.0,
-            arrival=measurement.arrival if measurement else None,
+            values_M=maximized(measurement, objectives),
+            stderr_M=np.array([score.stderr for score in steering]),
+            losses_M=np.array([of_items.mean(dtype=np.float64) for of_items in smooth]),
+            loss_stderr_M=np.array([of_items.std(dtype=np.float64) / len(of_items) ** 0.5 for of_items in smooth]),
+            margins_C=margins(measurement, objectives),
+            arrival=measurement.arrival,
         )
 
     def _score_front(self, references: Mapping[str, Recipe]) -> None:

@@ -175,11 +175,10 @@ class Objective:
         normalized = ", normalized by the experts' own" if self.normalized_by else ""
         return f"{self.summary} of {', '.join(self.parts)}{normalized}" if self.summary else self.metric
 
-    def violation(self, value: float) -> float:
-        """Return by how much ``value`` misses the floor or ceiling; 0 where it keeps both."""
-        below = max(0.0, self.floor - value) if self.floor is not None else 0.0
-        above = max(0.0, value - self.ceiling) if self.ceiling is not None else 0.0
-        return max(below, above)
+    def margins(self, value: float) -> list[float]:
+        """Return by how much ``value`` keeps the floor and the ceiling, as far as there are any; below 0: misses it."""
+        above_floor = [] if self.floor is None else [value - self.floor]
+        return above_floor if self.ceiling is None else [*above_floor, self.ceiling - value]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,14 +255,24 @@ def in_order(trials: Iterable[Trial]) -> list[Trial]:
 class Observation:
     """What a proposer is told of a trial of its stage: all values maximized, None if the trial failed.
 
-    index is the trial's place among the proposer's own asks. violation sums how far floors and ceilings are missed.
+    index is the trial's place among the proposer's own asks. losses_M are the means of the smooth companions
+    (minimized, NaN where an objective has none) with their standard errors; margins_C say by how much each floor and
+    ceiling is kept.
     """
 
     index: int
     point: Floats
     values_M: Floats | None
-    violation: float = 0.0
+    stderr_M: Floats | None = None
+    losses_M: Floats | None = None
+    loss_stderr_M: Floats | None = None
+    margins_C: Floats = field(default_factory=lambda: np.zeros(0))
     arrival: Arrival | None = None
+
+    @property
+    def violation(self) -> float:
+        """By how much floors and ceilings are missed, summed."""
+        return float(-self.margins_C.clip(max=0).sum())
 
 
 def digest(data: Any) -> str:

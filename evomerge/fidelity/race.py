@@ -126,7 +126,7 @@ class Race:
         is_kept_S = np.ones(NUM_DRAWS, dtype=np.bool_)
         for objective in self._objectives:
             values_S = draws[objective.name]
-            is_kept_S &= [objective.violation(value) == 0 for value in values_S]
+            is_kept_S &= [min(objective.margins(value), default=0.0) >= 0 for value in values_S]
             if not is_kept_S.any():
                 missed = "floor" if objective.floor is not None and values_S.mean() < objective.floor else "ceiling"
                 return f"{objective.name} misses its {missed} of {getattr(objective, missed):g}"

@@ -18,9 +18,16 @@ def maximized(measurement: Measurement, objectives: Sequence[Objective]) -> Floa
     )
 
 
+def margins(measurement: Measurement, objectives: Sequence[Objective]) -> Floats:
+    """Return by how much each floor and ceiling is kept (negative: missed), objective by objective, shape (C,)."""
+    return np.array(
+        [m for objective in objectives for m in objective.margins(measurement.scores[objective.name].value)]
+    )
+
+
 def violation(measurement: Measurement, objectives: Sequence[Objective]) -> float:
     """Return by how much floors and ceilings are missed, summed; 0 if all are kept."""
-    return sum(objective.violation(measurement.scores[objective.name].value) for objective in objectives)
+    return float(-margins(measurement, objectives).clip(max=0).sum())
 
 
 def front_of(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:

@@ -37,7 +37,7 @@ class AdaMerging:
     def __init__(self, problem: Problem, options: AdaMergingOptions) -> None:
         self.problem, self.options = problem, options
         self._arrival = Arrival(
-            point=tuple(float(x) for x in problem.start_D), first_moment=(), second_moment=(), losses=()
+            point=tuple(float(x) for x in problem.start), first_moment=(), second_moment=(), losses=()
         )
         self._num_asked, self._num_steps = 0, 0
         self._waiting = False

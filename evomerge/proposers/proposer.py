@@ -15,13 +15,18 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from evomerge.records import Candidate, Floats, Observation, Options
+from evomerge.space.space import Dimension
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """What a search is about. history are the results of earlier stages, in the order in which they came."""
+    """What a search is about.
 
-    start_D: Floats
+    dimensions say what each coordinate is, and its range; history are the results of earlier stages, in the order in
+    which they came.
+    """
+
+    dimensions: tuple[Dimension, ...]
     num_objectives: int
     seed: tuple[int, ...]
     history: tuple[Observation, ...] = ()
@@ -29,13 +34,18 @@ class Problem:
     @property
     def num_dimensions(self) -> int:
         """Length of a point."""
-        return len(self.start_D)
+        return len(self.dimensions)
+
+    @property
+    def start(self) -> Floats:
+        """Where the space starts, shape (D,)."""
+        return np.array([dimension.start_coordinate for dimension in self.dimensions])
 
     @property
     def best_point(self) -> Floats:
         """Where a search begins: the best mean of the earlier results, else the space's start."""
         best = max(self.history, key=rank, default=None)
-        return self.start_D if best is None else best.point
+        return self.start if best is None else best.point
 
     def rng(self, index: int) -> np.random.Generator:
         """Return the generator of the ``index``-th ask (or generation)."""

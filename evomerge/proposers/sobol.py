@@ -37,5 +37,5 @@ class Sobol:
 
     def _next(self) -> tuple[float, ...]:
         self._num_asked += 1
-        point_D = self.problem.start_D if self._num_asked == 1 else self._sequence.random(1)[0]
+        point_D = self.problem.start if self._num_asked == 1 else self._sequence.random(1)[0]
         return tuple(float(x) for x in point_D)

@@ -7,6 +7,7 @@ import pytest
 
 from evomerge.proposers.proposer import Problem, Proposer
 from evomerge.records import Arrival, Candidate, Observation, Options
+from evomerge.space.space import Dimension
 
 NUM_DIMENSIONS = 3
 
@@ -17,15 +18,25 @@ def objectives(point: np.ndarray, num_objectives: int) -> np.ndarray:
     return -((point - corners) ** 2).sum(axis=1)
 
 
+def box(start: float, num_dimensions: int) -> tuple[Dimension, ...]:
+    """Coefficients of as many experts, each in [0, 1]."""
+    return tuple(
+        Dimension(parameter="coefficient", expert=f"expert{d}", group=None, low=0.0, high=1.0, start=start)
+        for d in range(num_dimensions)
+    )
+
+
 class ProposerContract:
     proposer_type: ClassVar[type]
     options: ClassVar[dict[str, Any]] = {}
     num_asks: ClassVar[int] = 26
     num_objectives: ClassVar[int] = 2
+    has_losses: ClassVar[bool] = True
 
     def problem(self, seed: int = 0, history: tuple[Observation, ...] = ()) -> Problem:
-        start = np.full(NUM_DIMENSIONS, 0.25)
-        return Problem(start_D=start, num_objectives=self.num_objectives, seed=(seed, 0), history=history)
+        return Problem(
+            dimensions=box(0.25, NUM_DIMENSIONS), num_objectives=self.num_objectives, seed=(seed, 0), history=history
+        )
 
     def make(self, seed: int = 0, history: tuple[Observation, ...] = ()) -> Proposer:
         options: Options = self.proposer_type.options_type(**self.options)
@@ -38,8 +49,19 @@ class ProposerContract:
             point = np.clip(point + 0.01 * (index + 1), 0, 1)
             moments = tuple(point.tolist())
             arrival = Arrival(point=moments, first_moment=moments, second_moment=moments, losses=(1.0,))
-        values = None if failed else objectives(point, self.num_objectives)
-        return Observation(index=index, point=point, values_M=values, arrival=arrival)
+        if failed:
+            return Observation(index=index, point=point, values_M=None)
+        values = objectives(point, self.num_objectives)
+        small = np.full(self.num_objectives, 1e-3)
+        return Observation(
+            index=index,
+            point=point,
+            values_M=values,
+            stderr_M=small,
+            losses_M=-values if self.has_losses else np.full(self.num_objectives, np.nan),
+            loss_stderr_M=small,
+            arrival=arrival,
+        )
 
     def run(self, proposer: Proposer, num_asks: int, failing: frozenset[int] = frozenset()) -> list[Candidate]:
         """Ask and tell one by one, as the inline pool does."""

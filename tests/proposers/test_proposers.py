@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from proposer_contract import NUM_DIMENSIONS, ProposerContract, objectives
+from proposer_contract import NUM_DIMENSIONS, ProposerContract, box, objectives
 
 from evomerge.assemble import PROPOSERS
 from evomerge.proposers.adamerging import AdaMerging, AdaMergingOptions
@@ -45,7 +45,7 @@ class TestCmaEs(ProposerContract):
 
     def test_never_leaves_the_box_in_many_dimensions(self) -> None:
         """pycma returned points outside its bounds in 64 dimensions."""
-        problem = Problem(start_D=np.full(64, 0.02), num_objectives=1, seed=(0, 0))
+        problem = Problem(dimensions=box(0.02, 64), num_objectives=1, seed=(0, 0))
         proposer = CmaEs(problem, CmaEsOptions(sigma=0.5))
         for index in range(100):
             (candidate,) = proposer.ask(1, [])
@@ -112,13 +112,13 @@ def test_the_contract_covers_every_proposer() -> None:
 @pytest.mark.parametrize("name", ["cma_es", "tpe", "nsga2", "sobol"])
 def test_any_number_of_objectives(name: str, num_objectives: int) -> None:
     proposer_type = PROPOSERS[name]
-    problem = Problem(start_D=np.full(3, 0.5), num_objectives=num_objectives, seed=(0, 0))
+    problem = Problem(dimensions=box(0.5, 3), num_objectives=num_objectives, seed=(0, 0))
     proposer = proposer_type(problem, proposer_type.options_type())
     for index in range(30):
         (candidate,) = proposer.ask(1, [])
         point = np.array(candidate.point)
         values = objectives(point, num_objectives)
-        proposer.tell(Observation(index=index, point=point, values_M=values, violation=max(0.0, float(point[0]) - 0.5)))
+        proposer.tell(Observation(index=index, point=point, values_M=values, margins_C=np.array([0.5 - point[0]])))
 
 
 def test_tpe_and_nsga2_heed_violations() -> None:
@@ -126,13 +126,13 @@ def test_tpe_and_nsga2_heed_violations() -> None:
     for name in ("tpe", "nsga2"):
         proposer_type = PROPOSERS[name]
         proposer = proposer_type(
-            Problem(start_D=np.full(3, 0.5), num_objectives=1, seed=(1, 0)), proposer_type.options_type()
+            Problem(dimensions=box(0.5, 3), num_objectives=1, seed=(1, 0)), proposer_type.options_type()
         )
         kept = []
         for index in range(120):
             (candidate,) = proposer.ask(1, [])
             point = np.array(candidate.point)
-            violation = max(0.0, float(point[0]) - 0.3)
-            kept.append(violation == 0)
-            proposer.tell(Observation(index=index, point=point, values_M=np.array([point[0]]), violation=violation))
+            kept.append(point[0] <= 0.3)
+            margins = 0.3 - point[:1]
+            proposer.tell(Observation(index=index, point=point, values_M=np.array([point[0]]), margins_C=margins))
         assert np.mean(kept[-40:]) > 0.6, name
