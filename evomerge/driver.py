@@ -7,17 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-import numpy as np
-
 from evomerge.assemble import PROPOSERS
 from evomerge.errors import EvoMergeError
 from evomerge.evidence.summary import Summarizer, all_sources
-from evomerge.front.front import front_of, margins, maximized
+from evomerge.front.front import front_of, maximized, observe
 from evomerge.ledger.ledger import Ledger
 from evomerge.plan import Plan
 from evomerge.proposers.proposer import Problem, Proposer
 from evomerge.racing import RacingPool, finished_models, make_race
-from evomerge.records import Measurement, Observation, Recipe, Split, Trial, in_order
+from evomerge.records import Measurement, Recipe, Split, Trial, in_order
 from evomerge.references import best_scalar, reference_recipes
 from evomerge.stages import Stage
 from evomerge.workers.inline import InlinePool
@@ -78,7 +76,7 @@ class Driver:
                 return
             key, outcome = next(pool.results())
             trial = self._record(pending.pop(key), outcome)
-            proposer.tell(self._observe(trial))
+            proposer.tell(observe(trial, self.plan.objectives))
             self.watcher.advance(trial)
 
     def _rebuild(
@@ -90,16 +88,16 @@ class Driver:
             dimensions=self.plan.space.dimensions,
             num_objectives=sum(objective.steers for objective in self.plan.objectives),
             seed=(seed, number),
-            history=tuple(self._observe(trial) for trial in finished if trial.stage < number),
+            history=tuple(observe(trial, self.plan.objectives) for trial in finished if trial.stage < number),
         )
         proposer = PROPOSERS[stage.proposer](problem, stage.options)  # type: ignore[call-arg]
         results = [trial for trial in finished if trial.stage == number]
         for trial in (trial for trial in trials if trial.stage == number):
             while results and (results[0].order or 0) < trial.known:
-                proposer.tell(self._observe(results.pop(0)))
+                proposer.tell(observe(results.pop(0), self.plan.objectives))
             proposer.recall(trial.candidate)
         for trial in results:
-            proposer.tell(self._observe(trial))
+            proposer.tell(observe(trial, self.plan.objectives))
         return proposer, {trial.number: trial for trial in trials if trial.stage == number and trial.order is None}
 
     def _record(self, trial: Trial, outcome: Measurement | EvoMergeError) -> Trial:
@@ -115,23 +113,6 @@ class Driver:
 
     def _summarized(self, trial: Trial) -> Trial:
         return replace(trial, measurement=self._summarizer.add(trial.measurement)) if trial.measurement else trial
-
-    def _observe(self, trial: Trial) -> Observation:
-        measurement, objectives = trial.measurement, self.plan.objectives
-        if measurement is None:
-            return Observation(index=trial.index, point=np.array(trial.point), values_M=None)
-        steering = [measurement.scores[objective.name] for objective in objectives if objective.steers]
-        smooth = [np.array([np.nan]) if score.companion is None else score.companion for score in steering]
-        return Observation(
-            index=trial.index,
-            point=np.array(trial.point),
-            values_M=maximized(measurement, objectives),
-            stderr_M=np.array([score.stderr for score in steering]),
-            losses_M=np.array([of_items.mean(dtype=np.float64) for of_items in smooth]),
-            loss_stderr_M=np.array([of_items.std(dtype=np.float64) / len(of_items) ** 0.5 for of_items in smooth]),
-            margins_C=margins(measurement, objectives),
-            arrival=measurement.arrival,
-        )
 
     def _score_front(self, references: Mapping[str, Recipe]) -> None:
         """Score the front's members and the references beside it on the test items."""

@@ -1,4 +1,6 @@
-"""The front of a run: the trials that no other trial dominates, floors and ceilings kept, scored on all items.
+"""From measurements to values that are maximized, and to the front: the trials that no other trial dominates.
+
+Those of the front keep floors and ceilings, and are scored on all items.
 
 Shape letters: N trials, M objectives that steer.
 """
@@ -8,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from evomerge.front.pareto import hypervolume, non_dominated
-from evomerge.records import Floats, Measurement, Objective, Trial
+from evomerge.records import Floats, Measurement, Objective, Observation, Trial
 
 
 def maximized(measurement: Measurement, objectives: Sequence[Objective]) -> Floats:
@@ -28,6 +30,25 @@ def margins(measurement: Measurement, objectives: Sequence[Objective]) -> Floats
 def violation(measurement: Measurement, objectives: Sequence[Objective]) -> float:
     """Return by how much floors and ceilings are missed, summed; 0 if all are kept."""
     return float(-margins(measurement, objectives).clip(max=0).sum())
+
+
+def observe(trial: Trial, objectives: Sequence[Objective]) -> Observation:
+    """Return what a proposer is told of a finished trial."""
+    measurement = trial.measurement
+    if measurement is None:
+        return Observation(index=trial.index, point=np.array(trial.point), values_M=None)
+    steering = [measurement.scores[objective.name] for objective in objectives if objective.steers]
+    smooth = [np.array([np.nan]) if score.companion is None else score.companion for score in steering]
+    return Observation(
+        index=trial.index,
+        point=np.array(trial.point),
+        values_M=maximized(measurement, objectives),
+        stderr_M=np.array([score.stderr for score in steering]),
+        losses_M=np.array([of_items.mean(dtype=np.float64) for of_items in smooth]),
+        loss_stderr_M=np.array([of_items.std(dtype=np.float64) / len(of_items) ** 0.5 for of_items in smooth]),
+        margins_C=margins(measurement, objectives),
+        arrival=measurement.arrival,
+    )
 
 
 def front_of(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[Trial]:
