@@ -10,7 +10,7 @@ from typing import Protocol
 from evomerge.assemble import PROPOSERS
 from evomerge.errors import EvoMergeError
 from evomerge.evidence.summary import Summarizer, all_sources
-from evomerge.front.front import front_of, maximized, observe
+from evomerge.front.front import front_of, observe
 from evomerge.ledger.ledger import Ledger
 from evomerge.plan import Plan
 from evomerge.proposers.proposer import Problem, Proposer
