@@ -6,7 +6,7 @@ SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile  # the tests of a file 
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help setup demo test test-all lint format bench-overhead bench-materialize bench-digits bench-evaluate bench-coverage \
-        bench-racing clean
+        bench-racing bench-search clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -64,6 +64,9 @@ bench-evaluate: setup  ## Seconds a candidate beyond the forwards, beside lm-eva
 
 bench-racing: setup  ## What a race saves in items for the same hypervolume, over ten seeds
 	@$(BIN)/python benchmarks/racing.py
+
+bench-search: setup  ## Searchers at equal cost: hypervolume against cost, ten seeds (hours)
+	@$(BIN)/python -m benchmarks.search
 
 clean:  ## Remove what make built
 	@rm -rf $(VENV) demo .cache .mypy_cache .ruff_cache .pytest_cache

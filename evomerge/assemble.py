@@ -36,11 +36,22 @@ from evomerge.operators.ties import Ties, TiesPaper
 from evomerge.operators.tsv import TsvM
 from evomerge.operators.widen import Widen
 from evomerge.proposers.adamerging import AdaMerging
+from evomerge.proposers.bayesian_map import BayesianMap
 from evomerge.proposers.cma_es import CmaEs
 from evomerge.proposers.gp import Gp
+from evomerge.proposers.gradient_front import GradientFront
+from evomerge.proposers.grid import Grid
+from evomerge.proposers.llm import Llm
+from evomerge.proposers.lorahub import LoraHub
+from evomerge.proposers.map import Map
+from evomerge.proposers.model_swarms import ModelSwarms
 from evomerge.proposers.nsga2 import Nsga2
+from evomerge.proposers.nsga3 import Nsga3
 from evomerge.proposers.proposer import Proposer
+from evomerge.proposers.qlognehvi import QLogNehvi
+from evomerge.proposers.random import Random
 from evomerge.proposers.sobol import Sobol
+from evomerge.proposers.surrogate import Surrogate
 from evomerge.proposers.tpe import Tpe
 from evomerge.records import Options
 
@@ -91,7 +102,25 @@ _OPERATORS: tuple[type[Operator], ...] = (
     TsvM,
     Widen,
 )
-_PROPOSERS: tuple[type[Proposer], ...] = (Sobol, CmaEs, Tpe, Nsga2, Gp, AdaMerging)
+_PROPOSERS: tuple[type[Proposer], ...] = (
+    AdaMerging,
+    BayesianMap,
+    CmaEs,
+    Gp,
+    GradientFront,
+    Grid,
+    Llm,
+    LoraHub,
+    Map,
+    ModelSwarms,
+    Nsga2,
+    Nsga3,
+    QLogNehvi,
+    Random,
+    Sobol,
+    Surrogate,
+    Tpe,
+)
 
 OPERATORS = {operator.name: operator for operator in _OPERATORS}
 PROPOSERS = {proposer.name: proposer for proposer in _PROPOSERS}

@@ -11,7 +11,7 @@ from evomerge.plan import Plan, make_plan
 from evomerge.records import Measurement
 from evomerge.references import reference_recipes
 from evomerge.scorer import Scorer
-from evomerge.stages import Stage, descent_cost, make_stages
+from evomerge.stages import Stage, make_stages, stage_cost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +67,6 @@ def check_campaign(campaign: Campaign, loading: Callable[[str], None]) -> CheckR
         residence=scorer.materializer.residence,
         kernels=scorer.materializer.kernels,
         evaluation=evaluation,
-        equivalents=sum(stage.num_evaluations * (1 + descent_cost(plan, stage.options)) for stage in stages),
+        equivalents=sum(stage_cost(plan, stage) for stage in stages),
         reference_evaluations=len(recipes),
     )

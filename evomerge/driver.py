@@ -10,7 +10,7 @@ from typing import Protocol
 from evomerge.assemble import PROPOSERS
 from evomerge.errors import EvoMergeError
 from evomerge.evidence.summary import Summarizer, all_sources
-from evomerge.front.front import front_of, observe
+from evomerge.front.front import front_of, maximized, observe
 from evomerge.ledger.ledger import Ledger
 from evomerge.plan import Plan
 from evomerge.proposers.proposer import Problem, Proposer
@@ -45,9 +45,10 @@ class Driver:
         self._measure("reference models", references, "search")
         sources = all_sources(self.plan.objectives, self.plan.sources("search"))
         self._summarizer = Summarizer(self.plan.objectives, sources, self.ledger.measurements("search"))
+        measured = self._summarizer.add_to_all(self.ledger.measurements("search"))
+        self._base_M = maximized(measured["base"], self.plan.objectives)
         pool: InlinePool | RacingPool = self.pool
         if self.plan.fidelity:
-            measured = self._summarizer.add_to_all(self.ledger.measurements("search"))
             race = make_race(self.plan, self.plan.fidelity, {name: measured[name] for name in references}, seed)
             pool = RacingPool(self.pool, race, self._summarizer, finished_models(measured, self._trials(), references))
         total = sum(stage.num_evaluations for stage in stages)
@@ -86,6 +87,7 @@ class Driver:
         finished = in_order(trials)
         problem = Problem(
             dimensions=self.plan.space.dimensions,
+            reference_M=self._base_M,
             num_objectives=sum(objective.steers for objective in self.plan.objectives),
             seed=(seed, number),
             history=tuple(observe(trial, self.plan.objectives) for trial in finished if trial.stage < number),

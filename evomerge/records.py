@@ -119,7 +119,10 @@ class Recipe:
 class Descent:
     """Gradient steps on the adapt items, done in one worker: start at a candidate's point, score where they end.
 
-    first_moment and second_moment are Adam's, in the units of the coefficients, () before the first step.
+    first_moment and second_moment are Adam's, in the units of the coefficients, () before the first step. The learning
+    rate falls linearly to ``final_rate`` of it. anchors: for the descent of a whole front, the points of M models, one
+    for each objective that steers, end to end (M * D); the point of a preference w over the objectives is their mean,
+    weighted by w, and the candidate's is that of equal weights. Each step then draws a preference.
     """
 
     loss: str
@@ -130,6 +133,8 @@ class Descent:
     steps_before: int = 0
     first_moment: tuple[float, ...] = ()
     second_moment: tuple[float, ...] = ()
+    final_rate: float = 1.0
+    anchors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,12 +201,13 @@ class Score:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:
-    """Where a descent ended: its point, Adam's moments, and the loss at each step."""
+    """Where a descent ended: its point, Adam's moments, the loss at each step, and the anchors of a front's descent."""
 
     point: tuple[float, ...]
     first_moment: tuple[float, ...]
     second_moment: tuple[float, ...]
     losses: tuple[float, ...]
+    anchors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,7 +263,7 @@ class Observation:
 
     index is the trial's place among the proposer's own asks. losses_M are the means of the smooth companions
     (minimized, NaN where an objective has none) with their standard errors; margins_C say by how much each floor and
-    ceiling is kept.
+    ceiling is kept. is_estimate: the trial was stopped; its standard errors say how far off all items may be.
     """
 
     index: int
@@ -268,6 +274,7 @@ class Observation:
     loss_stderr_M: Floats | None = None
     margins_C: Floats = field(default_factory=lambda: np.zeros(0))
     arrival: Arrival | None = None
+    is_estimate: bool = False
 
     @property
     def violation(self) -> float:

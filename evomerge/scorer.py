@@ -112,8 +112,10 @@ class Scorer:
     def _descend(self, candidate: Candidate) -> tuple[Arrival, float]:
         """Follow Adam on minibatches of the adapt items; return where it ended, and its cost.
 
-        The loss is the sum over tasks; coefficients are projected into their ranges after every step. The operator
-        stays the one that the candidate chose, and so do the numbers that it does not read.
+        The loss is the sum over tasks, or over objectives by a preference that each step draws from a flat Dirichlet
+        (the sampling loop of PaMaL, Dimitriadis et al. 2023, arxiv.org/abs/2210.09759, over coefficients instead of
+        weights). Points are projected into their box after every step. The operator stays the one that the candidate
+        chose, and so do the numbers that it does not read.
         """
         descent = candidate.descent
         assert descent is not None
@@ -122,13 +124,14 @@ class Scorer:
         operator = plan.operators[branch.operator]
         if not operator.differentiable:
             raise CandidateError(f"{operator.name} has no gradient in its coefficients")
-        point_D = np.array(candidate.point)
-        gradient_D, spans_D = np.zeros(len(point_D)), np.ones(len(point_D))
+        anchors_MD = np.array(descent.anchors or candidate.point).reshape(-1, len(candidate.point))
+        gradient_D, spans_D = np.zeros(anchors_MD.shape[1]), np.ones(anchors_MD.shape[1])
         spans_D[branch.columns_d] = branch.space.spans_D
         moments: list[Floats] = [
-            np.array(moment) if moment else np.zeros(len(point_D))
+            np.array(moment) if moment else np.zeros(anchors_MD.size)
             for moment in (descent.first_moment, descent.second_moment)
         ]
+        shares_MT = self._task_shares() if descent.anchors else np.ones((1, len(plan.splits)))
         losses: list[float] = []
         num_items = 0
         for step in range(1, descent.steps + 1):
@@ -138,19 +141,39 @@ class Scorer:
                 for task, splits in plan.splits.items()
             }
             num_items += sum(map(len, batches.values()))
-            terms = [partial(plan.evaluator.loss, model, task, items, descent.loss) for task, items in batches.items()]
-            loss, gradients = self.materializer.gradient(operator, plan.recipe(point_D), terms)
+            preference_M = rng.dirichlet(np.ones(len(anchors_MD)))
+            terms = [
+                partial(self._weighted_loss, weight, model, task, batches[task], descent.loss)
+                for task, weight in zip(batches, preference_M @ shares_MT, strict=True)
+            ]
+            loss, gradients = self.materializer.gradient(operator, plan.recipe(preference_M @ anchors_MD), terms)
             losses.append(loss)
             gradient_D[branch.columns_d] = branch.space.pull_back(gradients)
-            step_D = _adam(gradient_D, moments, descent.steps_before + step)
-            point_D = np.clip(point_D - descent.learning_rate * step_D / spans_D, 0.0, 1.0)
+            gradient_MD = np.outer(preference_M, gradient_D)
+            step_MD = _adam(gradient_MD.ravel(), moments, descent.steps_before + step).reshape(anchors_MD.shape)
+            rate = descent.learning_rate * (1 - (1 - descent.final_rate) * (step - 1) / descent.steps)
+            anchors_MD = np.clip(anchors_MD - rate * step_MD / spans_D, 0.0, 1.0)
         arrival = Arrival(
-            point=tuple(point_D.tolist()),
+            point=tuple(anchors_MD.mean(axis=0).tolist()),
             first_moment=tuple(moments[0].tolist()),
             second_moment=tuple(moments[1].tolist()),
             losses=tuple(losses),
+            anchors=tuple(anchors_MD.ravel().tolist()) if descent.anchors else (),
         )
         return arrival, BACKWARD_COST * num_items / self._num_search_items
+
+    def _weighted_loss(self, weight: float, model: torch.nn.Module, task: str, items: Items, name: str) -> torch.Tensor:
+        return weight * self.plan.evaluator.loss(model, task, items, name)
+
+    def _task_shares(self) -> Floats:
+        """Return how much each task counts for each objective that steers, (M, T); a summary's parts count equally."""
+        by_name = {objective.name: objective for objective in self.plan.objectives}
+        tasks = list(self.plan.splits)
+        rows = []
+        for objective in (objective for objective in self.plan.objectives if objective.steers):
+            parts = [by_name[part] for part in objective.parts] or [objective]
+            rows.append([sum(part.task == task for part in parts) / len(parts) for task in tasks])
+        return np.array(rows)
 
 
 def objective_score(plan: Plan, objective: Objective, reported: ItemScores, items: Items) -> Score:

@@ -7,11 +7,13 @@ from evomerge.campaign import Campaign
 from evomerge.errors import CampaignError
 from evomerge.plan import Plan
 from evomerge.proposers.adamerging import AdaMerging, AdaMergingOptions
+from evomerge.proposers.gradient_front import GradientFront, GradientFrontOptions
+from evomerge.proposers.surrogate import Surrogate, SurrogateOptions
 from evomerge.records import Options
 from evomerge.scorer import BACKWARD_COST
 
-AUTO_DESCENT_COST = 30.0
-AUTO_MAX_LEGS = 6
+AUTO_LEGS = 6  # of a descent of one objective
+AUTO_FRONT = 4  # candidates of the gradient front, beside one for each objective
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,38 +63,39 @@ def make_stages(campaign: Campaign, plan: Plan) -> list[Stage]:
     return stages
 
 
-def descent_cost(plan: Plan, options: Options) -> float:
-    """Return the full-evaluation equivalents of the gradient steps before each of a proposer's evaluations."""
-    settings = options.model_dump()
+def stage_cost(plan: Plan, stage: Stage) -> float:
+    """Return a stage's full-evaluation equivalents, gradient steps included."""
+    settings = stage.options.model_dump()
     if "steps" not in settings:
-        return 0.0
+        return stage.num_evaluations
     num_items = sum(min(settings["batch_size"], len(splits["adapt"])) for splits in plan.splits.values())
     num_search = sum(len(splits["search"]) for splits in plan.splits.values())
-    return float(BACKWARD_COST * settings["steps"] * num_items / num_search)
+    num_descents = 1 if stage.proposer == GradientFront.name else stage.num_evaluations
+    return float(stage.num_evaluations + num_descents * BACKWARD_COST * settings["steps"] * num_items / num_search)
 
 
 def _auto(campaign: Campaign, plan: Plan) -> list[Stage]:
-    """Descend the labels of the adapt items where there are gradients, then search around where that ends.
+    """Descend to a whole front where there are gradients, and go on with surrogates of what was scored.
 
-    The descents cost at most AUTO_DESCENT_COST, whatever the budget, so that a larger budget only lengthens the search.
+    The first stage is the same for every budget that it fits into, so that a larger budget only lengthens the search.
     """
     budget, stages = campaign.budget.evaluations, []
     num_steering = sum(objective.steers for objective in plan.objectives)
     if plan.rigid is None and campaign.split.adapt > 0 and "ce" in plan.evaluator.losses:
-        options = AdaMergingOptions(loss="ce", steps=25, learning_rate=1e-2)
-        num_legs = int(AUTO_DESCENT_COST / (1 + descent_cost(plan, options)))
-        num_legs = min(max(1, num_legs), AUTO_MAX_LEGS, budget)
+        one = num_steering == 1
+        options = AdaMergingOptions(loss="ce", steps=25, learning_rate=1e-2) if one else GradientFrontOptions()
+        num_evaluations = min(budget, AUTO_LEGS if one else AUTO_FRONT + num_steering)
+        reason = "descend the adapt items' labels" + ("" if one else ", to a whole front at once")
         stages.append(
             Stage(
-                proposer=AdaMerging.name,
+                proposer=AdaMerging.name if one else GradientFront.name,
                 options=options,
-                num_evaluations=num_legs,
-                reason="there are gradients: descend the adapt items' labels",
+                num_evaluations=num_evaluations,
+                reason=f"there are gradients: {reason}",
             )
         )
-        budget -= num_legs
-    name, reason = ("cma_es", "one objective") if num_steering == 1 else ("nsga2", "several objectives")
+        budget -= num_evaluations
     if budget:
-        defaults = PROPOSERS[name].options_type()
-        stages.append(Stage(proposer=name, options=defaults, num_evaluations=budget, reason=reason))
+        reason = f"{num_steering} objectives, {len(plan.space)} dimensions: model what was scored"
+        stages.append(Stage(proposer=Surrogate.name, options=SurrogateOptions(), num_evaluations=budget, reason=reason))
     return stages

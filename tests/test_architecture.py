@@ -7,10 +7,10 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "evomerge"
 LAYERS = (
-    {"records", "errors", "strict"},
+    {"records", "errors", "strict", "chat"},
     {"kernels"},
     {"operators", "space", "splits", "front", "evidence"},
-    {"materialize", "ledger"},
+    {"materialize", "ledger", "surrogates"},
     {"proposers", "evaluators", "fidelity", "workers", "families"},
     {"campaign", "assemble", "plan", "scorer", "stages", "references", "racing", "driver", "recipe_file"},
     {"interop"},
@@ -24,6 +24,10 @@ CONFINED = {  # library -> where alone it may be imported
     "transformers": {"materialize", "evaluators", "families"},
     "cma": {"proposers"},
     "optuna": {"proposers"},
+    "cmaes": {"proposers"},
+    "nevergrad": {"proposers"},
+    "botorch": {"proposers"},
+    "gpytorch": {"proposers"},
     "sqlalchemy": {"ledger"},
     "moocore": {"front"},
     "plotly": {"report"},

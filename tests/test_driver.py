@@ -23,10 +23,12 @@ from evomerge.errors import EvoMergeError, RunError
 from evomerge.evaluators.classification import ClassificationEvaluator
 from evomerge.families.family import FamilySummary
 from evomerge.ledger.ledger import FILE_NAME
+from evomerge.plan import make_plan
 from evomerge.records import Trial
 from evomerge.report.html import write_report
 from evomerge.report.terminal import print_front
 from evomerge.run import Run, open_run, search
+from evomerge.stages import make_stages
 
 CHAIN = [
     {"proposer": "sobol", "evaluations": 6},
@@ -320,6 +322,42 @@ def test_descents_lower_the_loss_they_descend(make_campaign: Callable[..., Campa
     assert losses[-1] < losses[0]
     assert run.trials[1].candidate.point == arrivals[0].point
     assert all(trial.measurement.cost > 1 for trial in run.trials if trial.measurement)
+
+
+def test_a_front_descends_at_once(make_campaign: Callable[..., Campaign], tmp_path: Path) -> None:
+    """Each anchor comes to be better at its own objective's loss than the anchors are on average."""
+    stages = [{"proposer": "gradient_front", "steps": 60, "batch_size": 64}]
+    run = search(make_campaign(search=stages, budget={"evaluations": 4}), tmp_path / "run", watcher=Silent())
+    first, *ends = run.trials
+    assert first.measurement is not None
+    assert first.measurement.arrival is not None
+    num_objectives = len(run.steering)
+    anchors = np.array(first.measurement.arrival.anchors).reshape(num_objectives, -1)
+    assert first.point == pytest.approx(tuple(anchors.mean(axis=0)))
+    assert first.measurement.cost > 1
+    losses = np.full((num_objectives, num_objectives), np.nan)
+    for trial in ends[:num_objectives]:
+        (place,) = np.flatnonzero((np.abs(anchors - trial.point) < 1e-12).all(axis=1))
+        assert trial.measurement is not None
+        assert trial.measurement.cost == 1
+        losses[place] = [trial.measurement.scores[objective.name].companion.mean() for objective in run.steering]
+    assert (np.diag(losses) < losses.mean(axis=0)).all()
+
+
+def test_auto_takes_the_gradient_front_where_losses_have_gradients(
+    make_campaign: Callable[..., Campaign], small_digits: FamilySummary
+) -> None:
+    campaign = make_campaign(search="auto", budget={"evaluations": 30})
+    stages = make_stages(campaign, make_plan(campaign))
+    assert [stage.proposer for stage in stages] == ["gradient_front", "surrogate"]
+    assert sum(stage.num_evaluations for stage in stages) == 30
+    longer = make_stages(campaign.model_copy(update={"budget": budget(300)}), make_plan(campaign))
+    assert longer[0] == stages[0]
+    split = {"adapt": 0.0, "search": 0.5, "test": 0.5}
+    evaluation = {"kind": "classification", "data": str(small_digits.path / "data"), "split": split}
+    without_adapt_items = make_campaign(search="auto", evaluation=evaluation, budget={"evaluations": 30})
+    stages = make_stages(without_adapt_items, make_plan(without_adapt_items))
+    assert [stage.proposer for stage in stages] == ["surrogate"]
 
 
 def test_a_run_whose_ledger_was_never_begun_starts_anew(make_campaign: Callable[..., Campaign], tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def observe(trial: Trial, objectives: Sequence[Objective]) -> Observation:
         loss_stderr_M=np.array([of_items.std(dtype=np.float64) / len(of_items) ** 0.5 for of_items in smooth]),
         margins_C=margins(measurement, objectives),
         arrival=measurement.arrival,
+        is_estimate=measurement.stopped is not None,
     )
 
 

@@ -2,31 +2,55 @@
 
 Reference: Hansen 2016, the CMA evolution strategy: a tutorial, arxiv.org/abs/1604.00772. It needs a whole generation
 before the next: with several workers, ``ask`` returns nothing while results of a generation are missing.
-Beyond 100 dimensions the covariance is diagonal (Ros and Hansen 2008): its cost grows linearly.
+Beyond 100 dimensions the covariance is diagonal (Ros and Hansen 2008): its cost grows linearly. Under noise the
+learning rates can be adapted instead (Nomura, Akimoto and Ono 2023, arxiv.org/abs/2304.03473, through the cmaes
+package): the smaller the signal of a generation beside its noise, the smaller the step.
+
+Shape letters: N candidates of a generation, D dimensions, M objectives.
 """
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from evomerge.errors import CampaignError
 from evomerge.proposers.proposer import Problem, rank
 from evomerge.records import Candidate, Floats, Observation, Options
 
 DIAGONAL_BEYOND = 100
 
+Weights = list[Annotated[float, Field(ge=0)]]
+"""One number for each objective that steers; only their ratios matter."""
+
 
 class CmaEsOptions(Options):
-    """sigma: first step size in units of the box; population: candidates a generation (default: pycma's)."""
+    """sigma: first step size in units of the box; population: candidates a generation (default: pycma's).
+
+    separable: a diagonal covariance (default: beyond 100 dimensions); lr_adapt: adapted learning rates, for noisy
+    values; weights: of the objectives in the mean (default: equal).
+    """
 
     sigma: float = Field(default=0.15, gt=0)
     population: int | None = Field(default=None, ge=4)
+    separable: bool | None = None
+    lr_adapt: bool = False
+    weights: Weights | None = None
+
+    @model_validator(mode="after")
+    def _adapts_a_full_covariance(self) -> Self:
+        if self.lr_adapt and self.separable:
+            raise ValueError("lr_adapt needs a full covariance; leave out separable or lr_adapt")
+        return self
 
 
 class CmaEs:
-    """Covariance matrix adaptation, starting at the best mean of earlier stages, else at the space's start."""
+    """Covariance matrix adaptation, starting at the best mean of earlier stages, else at the space's start.
+
+    Raises: CampaignError if the weights do not fit the objectives, or lr_adapt lacks its package.
+    """
 
     name: ClassVar[str] = "cma_es"
     options_type: ClassVar[type[Options]] = CmaEsOptions
@@ -34,8 +58,10 @@ class CmaEs:
 
     def __init__(self, problem: Problem, options: CmaEsOptions) -> None:
         self.problem = problem
+        self._weights_M = objective_weights(options.weights, problem.num_objectives, "cma_es")
         self._generation, self._first_index = 0, 0
-        self._es = self._make(options)
+        start_D = np.clip(problem.best_point, 0.01, 0.99)
+        self._es = _LraCmaEs(start_D, options) if options.lr_adapt else self._make(start_D, options)
         self._points = self._sample()
         self._num_asked = 0
         self._told: dict[int, float] = {}
@@ -49,7 +75,7 @@ class CmaEs:
 
     def tell(self, observation: Observation) -> None:
         """Take a result; the last of a generation moves the distribution."""
-        self._told[observation.index] = rank(observation)
+        self._told[observation.index] = weighted_rank(observation, self._weights_M)
         if len(self._told) < len(self._points):
             return
         values = np.array([self._told[self._first_index + i] for i in range(len(self._points))])
@@ -65,29 +91,83 @@ class CmaEs:
         """The generation is sampled from its index: only the position moves."""
         self._num_asked += 1
 
-    def _make(self, options: CmaEsOptions) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it would like matplotlib, for plots that we do not make
-            import cma
-
+    def _make(self, start_D: Floats, options: CmaEsOptions) -> Any:
+        num_dimensions = self.problem.num_dimensions
         settings: dict[str, Any] = {
             "bounds": [0.0, 1.0],
             "randn": self._randn,
             "seed": np.nan,  # pycma would seed numpy's global generator
             "verbose": -9,
-            "CMA_diagonal": self.problem.num_dimensions > DIAGONAL_BEYOND,
+            "CMA_diagonal": num_dimensions > DIAGONAL_BEYOND if options.separable is None else options.separable,
             "tolfun": 0.0,
             "tolfunhist": 0.0,
             "tolflatfitness": np.inf,
         }
         if options.population is not None:
             settings["popsize"] = options.population
-        return cma.CMAEvolutionStrategy(np.clip(self.problem.best_point, 0.01, 0.99), options.sigma, settings)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it would like matplotlib, for plots that we do not make
+            import cma
+
+        return cma.CMAEvolutionStrategy(start_D, options.sigma, settings)
 
     def _randn(self, *shape: int) -> Floats:
         return self._rng.standard_normal(shape)
 
     def _sample(self) -> list[Floats]:
         self._rng = self.problem.rng(self._generation)
+        if isinstance(self._es, _LraCmaEs):
+            return self._es.ask(self._rng)
         # pycma has returned points outside the bounds that it was given (64 dimensions): clip.
         return [np.clip(point, 0.0, 1.0) for point in self._es.ask()]
+
+
+class _LraCmaEs:
+    """CMA-ES with learning-rate adaptation, in pycma's form.
+
+    Its steps are small beside its spread: the mean is the result, and so the first candidate of every generation. A
+    sample outside the box is scored at the nearest point of the box, and loses by its squared distance from there, in
+    standard deviations of the generation; folding the axes at the bounds, as pycma does, drowns the signal.
+    """
+
+    def __init__(self, start_D: Floats, options: CmaEsOptions) -> None:
+        try:
+            from cmaes import CMA
+        except ImportError as error:
+            raise CampaignError(
+                f"search: cma_es with lr_adapt needs the cmaes package, and {error.name} is not installed; "
+                "pip install 'evomerge[cmaes]'"
+            ) from error
+        self._es = CMA(start_D, options.sigma, population_size=options.population, lr_adapt=True)
+        self._samples_ND = np.empty((0, len(start_D)))
+
+    def ask(self, rng: np.random.Generator) -> list[Floats]:
+        """Return the mean, and a generation around it."""
+        self._es.reseed_rng(int(rng.integers(2**32)))
+        self._samples_ND = np.array([self._es.ask() for _ in range(self._es.population_size)])
+        return [np.clip(point_D, 0.0, 1.0) for point_D in (self._es.mean, *self._samples_ND)]
+
+    def tell(self, points: Sequence[Floats], losses: Sequence[float]) -> None:
+        """Move the distribution by its samples."""
+        losses_N = np.array(losses[1:])
+        losses_N = losses_N + losses_N.std() * ((self._samples_ND - np.array(points[1:])) ** 2).sum(axis=1)
+        self._es.tell(list(zip(self._samples_ND, losses_N.tolist(), strict=True)))
+
+
+def objective_weights(weights: Sequence[float] | None, num_objectives: int, proposer: str) -> Floats | None:
+    """Return weights (M,) that sum to 1; None for equal ones. Raises: CampaignError if they do not fit."""
+    if weights is None:
+        return None
+    if len(weights) != num_objectives or not sum(weights):
+        raise CampaignError(
+            f"search: {proposer}.weights: expected one number for each objective that steers ({num_objectives}), "
+            f"not all of them 0, found {list(weights)}"
+        )
+    return np.array(weights) / sum(weights)
+
+
+def weighted_rank(observation: Observation, weights_M: Floats | None) -> float:
+    """As ``rank``, with the weighted mean of the objectives."""
+    if weights_M is None or observation.values_M is None:
+        return rank(observation)
+    return float(observation.values_M @ weights_M) - observation.violation

@@ -12,8 +12,6 @@ import numpy as np
 from evomerge.proposers.proposer import Problem
 from evomerge.records import Candidate, Observation
 
-SPREAD = 0.15  # of the startup cloud, in units of the box: CMA-ES begins with the same
-
 
 class OptunaProposer:
     """A study, and the translation to and from it; a subclass makes the sampler."""
@@ -71,23 +69,13 @@ class OptunaProposer:
         index = self._num_asked
         self._num_asked += 1
         if index + self._num_earlier < self.num_startup:
-            self._study.enqueue_trial(dict(zip(self._box, self._startup_point(index), strict=True)))
+            self._study.enqueue_trial(dict(zip(self._box, self.problem.startup_point(index), strict=True)))
         self._study.sampler = self.make_sampler(
             int(np.random.SeedSequence([*self.problem.seed, index]).generate_state(1)[0])
         )
         trial = self._study.ask(self._box)
         point = tuple(float(trial.params[name]) for name in self._box)
         return Candidate(point=point, memo=dict(self._study.trials[trial.number].system_attrs))
-
-    def _startup_point(self, index: int) -> list[float]:
-        """The best point known, then a cloud around it.
-
-        Uniform in the whole box would be far worse: with several experts at once, most of the box drowns them all.
-        """
-        center_D, is_known = self.problem.best_point, self._num_earlier > 0
-        spread = SPREAD if index > 0 or is_known else 0.0
-        cloud_D = center_D + spread * self.problem.rng(index).standard_normal(len(center_D))
-        return [float(x) for x in np.clip(cloud_D, 0.0, 1.0)]
 
     def _add_earlier(self, observation: Observation) -> None:
         from optuna.trial import TrialState

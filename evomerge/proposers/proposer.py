@@ -17,18 +17,21 @@ import numpy as np
 from evomerge.records import Candidate, Floats, Observation, Options
 from evomerge.space.space import Dimension
 
+SPREAD = 0.15  # of the startup cloud, in units of the box: CMA-ES begins with the same
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """What a search is about.
 
-    dimensions say what each coordinate is, and its range; history are the results of earlier stages, in the order in
-    which they came.
+    dimensions say what each coordinate is, and its range; reference_M are the base's values, above which hypervolume
+    counts; history are the results of earlier stages, in the order in which they came.
     """
 
     dimensions: tuple[Dimension, ...]
     num_objectives: int
     seed: tuple[int, ...]
+    reference_M: Floats | None = None
     history: tuple[Observation, ...] = ()
 
     @property
@@ -46,6 +49,16 @@ class Problem:
         """Where a search begins: the best mean of the earlier results, else the space's start."""
         best = max(self.history, key=rank, default=None)
         return self.start if best is None else best.point
+
+    def startup_point(self, index: int) -> tuple[float, ...]:
+        """Return the ``index``-th candidate before there is anything to learn from: the best point, then a cloud.
+
+        Uniform in the whole box would be far worse: with several experts at once, most of the box drowns them all.
+        """
+        center_D = self.best_point
+        spread = SPREAD if index > 0 or self.history else 0.0
+        cloud_D = center_D + spread * self.rng(index).standard_normal(len(center_D))
+        return tuple(float(x) for x in np.clip(cloud_D, 0.0, 1.0))
 
     def rng(self, index: int) -> np.random.Generator:
         """Return the generator of the ``index``-th ask (or generation)."""

@@ -41,6 +41,8 @@ descents = st.builds(
     steps_before=st.integers(0, 1000),
     first_moment=vectors,
     second_moment=vectors,
+    final_rate=numbers,
+    anchors=vectors,
 )
 candidates = st.builds(
     Candidate,

@@ -48,7 +48,10 @@ class ProposerContract:
         if candidate.descent is not None and not failed:
             point = np.clip(point + 0.01 * (index + 1), 0, 1)
             moments = tuple(point.tolist())
-            arrival = Arrival(point=moments, first_moment=moments, second_moment=moments, losses=(1.0,))
+            anchors = moments * self.num_objectives if candidate.descent.anchors else ()
+            arrival = Arrival(
+                point=moments, first_moment=moments, second_moment=moments, losses=(1.0,), anchors=anchors
+            )
         if failed:
             return Observation(index=index, point=point, values_M=None)
         values = objectives(point, self.num_objectives)

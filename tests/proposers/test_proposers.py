@@ -1,16 +1,22 @@
+import importlib
+from pathlib import Path
+
 import numpy as np
 import pytest
 from proposer_contract import NUM_DIMENSIONS, ProposerContract, box, objectives
 
 from evomerge.assemble import PROPOSERS
+from evomerge.front.pareto import hypervolume
 from evomerge.proposers.adamerging import AdaMerging, AdaMergingOptions
 from evomerge.proposers.cma_es import CmaEs, CmaEsOptions
 from evomerge.proposers.gp import Gp
+from evomerge.proposers.gradient_front import GradientFront
 from evomerge.proposers.nsga2 import Nsga2
 from evomerge.proposers.proposer import Problem
 from evomerge.proposers.sobol import Sobol
+from evomerge.proposers.surrogate import Surrogate, SurrogateOptions
 from evomerge.proposers.tpe import Tpe
-from evomerge.records import Arrival, Observation
+from evomerge.records import Arrival, Candidate, Observation
 
 
 class TestSobol(ProposerContract):
@@ -103,7 +109,94 @@ class TestAdaMerging(ProposerContract):
         assert second.descent.seed != first.descent.seed
 
 
+class TestGradientFront(ProposerContract):
+    proposer_type = GradientFront
+
+    def test_waits_for_its_descent_then_shows_the_ends_of_the_front_first(self) -> None:
+        proposer = self.make()
+        (descent,) = proposer.ask(3, [])
+        assert descent.descent is not None
+        assert len(descent.descent.anchors) == 2 * NUM_DIMENSIONS
+        assert proposer.ask(1, []) == []
+        anchors = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.5))
+        proposer.tell(
+            Observation(
+                index=0,
+                point=np.full(3, 0.5),
+                values_M=np.zeros(2),
+                arrival=Arrival(
+                    point=(0.5, 0.5, 0.25), first_moment=(), second_moment=(), losses=(), anchors=sum(anchors, ())
+                ),
+            )
+        )
+        points = [candidate.point for candidate in proposer.ask(12, [])]
+        assert set(points[:2]) == set(anchors)
+        shares = sorted(point[0] for point in points)
+        assert all(point == pytest.approx((x, 1 - x, 0.5 * (1 - x))) for point in points for x in [point[0]])
+        assert max(np.diff([*shares[: len(shares) // 2], 0.5, *shares[len(shares) // 2 :]])) < 0.2  # no gap between
+
+    def test_a_descent_that_fails_is_tried_again_with_other_batches(self) -> None:
+        proposer = self.make()
+        (first,) = proposer.ask(1, [])
+        proposer.tell(Observation(index=0, point=np.array(first.point), values_M=None))
+        (second,) = proposer.ask(1, [])
+        assert first.descent is not None
+        assert second.descent is not None
+        assert first.descent.seed != second.descent.seed
+
+
+class TestSurrogate(ProposerContract):
+    proposer_type = Surrogate
+    options = {"num_startup": 5}
+
+    def test_finds_the_front_with_a_tenth_of_what_nsga2_needs(self) -> None:
+        def volume(candidates: list[Candidate]) -> float:
+            values = np.array([objectives(np.array(candidate.point), 2) for candidate in candidates])
+            return hypervolume(values, np.full(2, -2.0))
+
+        few = np.mean([volume(self.run(self.make(seed), 30)) for seed in range(3)])
+        many = np.mean([volume(self.run(Nsga2(self.problem(seed), Nsga2.options_type()), 300)) for seed in range(3)])
+        assert few > many
+
+    def test_pending_candidates_are_not_proposed_again(self) -> None:
+        proposer = self.make()
+        self.run(proposer, 12)
+        points = np.array([candidate.point for candidate in proposer.ask(6, [])])
+        distances = np.linalg.norm(points[:, None] - points, axis=2)[~np.eye(6, dtype=bool)]
+        assert distances.min() > 0.01
+
+    def test_floors_are_kept(self) -> None:
+        """With x0 <= 0.3 asked for and x0 wanted, later candidates come close to the bound and mostly keep it."""
+        proposer = Surrogate(Problem(dimensions=box(0.5, 3), num_objectives=1, seed=(1, 0)), SurrogateOptions())
+        told = []
+        for index in range(40):
+            (candidate,) = proposer.ask(1, [])
+            point = np.array(candidate.point)
+            told.append(point[0])
+            proposer.tell(Observation(index=index, point=point, values_M=point[:1], margins_C=0.3 - point[:1]))
+        assert np.mean(np.array(told[-15:]) <= 0.3) > 0.5
+        assert max(x for x in told if x <= 0.3) > 0.25
+
+    @pytest.mark.parametrize("num_objectives", [1, 3, 6])
+    def test_any_number_of_objectives_even_many(self, num_objectives: int) -> None:
+        problem = Problem(dimensions=box(0.5, 8), num_objectives=num_objectives, seed=(0, 0))
+        proposer = Surrogate(problem, SurrogateOptions(num_startup=6))
+        for index in range(14):
+            (candidate,) = proposer.ask(1, [])
+            point = np.array(candidate.point)
+            values = -((point - np.eye(8)[:num_objectives]) ** 2).sum(axis=1)
+            proposer.tell(Observation(index=index, point=point, values_M=values))
+
+
+class TestSurrogateWithoutCompanions(ProposerContract):
+    proposer_type = Surrogate
+    options = {"num_startup": 5}
+    has_losses = False
+
+
 def test_the_contract_covers_every_proposer() -> None:
+    for path in Path(__file__).parent.glob("test_*.py"):
+        importlib.import_module(path.stem)
     tested = {subclass.proposer_type for subclass in ProposerContract.__subclasses__()}
     assert tested == set(PROPOSERS.values())
 

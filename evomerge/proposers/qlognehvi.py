@@ -1,0 +1,183 @@
+"""qLogNEHVI through BoTorch: Gaussian processes, and the logarithm of the noisy expected hypervolume improvement.
+
+References: Daulton, Balandat and Bakshy 2021, parallel Bayesian optimization of multiple noisy objectives,
+arxiv.org/abs/2105.08195; Ament et al. 2023, unexpected improvements to expected improvement, arxiv.org/abs/2310.20708.
+With one objective it is the noisy expected improvement (qLogNEI). Standard errors of the values are the noise of the
+processes; floors and ceilings are processes of their own, and an improvement counts by its probability to keep them.
+Candidates that are under way count with what they may yet bring. An ask takes seconds: for costly evaluations.
+
+Shape letters: N results, D dimensions, M objectives, C floors and ceilings, B candidates of one ask.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from evomerge.errors import CampaignError
+from evomerge.proposers.proposer import Problem
+from evomerge.records import Candidate, Floats, Observation, Options
+
+MIN_NOISE = 1e-6  # variance beside that of the values: a standard error of 0 (every item right) is no certainty
+
+
+class QLogNehviOptions(Options):
+    """num_startup: candidates around the start before the first model.
+
+    num_samples: draws of the posterior; num_raw: points at which the search of the acquisition begins, of which
+    num_restarts are climbed from.
+    """
+
+    num_startup: int = Field(default=8, ge=2)
+    num_samples: int = Field(default=128, ge=1)
+    num_raw: int = Field(default=512, ge=1)
+    num_restarts: int = Field(default=10, ge=1)
+
+
+class QLogNehvi:
+    """Bayesian optimization of a front; results of earlier stages are data like its own.
+
+    Raises: CampaignError if BoTorch is missing.
+    """
+
+    name: ClassVar[str] = "qlognehvi"
+    options_type: ClassVar[type[Options]] = QLogNehviOptions
+    needs_gradients: ClassVar[bool] = False
+
+    def __init__(self, problem: Problem, options: QLogNehviOptions) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                import botorch  # noqa: F401
+        except ImportError as error:
+            raise CampaignError(
+                f"search: qlognehvi needs the botorch package, and {error.name} is not installed; "
+                "pip install 'evomerge[botorch]'"
+            ) from error
+        self.problem, self.options = problem, options
+        self._results = [observation for observation in problem.history if observation.values_M is not None]
+        self._num_earlier = len(self._results)
+        self._pending: dict[int, tuple[float, ...]] = {}
+        self._num_asked = 0
+
+    def ask(self, n: int, pending: Sequence[Candidate]) -> list[Candidate]:  # noqa: ARG002
+        """Return ``n`` candidates, each chosen with those before it as under way."""
+        candidates: list[Candidate] = []
+        while len(candidates) < n and self._is_startup:
+            candidates.append(self._issue(self.problem.startup_point(self._num_asked)))
+        if len(candidates) < n:
+            candidates += [self._issue(point_D) for point_D in self._improve(n - len(candidates)).tolist()]
+        return candidates
+
+    def tell(self, observation: Observation) -> None:
+        """Take a result; a failed candidate is forgotten."""
+        del self._pending[observation.index]
+        if observation.values_M is not None:
+            self._results.append(observation)
+
+    def recall(self, candidate: Candidate) -> None:
+        """The candidate is under way."""
+        self._pending[self._num_asked] = candidate.point
+        self._num_asked += 1
+
+    @property
+    def _is_startup(self) -> bool:
+        return self._num_asked + self._num_earlier < self.options.num_startup or len(self._results) < 2
+
+    def _issue(self, point_D: Sequence[float]) -> Candidate:
+        candidate = Candidate(point=tuple(point_D))
+        self.recall(candidate)
+        return candidate
+
+    def _improve(self, n: int) -> Floats:
+        """Return the points (B, D) that improve most, found one after the other."""
+        import torch
+        from botorch.optim import optimize_acqf
+
+        seed = int(self.problem.rng(self._num_asked).integers(2**31))
+        box_2D = torch.tensor([[0.0], [1.0]], dtype=torch.float64).repeat(1, self.problem.num_dimensions)
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of restarts that found nothing; others did
+            torch.manual_seed(seed)
+            points_BD, _ = optimize_acqf(
+                self._acquisition(seed),
+                bounds=box_2D,
+                q=n,
+                num_restarts=self.options.num_restarts,
+                raw_samples=self.options.num_raw,
+                sequential=True,
+            )
+        inside_BD: Floats = np.clip(points_BD.detach().numpy(), 0.0, 1.0)
+        return inside_BD
+
+    def _acquisition(self, seed: int) -> Any:
+        import torch
+        from botorch.acquisition.logei import qLogNoisyExpectedImprovement
+        from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
+        from botorch.acquisition.multi_objective.objective import IdentityMCMultiOutputObjective
+        from botorch.acquisition.objective import GenericMCObjective
+        from botorch.sampling.normal import SobolQMCNormalSampler
+
+        num_objectives = self.problem.num_objectives
+        outcomes = range(num_objectives, num_objectives + len(self._results[0].margins_C))
+        pending = torch.tensor(list(self._pending.values()), dtype=torch.float64)
+        common: dict[str, Any] = {
+            "model": self._fit(),
+            "X_baseline": torch.tensor(np.array([result.point for result in self._results])),
+            "sampler": SobolQMCNormalSampler(torch.Size([self.options.num_samples]), seed=seed),
+            "constraints": [lambda z, c=c: -z[..., c] for c in outcomes] or None,
+            "X_pending": pending if len(pending) else None,
+            "prune_baseline": True,
+        }
+        if num_objectives == 1:
+            first = GenericMCObjective(lambda z, X=None: z[..., 0])  # noqa: ARG005
+            return qLogNoisyExpectedImprovement(**common, objective=first)
+        objective = IdentityMCMultiOutputObjective(outcomes=list(range(num_objectives)), num_outcomes=outcomes.stop)
+        reference_M = self.problem.reference_M
+        reference_M = reference_point(self._results) if reference_M is None else reference_M
+        return qLogNoisyExpectedHypervolumeImprovement(**common, objective=objective, ref_point=reference_M.tolist())
+
+    def _fit(self) -> Any:
+        """Return one process for each objective, with its noise, and one for each floor and ceiling."""
+        import torch
+        from botorch import fit_gpytorch_mll
+        from botorch.models import ModelListGP, SingleTaskGP
+        from gpytorch.mlls import SumMarginalLogLikelihood
+
+        points_ND = torch.tensor(np.array([result.point for result in self._results]))
+        values_NM = np.array([result.values_M for result in self._results])
+        columns = [(column_N, self._noise(m, column_N)) for m, column_N in enumerate(values_NM.T)]
+        columns += [(column_N, None) for column_N in np.array([result.margins_C for result in self._results]).T]
+        model = ModelListGP(
+            *(
+                SingleTaskGP(
+                    points_ND,
+                    torch.tensor(column_N)[:, None],
+                    None if noise_N is None else torch.tensor(noise_N)[:, None],
+                )
+                for column_N, noise_N in columns
+            )
+        )
+        fit_gpytorch_mll(SumMarginalLogLikelihood(model.likelihood, model))
+        return model
+
+    def _noise(self, objective: int, values_N: Floats) -> Floats | None:
+        """The variances (N,) of an objective's values; None, to be estimated, where one has no standard error."""
+        stderr_N = np.array([np.nan if r.stderr_M is None else r.stderr_M[objective] for r in self._results])
+        if not np.isfinite(stderr_N).all():
+            return None
+        noise_N: Floats = np.maximum(stderr_N**2, MIN_NOISE * max(values_N.var(), MIN_NOISE))
+        return noise_N
+
+
+def reference_point(results: Sequence[Observation]) -> Floats:
+    """Return a point (M,) from which hypervolume counts, where none is given: a tenth of the values' range below them.
+
+    Of all values, not of the front alone: seen from a point close to a small front, nothing beyond its ends counts.
+    """
+    values_NM = np.array([result.values_M for result in results])
+    span_M = np.ptp(values_NM, axis=0)
+    below_M: Floats = values_NM.min(axis=0) - 0.1 * np.where(span_M > 0, span_M, 1.0)
+    return below_M

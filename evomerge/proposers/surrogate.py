@@ -1,0 +1,272 @@
+"""Surrogate search: what was scored so far, modelled by Gaussian processes, says where hypervolume is to be gained.
+
+Each objective has a surrogate (its smooth companion, and what the metric adds). A population of candidates evolves on
+the surrogates' means, not farther than a trust radius from the best candidates known. Of the population, those are
+proposed whose expected hypervolume improvement is largest: over the front of the surrogates' means, cleared of noise
+(Daulton, Balandat and Bakshy 2021, arxiv.org/abs/2105.08195, integrate over that front; the means cost a tenth),
+pending candidates and those before it in the same batch taken at their expected values. Floors and ceilings are
+processes of their own; gains count by the chance that all are kept.
+Shape letters: D dimensions, M objectives, C floors and ceilings, N candidates told, P of the population, S draws.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from evomerge.front.improvement import Improvement, SampledImprovement, improvement_over
+from evomerge.front.pareto import non_dominated
+from evomerge.proposers.proposer import Problem
+from evomerge.records import Candidate, Floats, Items, Observation, Options
+from evomerge.surrogates.gp import GaussianProcess, fit
+from evomerge.surrogates.objective import Logs, ObjectiveSurrogate, model_objective
+
+POPULATION, NUM_GENERATIONS = 60, 12
+NUM_DRAWS = 16
+TRUST_RADIUS = 0.25  # of the box, in each dimension
+MUTATION = 0.08
+REFIT_GROWTH = 1.2  # of the number of candidates before all lengths are fitted anew
+OWN_ERROR = 0.5  # share of a standard error that is a candidate's own
+BATCH_SHARE = 1 / 16  # of the candidates told: later, one more or less tells little
+
+
+class SurrogateOptions(Options):
+    """num_startup: candidates around the best known point before the first model, those of earlier stages included."""
+
+    num_startup: int = Field(default=10, ge=2)
+
+
+class Surrogate:
+    """Proposes in batches; the first of a batch notes the others in its memo, and the lengths that were fitted."""
+
+    name: ClassVar[str] = "surrogate"
+    options_type: ClassVar[type[Options]] = SurrogateOptions
+    needs_gradients: ClassVar[bool] = False
+
+    def __init__(self, problem: Problem, options: SurrogateOptions) -> None:
+        self.problem, self.options = problem, options
+        self._told = [observation for observation in problem.history if observation.values_M is not None]
+        self._num_asked = 0
+        self._batch: list[tuple[float, ...]] = []
+        self._logs: list[Logs] | None = None
+        self._num_fitted = 0
+
+    def ask(self, n: int, pending: Sequence[Candidate]) -> list[Candidate]:
+        """Return what is left of the batch, or of a new one."""
+        asked: list[Candidate] = []
+        for _ in range(n):
+            candidate = self._next([*pending, *asked])
+            self.recall(candidate)
+            asked.append(candidate)
+        return asked
+
+    def tell(self, observation: Observation) -> None:
+        """Learn from a result; a failed candidate teaches nothing."""
+        if observation.values_M is not None:
+            self._told.append(observation)
+
+    def recall(self, candidate: Candidate) -> None:
+        """Take the batch and the lengths from the memo of its first candidate."""
+        self._num_asked += 1
+        if "then" in candidate.memo:
+            self._batch = [tuple(point) for point in candidate.memo["then"]]
+            if "logs" in candidate.memo:
+                self._logs, self._num_fitted = candidate.memo["logs"], candidate.memo["num_fitted"]
+        elif self._batch:
+            self._batch.pop(0)
+
+    def _next(self, pending: Sequence[Candidate]) -> Candidate:
+        if self._batch:
+            return Candidate(point=self._batch[0])
+        num_known = len(self._told)
+        if num_known < 2 or num_known + len(pending) < self.options.num_startup:
+            return Candidate(point=self.problem.startup_point(self._num_asked))
+        batch, memo = self._plan(pending)
+        return Candidate(point=batch[0], memo={"then": batch[1:], **memo})
+
+    def _plan(self, pending: Sequence[Candidate]) -> tuple[list[tuple[float, ...]], dict[str, Any]]:
+        rng = self.problem.rng(self._num_asked)
+        refit = len(self._told) >= REFIT_GROWTH * self._num_fitted
+        models = _Models(self._told, self._logs, refit=refit)
+        memo = {"logs": models.logs, "num_fitted": len(self._told)} if refit else {}
+        points_ND = np.array([observation.point for observation in self._told])
+        expected_NM = models.mean(points_ND)
+        violation_N = np.array([observation.violation for observation in self._told])
+        elite = np.flatnonzero(violation_N == violation_N.min())
+        elite = elite[non_dominated(expected_NM[elite])]
+        population_PD = _evolve(models, points_ND, (expected_NM, violation_N), points_ND[elite], rng)
+        front = None
+        if violation_N.min() == 0:
+            front = improvement_over(expected_NM[violation_N == 0], self._reference(expected_NM[elite]))
+        if front and pending:
+            for value_M in models.mean(np.array([candidate.point for candidate in pending])):
+                front = front.with_point(value_M)
+        size = max(1, int(BATCH_SHARE * len(self._told)))
+        chosen = _choose(models, front, population_PD, size, rng)
+        return [tuple(float(x) for x in population_PD[place]) for place in chosen], memo
+
+    def _reference(self, front_NM: Floats) -> Floats:
+        """Return the base's values; while nothing is above the base everywhere, a point well below the whole front.
+
+        It lies below the worst of the front by all of the front's extent, so that its ends can grow.
+        """
+        base_M = self.problem.reference_M
+        if base_M is not None and (front_NM > base_M).all(axis=1).any():
+            return base_M
+        return np.asarray(front_NM.min(axis=0) - np.ptp(front_NM, axis=0) - 1e-9)
+
+
+class _Models:
+    """The surrogates of all objectives, and the processes of floors and ceilings."""
+
+    def __init__(self, told: Sequence[Observation], known: list[Logs] | None, *, refit: bool) -> None:
+        points_ND = np.array([observation.point for observation in told])
+        values_NM = np.array([observation.values_M for observation in told])
+        stderr_NM = np.array([_error(observation) for observation in told])
+        losses_NM = np.array([_losses(observation) for observation in told])
+        logs: list[Logs | None] = [*known] if known else [None] * values_NM.shape[1]
+        self.objectives: list[ObjectiveSurrogate] = [
+            model_objective(
+                points_ND, values_N, stderr_N**2, losses_N if np.isfinite(losses_N).all() else None, of, refit=refit
+            )
+            for values_N, stderr_N, losses_N, of in zip(values_NM.T, stderr_NM.T, losses_NM.T, logs, strict=False)
+        ]
+        margins_NC = np.array([observation.margins_C for observation in told])
+        self.margins: list[GaussianProcess] = [
+            fit(points_ND, margins_N, np.zeros(len(points_ND)), num_steps=10) for margins_N in margins_NC.T
+        ]
+
+    @property
+    def logs(self) -> list[Logs]:
+        """Of the objectives, as JSON."""
+        return [model.logs for model in self.objectives]
+
+    def mean(self, points_PD: Floats) -> Floats:
+        """Return the expected values, (P, M)."""
+        return np.stack([model.mean(points_PD) for model in self.objectives], axis=1)
+
+    def violation(self, points_PD: Floats) -> Floats:
+        """Return by how much floors and ceilings can be expected to be missed, summed, (P,)."""
+        missed = [process.mean(points_PD).clip(max=0) for process in self.margins]
+        return -np.sum(missed, axis=0) if missed else np.zeros(len(points_PD))
+
+    def draws(self, points_PD: Floats, rng: np.random.Generator) -> tuple[Floats, Floats, Floats]:
+        """Return the expected values (P, M), draws (S, P, M), and the chance that all bounds are kept (P,)."""
+        from scipy.special import ndtr
+
+        predicted = [model.predict(points_PD) for model in self.objectives]
+        mean_PM = np.stack([mean_P for mean_P, _ in predicted], axis=1)
+        deviation_PM = np.sqrt(np.stack([variance_P for _, variance_P in predicted], axis=1))
+        draws_SPM = mean_PM + deviation_PM * rng.standard_normal((NUM_DRAWS, 1, len(predicted)))
+        chance_P = np.ones(len(points_PD))
+        for process in self.margins:
+            margin_P, variance_P = process.predict(points_PD)
+            chance_P *= ndtr(margin_P / np.sqrt(variance_P))
+        return mean_PM, draws_SPM, chance_P
+
+
+def _error(observation: Observation) -> Floats:
+    """Return the standard errors that set candidates apart (M,).
+
+    All candidates are scored on the same items, whose luck they share. What is left of it is that single items flip
+    from neighbour to neighbour; estimates of stopped candidates are off by all of their error.
+    """
+    assert observation.values_M is not None
+    if observation.stderr_M is None:
+        return np.zeros(len(observation.values_M))
+    return observation.stderr_M if observation.is_estimate else OWN_ERROR * observation.stderr_M
+
+
+def _losses(observation: Observation) -> Floats:
+    assert observation.values_M is not None
+    return np.full(len(observation.values_M), np.nan) if observation.losses_M is None else observation.losses_M
+
+
+def _evolve(
+    models: _Models, points_ND: Floats, expected: tuple[Floats, Floats], elite_ND: Floats, rng: np.random.Generator
+) -> Floats:
+    """Evolve a population on the surrogates' means, near the elite; return the last generations (P, D).
+
+    expected: values (N, M) and violations (N,) of the points. Children lie on lines through two parents, and a little
+    beyond them; a few of their numbers are moved.
+    """
+    values_PM, violation_P = expected
+    chosen = _best(values_PM, violation_P, POPULATION)
+    parents_PD, values_PM, violation_P = points_ND[chosen], values_PM[chosen], violation_P[chosen]
+    num_dimensions = points_ND.shape[1]
+    share = max(0.2, 2 / num_dimensions)
+    last = []
+    for generation in range(NUM_GENERATIONS):
+        first, second = rng.integers(len(parents_PD), size=(2, POPULATION))
+        along_P1 = rng.uniform(-0.2, 1.2, (POPULATION, 1))
+        children_PD = parents_PD[first] + along_P1 * (parents_PD[second] - parents_PD[first])
+        is_moved_PD = rng.random(children_PD.shape) < share
+        children_PD += is_moved_PD * rng.normal(0, MUTATION, children_PD.shape)
+        nearest = ((children_PD[:, None] - elite_ND) ** 2).sum(axis=2).argmin(axis=1)
+        steps_PD = (children_PD - elite_ND[nearest]).clip(-TRUST_RADIUS, TRUST_RADIUS)
+        children_PD = (elite_ND[nearest] + steps_PD).clip(0.0, 1.0)
+        if generation >= NUM_GENERATIONS - 4:
+            last.append(children_PD)
+        parents_PD = np.vstack([parents_PD, children_PD])
+        values_PM = np.vstack([values_PM, models.mean(children_PD)])
+        violation_P = np.concatenate([violation_P, models.violation(children_PD)])
+        chosen = _best(values_PM, violation_P, POPULATION)
+        parents_PD, values_PM, violation_P = parents_PD[chosen], values_PM[chosen], violation_P[chosen]
+    return np.vstack(last)
+
+
+def _best(values_NM: Floats, violation_N: Floats, number: int) -> Items:
+    """Return the best by ranks of dominance; of the last rank that has room, those far from each other.
+
+    What misses a bound comes after all that keep them, by how much it misses.
+    """
+    left, chosen = np.flatnonzero(violation_N == 0), np.zeros(0, dtype=np.int64)
+    while len(left) and len(chosen) < number:
+        is_first = non_dominated(values_NM[left])
+        rank = left[is_first]
+        room = number - len(chosen)
+        chosen = np.concatenate([chosen, rank if len(rank) <= room else rank[_spread(values_NM[rank], room)]])
+        left = left[~is_first]
+    missing = np.flatnonzero(violation_N)
+    order = missing[np.argsort(violation_N[missing], kind="stable")]
+    return np.concatenate([chosen, order[: number - len(chosen)]])
+
+
+def _spread(values_NM: Floats, number: int) -> Items:
+    """Return rows that are far from each other: the best in the first objective, then always the farthest."""
+    scaled_NM = values_NM / np.ptp(values_NM, axis=0).clip(min=1e-12)
+    chosen = [int(scaled_NM[:, 0].argmax())]
+    nearest_N = ((scaled_NM - scaled_NM[chosen[0]]) ** 2).sum(axis=1)
+    while len(chosen) < number:
+        chosen.append(int(nearest_N.argmax()))
+        nearest_N = np.minimum(nearest_N, ((scaled_NM - scaled_NM[chosen[-1]]) ** 2).sum(axis=1))
+    return np.array(chosen)
+
+
+def _choose(
+    models: _Models,
+    front: Improvement | SampledImprovement | None,
+    population_PD: Floats,
+    size: int,
+    rng: np.random.Generator,
+) -> list[int]:
+    """Return the places of a batch: one after the other, each where most is to be gained beside those before it.
+
+    Without a front, as nothing has kept all floors and ceilings yet, those that most likely will.
+    """
+    mean_PM, draws_SPM, chance_P = models.draws(population_PD, rng)
+    num_draws, num_points, num_objectives = draws_SPM.shape
+    chosen: list[int] = []
+    is_free_P = np.ones(num_points, dtype=np.bool_)
+    for _ in range(size):
+        worth_P = chance_P
+        if front:
+            gains_SP = front.gains(draws_SPM.reshape(-1, num_objectives)).reshape(num_draws, num_points)
+            worth_P = gains_SP.mean(axis=0) * chance_P
+        place = int(np.where(is_free_P, worth_P, -1.0).argmax())
+        chosen.append(place)
+        is_free_P[place] = False
+        if front:
+            front = front.with_point(mean_PM[place])
+    return chosen

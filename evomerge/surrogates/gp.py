@@ -1,0 +1,152 @@
+"""An exact Gaussian process over [0, 1]^D: Matern-5/2 with a length for each dimension, fitted by maximum a posteriori.
+
+Reference: Rasmussen and Williams 2006, chapters 2, 4.2 and 5.4. The lengths' prior grows with the square root of D, so
+that in many dimensions each hardly matters until the data say so (Hvarfner, Hellsten and Nardi 2024,
+arxiv.org/abs/2402.02229); its spread is narrower here, because a search has tens of points, not hundreds.
+Shape letters: N points with values, D dimensions, P points asked about.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from evomerge.records import Floats
+
+ROOT5 = 5**0.5
+JITTER = 1e-6  # of the signal's variance
+TYPICAL_LENGTH = 1.5  # in one dimension; times the square root of D
+TYPICAL_NOISE = 0.05  # in standard deviations of the values
+SPREAD = 1.0  # of the logarithms of lengths, signal and noise about what is typical
+
+
+@dataclass(frozen=True, slots=True)
+class GaussianProcess:
+    """A fitted process. values (N,) at points (N, D); variances (N,): of what is known of their errors.
+
+    logs (D + 2,): logarithms of the lengths, and of the standard deviations of signal and further noise, the latter two
+    in standard deviations of the values.
+    """
+
+    points_ND: Floats
+    values_N: Floats
+    variances_N: Floats
+    logs: Floats
+    _mean: float = field(init=False)
+    _scale: float = field(init=False)
+    _factor_NN: Floats = field(init=False)
+    _weights_N: Floats = field(init=False)
+
+    def __post_init__(self) -> None:
+        mean, scale = _standard(self.values_N)
+        covariance_NN = _noisy(
+            _kernel(self.logs, self.points_ND, self.points_ND), self.logs, self.variances_N / scale**2
+        )
+        factor_NN: Floats = np.linalg.cholesky(covariance_NN).astype(np.float64)
+        for name, value in {
+            "_mean": mean,
+            "_scale": scale,
+            "_factor_NN": factor_NN,
+            "_weights_N": _solve(factor_NN, (self.values_N - mean) / scale),
+        }.items():
+            object.__setattr__(self, name, value)
+
+    def mean(self, points_PD: Floats) -> Floats:
+        """Return the expected values, (P,)."""
+        expected_P: Floats = self._mean + self._scale * (
+            _kernel(self.logs, points_PD, self.points_ND) @ self._weights_N
+        )
+        return expected_P
+
+    def predict(self, points_PD: Floats) -> tuple[Floats, Floats]:
+        """Return the expected values and the variances of the process, without noise, (P,) each."""
+        from scipy.linalg import solve_triangular
+
+        cross_PN = _kernel(self.logs, points_PD, self.points_ND)
+        mean_P = self._mean + self._scale * (cross_PN @ self._weights_N)
+        explained_NP = solve_triangular(self._factor_NN, cross_PN.T, lower=True, check_finite=False)
+        variance_P = np.exp(2 * self.logs[-2]) - (explained_NP**2).sum(axis=0)
+        return mean_P, self._scale**2 * variance_P.clip(min=1e-12)
+
+
+def fit(
+    points_ND: Floats, values_N: Floats, variances_N: Floats, start: Floats | None = None, num_steps: int = 40
+) -> GaussianProcess:
+    """Fit the lengths, the signal and the noise beyond ``variances_N`` (0 where a value is exact).
+
+    start: the logs of an earlier fit, from which a few steps are enough.
+    """
+    from scipy.optimize import minimize
+
+    typical = typical_logs(points_ND.shape[1])
+    mean, scale = _standard(values_N)
+    found = minimize(
+        _loss,
+        typical if start is None else start,
+        ((values_N - mean) / scale, points_ND, variances_N / scale**2, typical),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(log - 4 * SPREAD, log + 4 * SPREAD) for log in typical],
+        options={"maxiter": num_steps},
+    )
+    logs: Floats = found.x
+    return GaussianProcess(points_ND, values_N, variances_N, logs)
+
+
+def typical_logs(num_dimensions: int) -> Floats:
+    """Return the logs where the priors are centred, (D + 2,)."""
+    lengths_D = np.full(num_dimensions, TYPICAL_LENGTH * num_dimensions**0.5)
+    return np.asarray(np.log(np.concatenate([lengths_D, [1.0, TYPICAL_NOISE]])))
+
+
+def _loss(logs: Floats, values_N: Floats, points_ND: Floats, variances_N: Floats, typical: Floats) -> tuple[float, Any]:
+    """Return minus the log of the posterior and its gradient, in closed form."""
+    lengths_D, signal_variance = np.exp(logs[:-2]), np.exp(2 * logs[-2])
+    scaled_ND = points_ND / lengths_D
+    distance_NN = _distance(scaled_ND, scaled_ND)
+    decay_NN = np.exp(-ROOT5 * distance_NN)
+    kernel_NN = signal_variance * (1 + ROOT5 * distance_NN + 5 / 3 * distance_NN**2) * decay_NN
+    try:
+        factor_NN: Floats = np.linalg.cholesky(_noisy(kernel_NN, logs, variances_N)).astype(np.float64)
+    except np.linalg.LinAlgError:
+        return 1e10, np.zeros_like(logs)
+    weights_N = _solve(factor_NN, values_N)
+    deviations = (logs - typical) / SPREAD
+    loss = values_N @ weights_N / 2 + np.log(np.diag(factor_NN)).sum() + deviations @ deviations / 2
+    pull_NN = np.outer(weights_N, weights_N) - _solve(factor_NN, np.eye(len(values_N)))
+    slope_NN = pull_NN * (5 / 3 * signal_variance) * (1 + ROOT5 * distance_NN) * decay_NN
+    # sum_ab slope_ab (x_a - x_b)^2 = 2 (sum_a x_a^2 slope_a. - x' slope x), in each dimension
+    by_length_D = (slope_NN.sum(axis=1) @ scaled_ND**2) - (scaled_ND * (slope_NN @ scaled_ND)).sum(axis=0)
+    by_signal = (pull_NN * kernel_NN).sum() + JITTER * signal_variance * np.trace(pull_NN)
+    by_noise = np.exp(2 * logs[-1]) * np.trace(pull_NN)
+    gradient = -np.concatenate([by_length_D, [by_signal, by_noise]]) + deviations / SPREAD
+    return float(loss), gradient
+
+
+def _standard(values_N: Floats) -> tuple[float, float]:
+    """Return mean and standard deviation; 1 where all values are equal."""
+    scale = float(values_N.std())
+    return float(values_N.mean()), scale if scale > 1e-12 else 1.0
+
+
+def _noisy(kernel_NN: Floats, logs: Floats, variances_N: Floats) -> Floats:
+    return kernel_NN + np.diag(variances_N + np.exp(2 * logs[-1]) + JITTER * np.exp(2 * logs[-2]))
+
+
+def _kernel(logs: Floats, points_PD: Floats, points_ND: Floats) -> Floats:
+    lengths_D = np.exp(logs[:-2])
+    distance_PN = _distance(points_PD / lengths_D, points_ND / lengths_D)
+    decay_PN = np.exp(2 * logs[-2] - ROOT5 * distance_PN)
+    return np.asarray((1 + ROOT5 * distance_PN + 5 / 3 * distance_PN**2) * decay_PN)
+
+
+def _distance(first_PD: Floats, second_ND: Floats) -> Floats:
+    squared_PN = (first_PD**2).sum(axis=1)[:, None] + (second_ND**2).sum(axis=1) - 2 * first_PD @ second_ND.T
+    return np.asarray(np.sqrt(squared_PN.clip(min=0.0)))
+
+
+def _solve(factor_NN: Floats, right: Floats) -> Floats:
+    from scipy.linalg import cho_solve
+
+    solved: Floats = cho_solve((factor_NN, True), right, check_finite=False)
+    return solved

@@ -1,0 +1,84 @@
+"""The Gaussian process: against formulas in plain numpy, finite differences, and what it must make of data."""
+
+import numpy as np
+import pytest
+from scipy.optimize import approx_fprime
+
+from evomerge.surrogates import gp
+from evomerge.surrogates.gp import GaussianProcess, fit, typical_logs
+
+
+def matern(first: np.ndarray, second: np.ndarray, lengths: np.ndarray, signal: float) -> float:
+    """Rasmussen and Williams 2006, eq. 4.17."""
+    r = np.sqrt((((first - second) / lengths) ** 2).sum())
+    return float(signal**2 * (1 + np.sqrt(5) * r + 5 * r**2 / 3) * np.exp(-np.sqrt(5) * r))
+
+
+def test_mean_and_variance_are_the_textbooks() -> None:
+    rng = np.random.default_rng(0)
+    points, asked, values = rng.random((6, 3)), rng.random((4, 3)), rng.normal(5, 2, 6)
+    variances, logs = np.full(6, 0.1), np.log([0.5, 1.0, 2.0, 1.3, 0.2])
+    lengths, signal, noise = np.exp(logs[:3]), np.exp(logs[3]), np.exp(logs[4])
+    mean, scale = values.mean(), values.std()
+    told = np.array([[matern(a, b, lengths, signal) for b in points] for a in points])
+    told += np.diag(variances / scale**2 + noise**2 + gp.JITTER * signal**2)
+    cross = np.array([[matern(a, b, lengths, signal) for b in points] for a in asked])
+    expected = mean + scale * cross @ np.linalg.inv(told) @ ((values - mean) / scale)
+    variance = scale**2 * (signal**2 - np.einsum("pn,nm,pm->p", cross, np.linalg.inv(told), cross))
+    process = GaussianProcess(points, values, variances, logs)
+    np.testing.assert_allclose(process.mean(asked), expected, rtol=1e-9)
+    np.testing.assert_allclose(process.predict(asked)[0], expected, rtol=1e-9)
+    np.testing.assert_allclose(process.predict(asked)[1], variance, rtol=1e-7)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_gradient_of_the_posterior_is_that_of_differences(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    points, values = rng.random((12, 4)), rng.normal(size=12)
+    told = (values, points, np.full(12, 0.01), typical_logs(4))
+    logs = typical_logs(4) + rng.normal(0, 0.7, 6)
+    numeric = approx_fprime(logs, lambda logs: gp._loss(logs, *told)[0], 1e-6)
+    np.testing.assert_allclose(gp._loss(logs, *told)[1], numeric, rtol=1e-3, atol=1e-3)
+
+
+def test_exact_values_are_met_and_noisy_ones_are_smoothed() -> None:
+    rng = np.random.default_rng(1)
+    points = rng.random((30, 2))
+    values = np.sin(4 * points[:, 0]) + points[:, 1]
+    exact = fit(points, values, np.zeros(30))
+    assert np.abs(exact.mean(points) - values).max() < 0.02
+    noisy = values + rng.normal(0, 0.3, 30)
+    smoothed = fit(points, noisy, np.full(30, 0.09))
+    assert np.abs(smoothed.mean(points) - values).mean() < 0.6 * np.abs(noisy - values).mean()
+
+
+def test_a_dimension_that_does_not_matter_gets_a_greater_length() -> None:
+    rng = np.random.default_rng(2)
+    points = rng.random((60, 3))
+    lengths = np.exp(fit(points, np.sin(6 * points[:, 1]), np.zeros(60)).logs[:3])
+    assert lengths[1] < 0.5 * min(lengths[0], lengths[2])
+
+
+def test_few_points_in_many_dimensions_predict_better_than_their_mean() -> None:
+    rng = np.random.default_rng(3)
+    slope = rng.normal(size=64)
+    points, asked = rng.random((40, 64)), rng.random((100, 64))
+    process = fit(points, points @ slope, np.zeros(40))
+    assert np.corrcoef(process.mean(asked), asked @ slope)[0, 1] > 0.5
+
+
+def test_equal_values_are_no_trouble() -> None:
+    process = fit(np.random.default_rng(4).random((5, 2)), np.full(5, 0.7), np.zeros(5))
+    assert process.mean(np.zeros((3, 2))) == pytest.approx([0.7] * 3)
+
+
+def test_a_few_steps_from_an_earlier_fit_are_as_good_as_many() -> None:
+    rng = np.random.default_rng(5)
+    points = rng.random((50, 4))
+    values = np.sin(3 * points[:, 0]) * points[:, 1]
+    earlier = fit(points[:40], values[:40], np.zeros(40))
+    few, many = (fit(points, values, np.zeros(50), *how) for how in ((earlier.logs, 8), (None, 60)))
+    asked = rng.random((50, 4))
+    truth = np.sin(3 * asked[:, 0]) * asked[:, 1]
+    errors = [np.abs(process.mean(asked) - truth).mean() for process in (few, many)]
+    assert errors[0] < 1.5 * errors[1] + 0.01

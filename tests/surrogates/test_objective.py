@@ -1,0 +1,55 @@
+"""The surrogate of an objective: the companion's smoothness, the metric's last word, and fits that can be taken up."""
+
+import numpy as np
+
+from evomerge.surrogates.objective import model_objective
+
+
+def world(seed: int, num: int, num_dimensions: int = 8) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Points, a smooth loss, and a metric that falls with it, counted on 100 items."""
+    rng = np.random.default_rng(seed)
+    points = rng.random((num, num_dimensions))
+    losses = ((points - 0.4) ** 2 * np.arange(1, num_dimensions + 1)).mean(axis=1)
+    return points, losses, rng.binomial(100, np.exp(-losses)) / 100
+
+
+def test_a_companion_makes_better_predictions_of_the_metric() -> None:
+    points, losses, values = world(0, 30)
+    asked, true_losses, _ = world(1, 200)
+    errors = np.full(30, 0.02**2)
+    off = {
+        what: np.abs(model_objective(points, values, errors, of).mean(asked) - np.exp(-true_losses)).mean()
+        for what, of in {"with": losses, "without": None}.items()
+    }
+    assert off["with"] < 0.8 * off["without"]
+
+
+def test_a_metric_that_its_companion_does_not_explain_is_modelled_itself() -> None:
+    points, losses, _ = world(2, 60)
+    values = np.sin(5 * points[:, 0])
+    model = model_objective(points, values, np.zeros(60), losses)
+    asked = world(3, 100)[0]
+    assert np.corrcoef(model.mean(asked), np.sin(5 * asked[:, 0]))[0, 1] > 0.9
+
+
+def test_a_higher_loss_is_never_taken_for_better() -> None:
+    points, losses, _ = world(4, 20)
+    assert model_objective(points, losses, np.zeros(20), losses).slope == 0
+
+
+def test_a_model_of_known_lengths_is_the_fitted_one() -> None:
+    """What a resumed search reads from the record rebuilds the model bit for bit."""
+    points, losses, values = world(5, 25)
+    fitted = model_objective(points, values, np.full(25, 1e-4), losses)
+    rebuilt = model_objective(points, values, np.full(25, 1e-4), losses, fitted.logs, refit=False)
+    asked = world(6, 50)[0]
+    assert (fitted.mean(asked) == rebuilt.mean(asked)).all()
+    for ours, theirs in zip(fitted.predict(asked), rebuilt.predict(asked), strict=True):
+        assert (ours == theirs).all()
+
+
+def test_uncertainty_shrinks_where_much_was_told() -> None:
+    points, losses, values = world(7, 40)
+    model = model_objective(points, values, np.full(40, 1e-4), losses)
+    told, far = model.predict(points)[1].mean(), model.predict(points + 3.0)[1].mean()
+    assert told < 0.5 * far
