@@ -27,6 +27,7 @@ NUM_DRAWS = 16
 TRUST_RADIUS = 0.25  # of the box, in each dimension
 MUTATION = 0.08
 REFIT_GROWTH = 1.2  # of the number of candidates before all lengths are fitted anew
+JOINT_SPREAD, OWN_SPREAD = 0.2, 0.05  # of the first candidates, in units of the box
 OWN_ERROR = 0.5  # share of a standard error that is a candidate's own
 BATCH_SHARE = 1 / 16  # of the candidates told: later, one more or less tells little
 
@@ -81,9 +82,23 @@ class Surrogate:
             return Candidate(point=self._batch[0])
         num_known = len(self._told)
         if num_known < 2 or num_known + len(pending) < self.options.num_startup:
-            return Candidate(point=self.problem.startup_point(self._num_asked))
+            return Candidate(point=self._startup_point())
         batch, memo = self._plan(pending)
         return Candidate(point=batch[0], memo={"then": batch[1:], **memo})
+
+    def _startup_point(self) -> tuple[float, ...]:
+        """Return the best point known, then points where all numbers of an expert move together, and each a little.
+
+        How much of each expert there is matters most, and few candidates can tell it; layers come after.
+        """
+        center_D = self.problem.best_point
+        if self._num_asked == 0 and not self.problem.history:
+            return tuple(float(x) for x in center_D)
+        rng = self.problem.rng(self._num_asked)
+        owners = [(dimension.parameter, dimension.expert) for dimension in self.problem.dimensions]
+        together = {owner: JOINT_SPREAD * rng.standard_normal() for owner in dict.fromkeys(owners)}
+        moved_D = np.array([together[owner] for owner in owners]) + OWN_SPREAD * rng.standard_normal(len(owners))
+        return tuple(float(x) for x in np.clip(center_D + moved_D, 0.0, 1.0))
 
     def _plan(self, pending: Sequence[Candidate]) -> tuple[list[tuple[float, ...]], dict[str, Any]]:
         rng = self.problem.rng(self._num_asked)
