@@ -48,13 +48,14 @@ class Improvement:
         """Return by how much each point alone would raise the hypervolume, (S,); 0 where it would not."""
         own_S = (values_SM - self._reference_M).clip(min=0).prod(axis=1)
         covered_S = np.zeros(len(values_SM))
+        above = np.flatnonzero(own_S)
         block = max(1, MAX_CELLS // max(self._lower_UM.size, 1))
-        for start in range(0, len(values_SM), block):
-            corner_SM = -values_SM[start : start + block]
-            inside_SU = np.ones((len(corner_SM), len(self._lower_UM)))
-            for lower_U, upper_U, corner_S in zip(self._lower_UM.T, self._upper_UM.T, corner_SM.T, strict=True):
+        for start in range(0, len(above), block):
+            asked = above[start : start + block]
+            inside_SU = np.ones((len(asked), len(self._lower_UM)))
+            for lower_U, upper_U, corner_S in zip(self._lower_UM.T, self._upper_UM.T, -values_SM[asked].T, strict=True):
                 inside_SU *= (upper_U - np.maximum(lower_U, corner_S[:, None])).clip(min=0)
-            covered_S[start : start + block] = inside_SU.sum(axis=1)
+            covered_S[asked] = inside_SU.sum(axis=1)
         gains_S: Floats = (own_S - covered_S).clip(min=0)
         return np.where((gains_S > 1e-12 * own_S), gains_S, 0.0)
 

@@ -11,19 +11,16 @@ Shape letters: N candidates of a generation, D dimensions, M objectives.
 
 import warnings
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from evomerge.errors import CampaignError
-from evomerge.proposers.proposer import Problem, rank
+from evomerge.proposers.proposer import Problem, Weights, objective_weights, rank
 from evomerge.records import Candidate, Floats, Observation, Options
 
 DIAGONAL_BEYOND = 100
-
-Weights = list[Annotated[float, Field(ge=0)]]
-"""One number for each objective that steers; only their ratios matter."""
 
 
 class CmaEsOptions(Options):
@@ -75,7 +72,7 @@ class CmaEs:
 
     def tell(self, observation: Observation) -> None:
         """Take a result; the last of a generation moves the distribution."""
-        self._told[observation.index] = weighted_rank(observation, self._weights_M)
+        self._told[observation.index] = rank(observation, self._weights_M)
         if len(self._told) < len(self._points):
             return
         values = np.array([self._told[self._first_index + i] for i in range(len(self._points))])
@@ -152,22 +149,3 @@ class _LraCmaEs:
         losses_N = np.array(losses[1:])
         losses_N = losses_N + losses_N.std() * ((self._samples_ND - np.array(points[1:])) ** 2).sum(axis=1)
         self._es.tell(list(zip(self._samples_ND, losses_N.tolist(), strict=True)))
-
-
-def objective_weights(weights: Sequence[float] | None, num_objectives: int, proposer: str) -> Floats | None:
-    """Return weights (M,) that sum to 1; None for equal ones. Raises: CampaignError if they do not fit."""
-    if weights is None:
-        return None
-    if len(weights) != num_objectives or not sum(weights):
-        raise CampaignError(
-            f"search: {proposer}.weights: expected one number for each objective that steers ({num_objectives}), "
-            f"not all of them 0, found {list(weights)}"
-        )
-    return np.array(weights) / sum(weights)
-
-
-def weighted_rank(observation: Observation, weights_M: Floats | None) -> float:
-    """As ``rank``, with the weighted mean of the objectives."""
-    if weights_M is None or observation.values_M is None:
-        return rank(observation)
-    return float(observation.values_M @ weights_M) - observation.violation

@@ -21,8 +21,7 @@ import numpy as np
 from pydantic import Field
 
 from evomerge.errors import CampaignError
-from evomerge.proposers.cma_es import Weights, objective_weights, weighted_rank
-from evomerge.proposers.proposer import Problem
+from evomerge.proposers.proposer import Problem, Weights, objective_weights, rank
 from evomerge.records import Candidate, Floats, Observation, Options
 
 
@@ -76,7 +75,7 @@ class ModelSwarms:
         self._best_D = self._worst_D = problem.start
         self._best_value, self._worst_value = -np.inf, np.inf
         for observation in problem.history:
-            self._learn(observation.point, weighted_rank(observation, self._weights_M))
+            self._learn(observation.point, rank(observation, self._weights_M))
 
     def ask(self, n: int, pending: Sequence[Candidate]) -> list[Candidate]:  # noqa: ARG002
         """Return where the particles that have their result go next; none while all are under way."""
@@ -85,7 +84,7 @@ class ModelSwarms:
     def tell(self, observation: Observation) -> None:
         """A particle knows what its position is worth: it is ready to move."""
         particle = self._flying.pop(observation.index)
-        value = weighted_rank(observation, self._weights_M)
+        value = rank(observation, self._weights_M)
         self._learn(particle.position_D, value)
         particle.num_results += 1
         particle.num_idle += 1

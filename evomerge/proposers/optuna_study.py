@@ -55,7 +55,9 @@ class OptunaProposer:
         if observation.values_M is None:
             self._study.tell(number, state=TrialState.FAIL)
             return
-        Trial(self._study, self._study.trials[number]._trial_id).set_constraint("campaign", observation.violation)
+        Trial(self._study, self._study.get_trials(deepcopy=False)[number]._trial_id).set_constraint(
+            "campaign", observation.violation
+        )
         self._study.tell(number, observation.values_M.tolist())
 
     def recall(self, candidate: Candidate) -> None:
@@ -75,7 +77,7 @@ class OptunaProposer:
         )
         trial = self._study.ask(self._box)
         point = tuple(float(trial.params[name]) for name in self._box)
-        return Candidate(point=point, memo=dict(self._study.trials[trial.number].system_attrs))
+        return Candidate(point=point, memo=dict(self._study.get_trials(deepcopy=False)[trial.number].system_attrs))
 
     def _add_earlier(self, observation: Observation) -> None:
         from optuna.trial import TrialState

@@ -10,12 +10,17 @@ Shape letters: D dimensions, M objectives.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Annotated, ClassVar, Protocol
 
 import numpy as np
+from pydantic import Field
 
+from evomerge.errors import CampaignError
 from evomerge.records import Candidate, Floats, Observation, Options
 from evomerge.space.space import Dimension
+
+Weights = list[Annotated[float, Field(ge=0)]]
+"""One number for each objective that steers; only their ratios matter."""
 
 SPREAD = 0.15  # of the startup cloud, in units of the box: CMA-ES begins with the same
 
@@ -82,7 +87,22 @@ class Proposer(Protocol):
         """Take back a candidate that was asked before the run was interrupted, in the order of asking."""
 
 
-def rank(observation: Observation) -> float:
-    """The mean of the objectives, less what floors and ceilings are missed by; a failed candidate ranks last."""
+def rank(observation: Observation, weights_M: Floats | None = None) -> float:
+    """The (weighted) mean of the objectives, less what floors and ceilings are missed by; a failed one ranks last."""
     values_M = observation.values_M
-    return -np.inf if values_M is None else float(values_M.mean()) - observation.violation
+    if values_M is None:
+        return -np.inf
+    mean = values_M.mean() if weights_M is None else values_M @ weights_M
+    return float(mean) - observation.violation
+
+
+def objective_weights(weights: Sequence[float] | None, num_objectives: int, proposer: str) -> Floats | None:
+    """Return weights (M,) that sum to 1; None for equal ones. Raises: CampaignError if they do not fit."""
+    if weights is None:
+        return None
+    if len(weights) != num_objectives or not sum(weights):
+        raise CampaignError(
+            f"search: {proposer}.weights: expected one number for each objective that steers ({num_objectives}), "
+            f"not all of them 0, found {list(weights)}"
+        )
+    return np.array(weights) / sum(weights)

@@ -268,20 +268,22 @@ def _choose(
 ) -> list[int]:
     """Return the places of a batch: one after the other, each where most is to be gained beside those before it.
 
-    Without a front, as nothing has kept all floors and ceilings yet, those that most likely will.
+    Without a front, as nothing has kept all floors and ceilings yet, those that most likely will. What a candidate adds
+    only falls as the front grows, so that after each choice no more are counted again than the best of the old counts.
     """
     mean_PM, draws_SPM, chance_P = models.draws(population_PD, rng)
+    if front is None:
+        return [int(place) for place in np.argsort(-chance_P, kind="stable")[:size]]
     num_draws, num_points, num_objectives = draws_SPM.shape
+    gains_SP = front.gains(draws_SPM.reshape(-1, num_objectives)).reshape(num_draws, num_points)
+    worth_P = gains_SP.mean(axis=0) * chance_P
     chosen: list[int] = []
-    is_free_P = np.ones(num_points, dtype=np.bool_)
     for _ in range(size):
-        worth_P = chance_P
-        if front:
-            gains_SP = front.gains(draws_SPM.reshape(-1, num_objectives)).reshape(num_draws, num_points)
-            worth_P = gains_SP.mean(axis=0) * chance_P
-        place = int(np.where(is_free_P, worth_P, -1.0).argmax())
+        is_counted_P = np.full(num_points, not chosen)
+        while not is_counted_P[place := int(worth_P.argmax())]:
+            worth_P[place] = front.gains(draws_SPM[:, place]).mean() * chance_P[place]
+            is_counted_P[place] = True
         chosen.append(place)
-        is_free_P[place] = False
-        if front:
-            front = front.with_point(mean_PM[place])
+        worth_P[place] = -1.0
+        front = front.with_point(mean_PM[place])
     return chosen

@@ -7,7 +7,7 @@ from proposer_contract import ProposerContract, box
 from pydantic import ValidationError
 
 from evomerge.errors import CampaignError
-from evomerge.proposers.cma_es import CmaEs, CmaEsOptions, weighted_rank
+from evomerge.proposers.cma_es import CmaEs, CmaEsOptions
 from evomerge.proposers.proposer import Problem, rank
 from evomerge.records import Observation
 
@@ -118,10 +118,10 @@ class TestWeights:
         return Observation(index=0, point=np.zeros(1), values_M=values_M, margins_C=np.array([margin]))
 
     def test_the_mean_is_weighted_and_violations_count(self) -> None:
-        assert weighted_rank(self.observation([1.0, 3.0]), np.array([0.75, 0.25])) == 1.5
-        assert weighted_rank(self.observation([1.0, 3.0], margin=-0.5), np.array([0.75, 0.25])) == 1.0
-        assert weighted_rank(self.observation(None), np.array([0.75, 0.25])) == -np.inf
-        assert weighted_rank(self.observation([1.0, 3.0]), None) == rank(self.observation([1.0, 3.0]))
+        assert rank(self.observation([1.0, 3.0]), np.array([0.75, 0.25])) == 1.5
+        assert rank(self.observation([1.0, 3.0], margin=-0.5), np.array([0.75, 0.25])) == 1.0
+        assert rank(self.observation(None), np.array([0.75, 0.25])) == -np.inf
+        assert rank(self.observation([1.0, 3.0])) == 2.0
 
     def test_the_search_goes_where_the_weight_is(self) -> None:
         """The weighted mean of squared distances to two corners is best at the corners' weighted mean."""
