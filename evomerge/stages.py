@@ -8,6 +8,7 @@ from evomerge.errors import CampaignError
 from evomerge.plan import Plan
 from evomerge.proposers.adamerging import AdaMerging, AdaMergingOptions
 from evomerge.proposers.gradient_front import GradientFront, GradientFrontOptions
+from evomerge.proposers.proposer import Problem
 from evomerge.proposers.surrogate import Surrogate, SurrogateOptions
 from evomerge.records import Options
 from evomerge.scorer import BACKWARD_COST
@@ -31,7 +32,8 @@ def make_stages(campaign: Campaign, plan: Plan) -> list[Stage]:
     """Return the campaign's stages; one without a number of its own takes what the others leave of the budget.
 
     A larger budget lengthens that stage and leaves the others as they were, so that a finished run can be extended.
-    Raises: CampaignError if the stages ask for more than the budget, or need gradients that the operator has not.
+    Raises: CampaignError if the stages ask for more than the budget, need gradients that the operator has not, or
+    cannot be built: a package is missing, or an option does not fit the objectives.
     """
     if campaign.search == "auto":
         return _auto(campaign, plan)
@@ -46,6 +48,8 @@ def make_stages(campaign: Campaign, plan: Plan) -> list[Stage]:
             f"search: the stages take {campaign.budget.evaluations - left} evaluations and leave {left} of "
             f"budget.evaluations = {campaign.budget.evaluations}; raise the budget or lower a stage"
         )
+    num_steering = sum(objective.steers for objective in plan.objectives)
+    problem = Problem(dimensions=plan.space.dimensions, num_objectives=num_steering, seed=(campaign.seed,))
     stages = []
     for number, stage in enumerate(campaign.search):
         if PROPOSERS[stage.proposer].needs_gradients and plan.rigid:
@@ -53,6 +57,7 @@ def make_stages(campaign: Campaign, plan: Plan) -> list[Stage]:
                 f"search[{number}].proposer: {stage.proposer} needs gradients, which {plan.rigid} does not "
                 "give; use task_arithmetic or linear, or another proposer"
             )
+        PROPOSERS[stage.proposer](problem, campaign.stage_options(number))  # type: ignore[call-arg]
         stages.append(
             Stage(
                 proposer=stage.proposer,

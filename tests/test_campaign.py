@@ -99,6 +99,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"evaluation": {**EVALUATION, "split": {"serach": 0.5}}}, "evaluation.split.serach: unknown key"),
     ({"operator": {"name": "ties"}, "space": {"coefficient": {"low": -0.2}}}, r"coefficient: expected .* \[0, inf\], found -0.2"),
     ({"search": "atuo"}, "search: .*found 'atuo'"),
+    ({"search": [{"proposer": "cma_es", "weights": [0.0, 0.0, 0.0]}]}, r"cma_es.weights: expected one number for each"),
     ({"search": [{"proposer": "cmaes"}]}, r"search\[0\].proposer: unknown proposer 'cmaes'; did you mean 'cma_es'\?"),
     ({"search": [{"proposer": "cma_es", "sigmma": 1}]}, r"search\[0\].sigmma: unknown key; did you mean 'sigma'\?"),
     ({"search": [{"proposer": "cma_es", "sigma": -1.0}]}, r"search\[0\].sigma: .*greater than 0, found -1"),
