@@ -44,8 +44,9 @@ class Driver:
         references = reference_recipes(self.plan)
         self._measure("reference models", references, "search")
         sources = all_sources(self.plan.objectives, self.plan.sources("search"))
-        self._summarizer = Summarizer(self.plan.objectives, sources, self.ledger.measurements("search"))
-        measured = self._summarizer.add_to_all(self.ledger.measurements("search"))
+        recorded = self.ledger.measurements("search")
+        self._summarizer = Summarizer(self.plan.objectives, sources, recorded)
+        measured = self._summarizer.add_to_all(recorded)
         self._base_M = maximized(measured["base"], self.plan.objectives)
         pool: InlinePool | RacingPool = self.pool
         if self.plan.fidelity:
@@ -88,7 +89,7 @@ class Driver:
         problem = Problem(
             dimensions=self.plan.space.dimensions,
             reference_M=self._base_M,
-            num_objectives=sum(objective.steers for objective in self.plan.objectives),
+            num_objectives=len(self.plan.steering),
             seed=(seed, number),
             history=tuple(observe(trial, self.plan.objectives) for trial in finished if trial.stage < number),
         )

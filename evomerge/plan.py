@@ -76,6 +76,11 @@ class Plan:
         """The objectives that are a metric of a task, and no summary of others."""
         return [objective for objective in self.objectives if not objective.summary]
 
+    @property
+    def steering(self) -> list[Objective]:
+        """The objectives that steer; the others are parts of summaries among them."""
+        return [objective for objective in self.objectives if objective.steers]
+
     def sources(self, split: Split) -> dict[str, list[int | str]]:
         """Task -> the source of each item of a split."""
         return {task: [self.item_sources[task][item] for item in splits[split]] for task, splits in self.splits.items()}

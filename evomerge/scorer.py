@@ -170,7 +170,7 @@ class Scorer:
         by_name = {objective.name: objective for objective in self.plan.objectives}
         tasks = list(self.plan.splits)
         rows = []
-        for objective in (objective for objective in self.plan.objectives if objective.steers):
+        for objective in self.plan.steering:
             parts = [by_name[part] for part in objective.parts] or [objective]
             rows.append([sum(part.task == task for part in parts) / len(parts) for task in tasks])
         return np.array(rows)

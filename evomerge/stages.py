@@ -48,8 +48,7 @@ def make_stages(campaign: Campaign, plan: Plan) -> list[Stage]:
             f"search: the stages take {campaign.budget.evaluations - left} evaluations and leave {left} of "
             f"budget.evaluations = {campaign.budget.evaluations}; raise the budget or lower a stage"
         )
-    num_steering = sum(objective.steers for objective in plan.objectives)
-    problem = Problem(dimensions=plan.space.dimensions, num_objectives=num_steering, seed=(campaign.seed,))
+    problem = Problem(dimensions=plan.space.dimensions, num_objectives=len(plan.steering), seed=(campaign.seed,))
     stages = []
     for number, stage in enumerate(campaign.search):
         if PROPOSERS[stage.proposer].needs_gradients and plan.rigid:
@@ -85,7 +84,7 @@ def _auto(campaign: Campaign, plan: Plan) -> list[Stage]:
     The first stage is the same for every budget that it fits into, so that a larger budget only lengthens the search.
     """
     budget, stages = campaign.budget.evaluations, []
-    num_steering = sum(objective.steers for objective in plan.objectives)
+    num_steering = len(plan.steering)
     if plan.rigid is None and campaign.split.adapt > 0 and "ce" in plan.evaluator.losses:
         one = num_steering == 1
         options = AdaMergingOptions(loss="ce", steps=25, learning_rate=1e-2) if one else GradientFrontOptions()

@@ -82,7 +82,7 @@ def run(opened: Opened, stages: Sequence[Stage], seed: int, budget: float, tick:
 
 def _steps(opened: Opened, stages: Sequence[Stage], seed: int) -> Iterator[Step]:
     objectives, trials = opened.plan.objectives, list[Trial]()
-    front_NM = np.zeros((0, sum(objective.steers for objective in objectives)))
+    front_NM = np.zeros((0, len(opened.plan.steering)))
     for number, stage in enumerate(stages):
         started = time.perf_counter()
         problem = Problem(

@@ -16,8 +16,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from evomerge.errors import CampaignError
-from evomerge.proposers.proposer import Problem, Weights, objective_weights, rank
+from evomerge.proposers.proposer import Problem, Weights, not_installed, objective_weights, rank
 from evomerge.records import Candidate, Floats, Observation, Options
 
 DIAGONAL_BEYOND = 100
@@ -131,10 +130,7 @@ class _LraCmaEs:
         try:
             from cmaes import CMA
         except ImportError as error:
-            raise CampaignError(
-                f"search: cma_es with lr_adapt needs the cmaes package, and {error.name} is not installed; "
-                "pip install 'evomerge[cmaes]'"
-            ) from error
+            raise not_installed("cma_es with lr_adapt", "cmaes", "cmaes", error) from error
         self._es = CMA(start_D, options.sigma, population_size=options.population, lr_adapt=True)
         self._samples_ND = np.empty((0, len(start_D)))
 

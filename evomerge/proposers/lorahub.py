@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from evomerge.errors import CampaignError
-from evomerge.proposers.proposer import Problem
+from evomerge.proposers.proposer import Problem, not_installed
 from evomerge.records import Candidate, Floats, Observation, Options
 
 MAX_PER_DIMENSION = 50  # beyond, NGOpt chooses a metamodel that fails with numpy 2.4 (nevergrad 1.0.12)
@@ -97,10 +97,7 @@ class LoraHub:
                 warnings.simplefilter("ignore")
                 import nevergrad
         except ImportError as error:
-            raise CampaignError(
-                f"search: lorahub needs the nevergrad package, and {error.name} is not installed; "
-                "pip install 'evomerge[lorahub]'"
-            ) from error
+            raise not_installed(self.name, "nevergrad", "lorahub", error) from error
         num_dimensions = self.problem.num_dimensions
         box = nevergrad.p.Array(
             init=self.problem.best_point, lower=np.zeros(num_dimensions), upper=np.ones(num_dimensions)

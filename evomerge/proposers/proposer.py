@@ -96,6 +96,13 @@ def rank(observation: Observation, weights_M: Floats | None = None) -> float:
     return float(mean) - observation.violation
 
 
+def not_installed(who: str, package: str, extra: str, error: ImportError) -> CampaignError:
+    """Return what is to be raised where an optional package of a proposer is missing."""
+    return CampaignError(
+        f"search: {who} needs the {package} package, and {error.name} is not installed; pip install 'evomerge[{extra}]'"
+    )
+
+
 def objective_weights(weights: Sequence[float] | None, num_objectives: int, proposer: str) -> Floats | None:
     """Return weights (M,) that sum to 1; None for equal ones. Raises: CampaignError if they do not fit."""
     if weights is None:

@@ -16,8 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from evomerge.errors import CampaignError
-from evomerge.proposers.proposer import Problem
+from evomerge.proposers.proposer import Problem, not_installed
 from evomerge.records import Candidate, Floats, Observation, Options
 
 MIN_NOISE = 1e-6  # variance beside that of the values: a standard error of 0 (every item right) is no certainty
@@ -52,10 +51,7 @@ class QLogNehvi:
                 warnings.simplefilter("ignore")
                 import botorch  # noqa: F401
         except ImportError as error:
-            raise CampaignError(
-                f"search: qlognehvi needs the botorch package, and {error.name} is not installed; "
-                "pip install 'evomerge[botorch]'"
-            ) from error
+            raise not_installed(self.name, "botorch", "botorch", error) from error
         self.problem, self.options = problem, options
         self._results = [observation for observation in problem.history if observation.values_M is not None]
         self._num_earlier = len(self._results)
