@@ -10,7 +10,7 @@ from typing import Protocol
 from evomerge.assemble import PROPOSERS
 from evomerge.errors import EvoMergeError
 from evomerge.evidence.summary import Summarizer, all_sources
-from evomerge.front.front import front_of, maximized, observe
+from evomerge.front.front import front_of, observe, worst_of_inputs
 from evomerge.ledger.ledger import Ledger
 from evomerge.plan import Plan
 from evomerge.proposers.proposer import Problem, Proposer
@@ -47,7 +47,7 @@ class Driver:
         recorded = self.ledger.measurements("search")
         self._summarizer = Summarizer(self.plan.objectives, sources, recorded)
         measured = self._summarizer.add_to_all(recorded)
-        self._base_M = maximized(measured["base"], self.plan.objectives)
+        self._reference_M = worst_of_inputs(measured, self.plan.objectives)
         pool: InlinePool | RacingPool = self.pool
         if self.plan.fidelity:
             race = make_race(self.plan, self.plan.fidelity, {name: measured[name] for name in references}, seed)
@@ -88,7 +88,7 @@ class Driver:
         finished = in_order(trials)
         problem = Problem(
             dimensions=self.plan.space.dimensions,
-            reference_M=self._base_M,
+            reference_M=self._reference_M,
             num_objectives=len(self.plan.steering),
             seed=(seed, number),
             history=tuple(observe(trial, self.plan.objectives) for trial in finished if trial.stage < number),

@@ -200,14 +200,31 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Slopes:
+    """What a descent learned on its way: the labels' loss of each objective that steers, and its gradient.
+
+    Each of B parts of the way is the mean of some steps: its point (D), losses (M) and gradients (M * D), in units of
+    the box; all parts end to end.
+    """
+
+    points: tuple[float, ...]
+    losses: tuple[float, ...]
+    gradients: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:
-    """Where a descent ended: its point, Adam's moments, the loss at each step, and the anchors of a front's descent."""
+    """Where a descent ended: its point, Adam's moments, the loss at each step, and the anchors of a front's descent.
+
+    slopes: of a descent of the labels' loss.
+    """
 
     point: tuple[float, ...]
     first_moment: tuple[float, ...]
     second_moment: tuple[float, ...]
     losses: tuple[float, ...]
     anchors: tuple[float, ...] = ()
+    slopes: Slopes | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ Shape letters: D dimensions of the space.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 
@@ -27,10 +27,13 @@ from evomerge.records import (
     Objective,
     Recipe,
     Score,
+    Slopes,
     Split,
     TaskItems,
 )
 
+LABELLED = "ce"  # the loss of the labels
+NUM_SLOPES = 12
 BACKWARD_COST = 3.0  # forward + backward, in forwards
 ADAM = (0.9, 0.999, 1e-8)
 
@@ -125,14 +128,15 @@ class Scorer:
         if not operator.differentiable:
             raise CandidateError(f"{operator.name} has no gradient in its coefficients")
         anchors_MD = np.array(descent.anchors or candidate.point).reshape(-1, len(candidate.point))
-        gradient_D, spans_D = np.zeros(anchors_MD.shape[1]), np.ones(anchors_MD.shape[1])
+        spans_D = np.ones(anchors_MD.shape[1])
         spans_D[branch.columns_d] = branch.space.spans_D
         moments: list[Floats] = [
             np.array(moment) if moment else np.zeros(anchors_MD.size)
             for moment in (descent.first_moment, descent.second_moment)
         ]
-        shares_MT = self._task_shares() if descent.anchors else np.ones((1, len(plan.splits)))
+        share_MT = self._task_shares()
         losses: list[float] = []
+        way: list[tuple[Floats, Floats, Floats]] = []
         num_items = 0
         for step in range(1, descent.steps + 1):
             rng = np.random.default_rng([*descent.seed, step])
@@ -142,14 +146,16 @@ class Scorer:
             }
             num_items += sum(map(len, batches.values()))
             preference_M = rng.dirichlet(np.ones(len(anchors_MD)))
-            terms = [
-                partial(self._weighted_loss, weight, model, task, batches[task], descent.loss)
-                for task, weight in zip(batches, preference_M @ shares_MT, strict=True)
-            ]
-            loss, gradients = self.materializer.gradient(operator, plan.recipe(preference_M @ anchors_MD), terms)
-            losses.append(loss)
-            gradient_D[branch.columns_d] = branch.space.pull_back(gradients)
-            gradient_MD = np.outer(preference_M, gradient_D)
+            terms = [partial(plan.evaluator.loss, model, task, items, descent.loss) for task, items in batches.items()]
+            point_D = preference_M @ anchors_MD
+            found = self.materializer.gradients(operator, plan.recipe(point_D), terms)
+            loss_T = np.array([loss for loss, _ in found])
+            slopes_TD = np.zeros((len(found), len(point_D)))
+            slopes_TD[:, branch.columns_d] = [branch.space.pull_back(gradients) for _, gradients in found]
+            way.append((point_D, share_MT @ loss_T, (share_MT @ slopes_TD) * spans_D))
+            weight_T = preference_M @ share_MT if descent.anchors else np.ones(len(found))
+            losses.append(float(weight_T @ loss_T))
+            gradient_MD = np.outer(preference_M, weight_T @ slopes_TD)
             step_MD = _adam(gradient_MD.ravel(), moments, descent.steps_before + step).reshape(anchors_MD.shape)
             rate = descent.learning_rate * (1 - (1 - descent.final_rate) * (step - 1) / descent.steps)
             anchors_MD = np.clip(anchors_MD - rate * step_MD / spans_D, 0.0, 1.0)
@@ -159,11 +165,9 @@ class Scorer:
             second_moment=tuple(moments[1].tolist()),
             losses=tuple(losses),
             anchors=tuple(anchors_MD.ravel().tolist()) if descent.anchors else (),
+            slopes=_slopes(way) if descent.loss == LABELLED else None,
         )
         return arrival, BACKWARD_COST * num_items / self._num_search_items
-
-    def _weighted_loss(self, weight: float, model: torch.nn.Module, task: str, items: Items, name: str) -> torch.Tensor:
-        return weight * self.plan.evaluator.loss(model, task, items, name)
 
     def _task_shares(self) -> Floats:
         """Return how much each task counts for each objective that steers, (M, T); a summary's parts count equally."""
@@ -197,6 +201,16 @@ def objective_score(plan: Plan, objective: Objective, reported: ItemScores, item
             f"{objective.name}: {objective.metric} of {len(items)} items is {score.value:g} ± {score.stderr:g}"
         )
     return score
+
+
+def _slopes(way: Sequence[tuple[Floats, Floats, Floats]]) -> Slopes:
+    """Return the means of at most NUM_SLOPES parts of the way, in six digits."""
+    parts = np.array_split(np.arange(len(way)), min(NUM_SLOPES, len(way)))
+    points, losses, gradients = (
+        tuple(float(f"{x:.6g}") for part in parts for x in np.mean([way[step][what] for step in part], axis=0).ravel())
+        for what in range(3)
+    )
+    return Slopes(points=points, losses=losses, gradients=gradients)
 
 
 def _in_one_line(error: Exception) -> str:

@@ -324,6 +324,21 @@ def test_descents_lower_the_loss_they_descend(make_campaign: Callable[..., Campa
     assert all(trial.measurement.cost > 1 for trial in run.trials if trial.measurement)
 
 
+def test_slopes_on_a_descents_way_are_those_of_the_loss(make_campaign: Callable[..., Campaign], tmp_path: Path) -> None:
+    """All adapt items in every step, so that the slopes between two points foretell what the losses differ by."""
+    stages = [{"proposer": "gradient_front", "steps": 12, "learning_rate": 0.01, "batch_size": 10**6}]
+    run = search(make_campaign(search=stages, budget={"evaluations": 1}), tmp_path / "run", watcher=Silent())
+    arrival = run.trials[0].measurement and run.trials[0].measurement.arrival
+    assert arrival
+    assert arrival.slopes
+    points_BD = np.reshape(arrival.slopes.points, (12, -1))
+    losses_BM = np.reshape(arrival.slopes.losses, (12, -1))
+    gradients_BMD = np.reshape(arrival.slopes.gradients, (12, len(run.steering), -1))
+    steps_BD, middle_BMD = np.diff(points_BD, axis=0), (gradients_BMD[1:] + gradients_BMD[:-1]) / 2
+    foretold_BM = np.einsum("bmd,bd->bm", middle_BMD, steps_BD)
+    np.testing.assert_allclose(np.diff(losses_BM, axis=0), foretold_BM, rtol=0.05, atol=2e-4)
+
+
 def test_a_front_descends_at_once(make_campaign: Callable[..., Campaign], tmp_path: Path) -> None:
     """Each anchor comes to be better at its own objective's loss than the anchors are on average."""
     stages = [{"proposer": "gradient_front", "steps": 60, "batch_size": 64}]

@@ -44,7 +44,7 @@ def test_gradients_agree(small_digits: FamilySummary) -> None:
         model, evaluator = held.materializer.resident.module, held.plan.evaluator
         items = held.plan.splits["rot90"]["adapt"]
         recipe = held.plan.recipe(held.plan.space.start)
-        _, gradient = held.materializer.gradient(
+        [(_, gradient)] = held.materializer.gradients(
             held.plan.operators[recipe.operator],
             recipe,
             [lambda m=model, e=evaluator, i=items: e.loss(m, "rot90", i, "ce")],

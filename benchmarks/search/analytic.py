@@ -172,7 +172,7 @@ class Analytic:
         own_KD = np.repeat(np.eye(self.num_experts), self.num_layers, axis=1)
         references = {"base": self.values(np.zeros(self.num_dimensions))}
         references |= {f"expert:expert{k}": self.values(own_D) for k, own_D in enumerate(own_KD)}
-        return Opened(self.plan(seed), _Scorer(self, seed), references)
+        return Opened(self.plan(seed), _Scorer(self, seed), references, np.min([*references.values()], axis=0))
 
 
 class _NoLosses:

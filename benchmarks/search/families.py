@@ -16,7 +16,7 @@ from benchmarks.search.searchers import Section
 from evomerge.campaign import BudgetSection, Campaign, SpaceSection, read_campaign
 from evomerge.errors import CampaignError
 from evomerge.families.family import make
-from evomerge.front.front import maximized
+from evomerge.front.front import maximized, worst_of_inputs
 from evomerge.plan import Plan, make_plan
 from evomerge.records import Floats
 from evomerge.references import reference_recipes
@@ -62,12 +62,14 @@ class FamilyProblem:
 
         plan = self.plan(seed)
         scorer = Scorer(plan)
-        references = {
-            name: maximized(scorer.score(recipe, "test"), plan.objectives)
+        inputs = {
+            name: recipe
             for name, recipe in reference_recipes(plan).items()
             if name == "base" or name.startswith("expert:")
         }
-        return Opened(plan, scorer, references)
+        tested = {name: maximized(scorer.score(recipe, "test"), plan.objectives) for name, recipe in inputs.items()}
+        searched = {name: scorer.score(recipe, "search") for name, recipe in inputs.items()}
+        return Opened(plan, scorer, tested, worst_of_inputs(searched, plan.objectives))
 
 
 def _varied(campaign: Campaign, variant: str) -> Campaign:

@@ -22,11 +22,16 @@ class Scores(Protocol):
 
 @dataclass(frozen=True)
 class Opened:
-    """A problem with one seed's splits, ready to score; references: model -> maximized values (M,) on test items."""
+    """A problem with one seed's splits, ready to score.
+
+    references: model -> maximized values (M,) on test items; reference_M: the worst of base and experts on search
+    items.
+    """
 
     plan: Plan
     scorer: Scores
     references: Mapping[str, Floats]
+    reference_M: Floats
 
 
 class Problem(Protocol):

@@ -88,6 +88,7 @@ def _steps(opened: Opened, stages: Sequence[Stage], seed: int) -> Iterator[Step]
         problem = Problem(
             dimensions=opened.plan.space.dimensions,
             num_objectives=front_NM.shape[1],
+            reference_M=opened.reference_M,
             seed=(seed, number),
             history=tuple(observe(trial, objectives) for trial in trials),
         )

@@ -19,7 +19,7 @@ from evomerge.fidelity.estimator import Estimator
 from evomerge.fidelity.irt import ItemResponses
 from evomerge.fidelity.paired import Paired
 from evomerge.fidelity.rounds import Sources, difficulty, make_rounds
-from evomerge.front.front import maximized, violation
+from evomerge.front.front import maximized, violation, worst_of_inputs
 from evomerge.front.improvement import Improvement
 from evomerge.records import Floats, Measurement, Objective, Options, Score, TaskItems
 
@@ -155,8 +155,7 @@ class Race:
         is_passed = any((useful[name] > base_M).all() for name in useful.keys() - self._references)
         reference_M = base_M
         if self._options.above == "worst" or not is_passed:
-            corners = [name for name in finished if name == "base" or name.startswith("expert:")]
-            reference_M = np.min([maximized(finished[name], self._objectives) for name in corners], axis=0)
+            reference_M = worst_of_inputs(finished, self._objectives)
         values_NM = np.array([*useful.values()]).reshape(len(useful), len(reference_M))
         return Improvement(values_NM, reference_M)
 

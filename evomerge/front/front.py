@@ -5,7 +5,7 @@ Those of the front keep floors and ceilings, and are scored on all items.
 Shape letters: N trials, M objectives that steer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -18,6 +18,12 @@ def maximized(measurement: Measurement, objectives: Sequence[Objective]) -> Floa
     return np.array(
         [objective.sign * measurement.scores[objective.name].value for objective in objectives if objective.steers]
     )
+
+
+def worst_of_inputs(measurements: Mapping[str, Measurement], objectives: Sequence[Objective]) -> Floats:
+    """Return the worst that base and experts have in each objective, maximized, (M,); other models do not count."""
+    inputs = [name for name in measurements if name == "base" or name.startswith("expert:")]
+    return np.asarray(np.min([maximized(measurements[name], objectives) for name in inputs], axis=0))
 
 
 def margins(measurement: Measurement, objectives: Sequence[Objective]) -> Floats:

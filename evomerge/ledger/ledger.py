@@ -23,7 +23,7 @@ from sqlalchemy.exc import DatabaseError, OperationalError
 
 from evomerge.errors import EvoMergeError, RunError
 from evomerge.ledger import tables
-from evomerge.records import Arrival, Candidate, Descent, Measurement, Score, Split, Trial
+from evomerge.records import Arrival, Candidate, Descent, Measurement, Score, Slopes, Split, Trial
 
 FILE_NAME = "ledger.sqlite"
 
@@ -293,7 +293,9 @@ def _candidate(data: dict[str, Any]) -> Candidate:
 
 
 def _arrival(data: dict[str, Any]) -> Arrival:
-    return Arrival(**{key: _frozen(value) for key, value in data.items()})
+    slopes = data.pop("slopes", None)
+    frozen = {key: _frozen(value) for key, value in data.items()}
+    return Arrival(**frozen, slopes=slopes and Slopes(**{key: _frozen(value) for key, value in slopes.items()}))
 
 
 def _frozen(value: Any) -> Any:

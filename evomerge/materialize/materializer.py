@@ -4,11 +4,11 @@ Shape letters: K experts, G groups, S tensors, P padded elements, B blocks.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -97,10 +97,10 @@ class Materializer:
                 self.out_P[here].copy_(self._merged_P[here])
         self._built = operator, recipe, values
 
-    def gradient(
+    def gradients(
         self, operator: Operator, recipe: Recipe, losses: Iterable[Callable[[], Tensor]]
-    ) -> tuple[float, dict[str, Floats]]:
-        """Return the sum of the losses and its gradient in the recipe's (K, G) numbers, by parameter.
+    ) -> list[tuple[float, dict[str, Floats]]]:
+        """Return each loss and its gradient in the recipe's (K, G) numbers, by parameter.
 
         One backward a loss; each tensor's gradient is reduced to K + 1 inner products as soon as it is complete, and
         freed. dL/dw[k, s] = <dL/dtheta_s, d_k,s>, d_k the operator's directions (by default the task vectors), then
@@ -114,24 +114,28 @@ class Materializer:
         weights_KS = operator.weights(values, state)
         products_KS = torch.zeros_like(weights_KS)
         directions = operator.directions(self._sources_of(operator), state)
-        total = 0.0
-        with _ReducedGradients(self, directions, products_KS), torch.enable_grad():
-            for loss in losses:
-                value = loss()
-                value.backward()
-                total += float(value.detach())
-        if not np.isfinite(total):
-            raise CandidateError(f"the loss is {total}")
-        weights_KS.backward(products_KS)
         group_of = _group_of(recipe)
         columns = torch.tensor([group_of[tensor.name] for tensor in self.layout.tensors])
-        gradients = {}
-        for name, matrix in values.items():
-            gradient_KG = torch.zeros(len(matrix), len(recipe.groups), dtype=torch.float64)
-            if matrix.grad is not None:
-                gradient_KG.index_add_(1, columns, matrix.grad)
-            gradients[name] = gradient_KG.numpy()
-        return total, gradients
+        found = []
+        with _ReducedGradients(self, directions, products_KS), torch.enable_grad():
+            for loss in losses:
+                products_KS.zero_()
+                value = loss()
+                value.backward()
+                number = float(value.detach())
+                if not math.isfinite(number):
+                    raise CandidateError(f"the loss is {number}")
+                slopes = torch.autograd.grad(
+                    weights_KS, list(values.values()), products_KS, retain_graph=True, allow_unused=True
+                )
+                gradients = {}
+                for (name, matrix), slope_KS in zip(values.items(), slopes, strict=True):
+                    gradient_KG = torch.zeros(len(matrix), len(recipe.groups), dtype=torch.float64)
+                    if slope_KS is not None:
+                        gradient_KG.index_add_(1, columns, slope_KS)
+                    gradients[name] = gradient_KG.numpy()
+                found.append((number, gradients))
+        return found
 
     @property
     def kernels(self) -> str:

@@ -29,8 +29,8 @@ SPREAD = 0.15  # of the startup cloud, in units of the box: CMA-ES begins with t
 class Problem:
     """What a search is about.
 
-    dimensions say what each coordinate is, and its range; reference_M are the base's values, above which hypervolume
-    counts; history are the results of earlier stages, in the order in which they came.
+    dimensions say what each coordinate is, and its range; reference_M is where hypervolume begins, the worst that base
+    and experts have in each objective; history are the results of earlier stages, in the order in which they came.
     """
 
     dimensions: tuple[Dimension, ...]

@@ -1,10 +1,11 @@
 """Surrogate search: what was scored so far, modelled by Gaussian processes, says where hypervolume is to be gained.
 
-Each objective has a surrogate (its smooth companion, and what the metric adds). A population of candidates evolves on
-the surrogates' means, not farther than a trust radius from the best candidates known. Of the population, those are
-proposed whose expected hypervolume improvement is largest: over the front of the surrogates' means, cleared of noise
-(Daulton, Balandat and Bakshy 2021, arxiv.org/abs/2105.08195, integrate over that front; the means cost a tenth),
-pending candidates and those before it in the same batch taken at their expected values. Floors and ceilings are
+Each objective has a surrogate (its smooth companion, and what the metric adds). A descent before this stage has taken
+gradients of all losses: they are told to the surrogates too, and cost nothing further. A population of candidates
+evolves on the means of the surrogates, not farther than a trust radius from the best candidates known. Of the
+population, those are proposed whose expected hypervolume improvement is largest: over the front of the means, cleared
+of noise (Daulton, Balandat and Bakshy 2021, arxiv.org/abs/2105.08195, integrate over that front; the means cost a
+tenth), pending candidates and those before it in the same batch taken at their expected values. Floors and ceilings are
 processes of their own; gains count by the chance that all are kept.
 Shape letters: D dimensions, M objectives, C floors and ceilings, N candidates told, P of the population, S draws.
 """
@@ -20,7 +21,8 @@ from evomerge.front.pareto import non_dominated
 from evomerge.proposers.proposer import Problem
 from evomerge.records import Candidate, Floats, Items, Observation, Options
 from evomerge.surrogates.gp import GaussianProcess, fit
-from evomerge.surrogates.objective import Logs, ObjectiveSurrogate, model_objective
+from evomerge.surrogates.objective import Logs, Told, model_objective
+from evomerge.surrogates.slopes import SlopeProcess, fit_slopes
 
 POPULATION, NUM_GENERATIONS = 60, 12
 NUM_DRAWS = 16
@@ -29,6 +31,7 @@ MUTATION = 0.08
 REFIT_GROWTH = 1.2  # of the number of candidates before all lengths are fitted anew
 JOINT_SPREAD, OWN_SPREAD = 0.2, 0.05  # of the first candidates, in units of the box
 OWN_ERROR = 0.5  # share of a standard error that is a candidate's own
+MAX_SLOPES = 24  # parts of descents, evenly from all
 BATCH_SHARE = 1 / 16  # of the candidates told: later, one more or less tells little
 
 
@@ -48,6 +51,7 @@ class Surrogate:
     def __init__(self, problem: Problem, options: SurrogateOptions) -> None:
         self.problem, self.options = problem, options
         self._told = [observation for observation in problem.history if observation.values_M is not None]
+        self._slopes = _slopes(problem)
         self._num_asked = 0
         self._batch: list[tuple[float, ...]] = []
         self._logs: list[Logs] | None = None
@@ -103,7 +107,7 @@ class Surrogate:
     def _plan(self, pending: Sequence[Candidate]) -> tuple[list[tuple[float, ...]], dict[str, Any]]:
         rng = self.problem.rng(self._num_asked)
         refit = len(self._told) >= REFIT_GROWTH * self._num_fitted
-        models = _Models(self._told, self._logs, refit=refit)
+        models = _Models(self._told, self._slopes, self._logs, refit=refit)
         memo = {"logs": models.logs, "num_fitted": len(self._told)} if refit else {}
         points_ND = np.array([observation.point for observation in self._told])
         expected_NM = models.mean(points_ND)
@@ -122,30 +126,45 @@ class Surrogate:
         return [tuple(float(x) for x in population_PD[place]) for place in chosen], memo
 
     def _reference(self, front_NM: Floats) -> Floats:
-        """Return the base's values; while nothing is above the base everywhere, a point well below the whole front.
+        """Return the problem's reference; while nothing is above it everywhere, a point well below the whole front.
 
-        It lies below the worst of the front by all of the front's extent, so that its ends can grow.
+        The latter lies below the worst of the front by all of the front's extent, so that its ends can grow.
         """
-        base_M = self.problem.reference_M
-        if base_M is not None and (front_NM > base_M).all(axis=1).any():
-            return base_M
+        given_M = self.problem.reference_M
+        if given_M is not None and (front_NM > given_M).all(axis=1).any():
+            return given_M
         return np.asarray(front_NM.min(axis=0) - np.ptp(front_NM, axis=0) - 1e-9)
 
 
 class _Models:
     """The surrogates of all objectives, and the processes of floors and ceilings."""
 
-    def __init__(self, told: Sequence[Observation], known: list[Logs] | None, *, refit: bool) -> None:
+    def __init__(
+        self,
+        told: Sequence[Observation],
+        slopes: Sequence[SlopeProcess | None],
+        known: list[Logs] | None,
+        *,
+        refit: bool,
+    ) -> None:
         points_ND = np.array([observation.point for observation in told])
         values_NM = np.array([observation.values_M for observation in told])
         stderr_NM = np.array([_error(observation) for observation in told])
         losses_NM = np.array([_losses(observation) for observation in told])
         logs: list[Logs | None] = [*known] if known else [None] * values_NM.shape[1]
-        self.objectives: list[ObjectiveSurrogate] = [
+        self.objectives = [
             model_objective(
-                points_ND, values_N, stderr_N**2, losses_N if np.isfinite(losses_N).all() else None, of, refit=refit
+                Told(
+                    points_ND,
+                    values_NM[:, m],
+                    stderr_NM[:, m] ** 2,
+                    losses_NM[:, m] if np.isfinite(losses_NM[:, m]).all() else None,
+                    slopes[m],
+                ),
+                logs[m],
+                refit=refit,
             )
-            for values_N, stderr_N, losses_N, of in zip(values_NM.T, stderr_NM.T, losses_NM.T, logs, strict=False)
+            for m in range(values_NM.shape[1])
         ]
         margins_NC = np.array([observation.margins_C for observation in told])
         self.margins: list[GaussianProcess] = [
@@ -179,6 +198,19 @@ class _Models:
             margin_P, variance_P = process.predict(points_PD)
             chance_P *= ndtr(margin_P / np.sqrt(variance_P))
         return mean_PM, draws_SPM, chance_P
+
+
+def _slopes(problem: Problem) -> list[SlopeProcess | None]:
+    """Return what earlier descents say of each objective's loss; None without any."""
+    found = [seen.arrival.slopes for seen in problem.history if seen.arrival and seen.arrival.slopes]
+    if not found:
+        return [None] * problem.num_objectives
+    shape = (problem.num_objectives, problem.num_dimensions)
+    points_BD = np.concatenate([np.reshape(slopes.points, (-1, shape[1])) for slopes in found])
+    losses_BM = np.concatenate([np.reshape(slopes.losses, (-1, shape[0])) for slopes in found])
+    gradients_BMD = np.concatenate([np.reshape(slopes.gradients, (-1, *shape)) for slopes in found])
+    kept = np.unique(np.linspace(0, len(points_BD) - 1, MAX_SLOPES).round().astype(int))
+    return [fit_slopes(points_BD[kept], losses_BM[kept, m], gradients_BMD[kept, m]) for m in range(shape[0])]
 
 
 def _error(observation: Observation) -> Floats:

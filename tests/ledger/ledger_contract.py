@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 
 from evomerge.errors import EvoMergeError
 from evomerge.ledger.ledger import Ledger
-from evomerge.records import Arrival, Candidate, Descent, Measurement, Score, Trial
+from evomerge.records import Arrival, Candidate, Descent, Measurement, Score, Slopes, Trial
 
 inherited = settings(
     max_examples=20,
@@ -63,7 +63,15 @@ measurements = st.builds(
     cost=numbers,
     seconds=st.dictionaries(names, numbers, max_size=3),
     weights=st.none() | st.text(max_size=64),
-    arrival=st.none() | st.builds(Arrival, point=vectors, first_moment=vectors, second_moment=vectors, losses=vectors),
+    arrival=st.none()
+    | st.builds(
+        Arrival,
+        point=vectors,
+        first_moment=vectors,
+        second_moment=vectors,
+        losses=vectors,
+        slopes=st.none() | st.builds(Slopes, points=vectors, losses=vectors, gradients=vectors),
+    ),
 )
 outcomes = measurements | st.text(min_size=1, max_size=40)
 

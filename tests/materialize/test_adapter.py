@@ -422,7 +422,7 @@ class TestGradient:
                 return float(loss())
 
         at_point = np.array([0.4, 0.2, -0.3])
-        _, gradients = held.gradient(
+        [(_, gradients)] = held.gradients(
             TASK_ARITHMETIC, recipe(held, TASK_ARITHMETIC, {"coefficient": at_point.tolist()}), [loss]
         )
         ours = gradients["coefficient"][:, 0]

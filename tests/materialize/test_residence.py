@@ -125,7 +125,7 @@ def test_gradients_reach_task_vectors_on_the_host(family: Family, request: pytes
             request.getfixturevalue(name)
         held, recipe_of = held_by(family, "task_arithmetic", Place())
         parameters = list(held.resident.parameters.values())
-        _, gradient = held.gradient(operator, recipe_of(1.0), [lambda p=parameters: sum((t**2).sum() for t in p)])
+        [(_, gradient)] = held.gradients(operator, recipe_of(1.0), [lambda p=parameters: sum((t**2).sum() for t in p)])
         gradients.append(gradient["coefficient"])
     np.testing.assert_array_equal(gradients[0], gradients[1])
 

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from evomerge.surrogates.objective import model_objective
+from evomerge.surrogates.objective import Told, model_objective
+from evomerge.surrogates.slopes import fit_slopes
 
 
 def world(seed: int, num: int, num_dimensions: int = 8) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -18,7 +19,7 @@ def test_a_companion_makes_better_predictions_of_the_metric() -> None:
     asked, true_losses, _ = world(1, 200)
     errors = np.full(30, 0.02**2)
     off = {
-        what: np.abs(model_objective(points, values, errors, of).mean(asked) - np.exp(-true_losses)).mean()
+        what: np.abs(model_objective(Told(points, values, errors, of)).mean(asked) - np.exp(-true_losses)).mean()
         for what, of in {"with": losses, "without": None}.items()
     }
     assert off["with"] < 0.8 * off["without"]
@@ -27,21 +28,21 @@ def test_a_companion_makes_better_predictions_of_the_metric() -> None:
 def test_a_metric_that_its_companion_does_not_explain_is_modelled_itself() -> None:
     points, losses, _ = world(2, 60)
     values = np.sin(5 * points[:, 0])
-    model = model_objective(points, values, np.zeros(60), losses)
+    model = model_objective(Told(points, values, np.zeros(60), losses))
     asked = world(3, 100)[0]
     assert np.corrcoef(model.mean(asked), np.sin(5 * asked[:, 0]))[0, 1] > 0.9
 
 
 def test_a_higher_loss_is_never_taken_for_better() -> None:
     points, losses, _ = world(4, 20)
-    assert model_objective(points, losses, np.zeros(20), losses).slope == 0
+    assert model_objective(Told(points, losses, np.zeros(20), losses)).slope == 0
 
 
 def test_a_model_of_known_lengths_is_the_fitted_one() -> None:
     """What a resumed search reads from the record rebuilds the model bit for bit."""
     points, losses, values = world(5, 25)
-    fitted = model_objective(points, values, np.full(25, 1e-4), losses)
-    rebuilt = model_objective(points, values, np.full(25, 1e-4), losses, fitted.logs, refit=False)
+    fitted = model_objective(Told(points, values, np.full(25, 1e-4), losses))
+    rebuilt = model_objective(Told(points, values, np.full(25, 1e-4), losses), fitted.logs, refit=False)
     asked = world(6, 50)[0]
     assert (fitted.mean(asked) == rebuilt.mean(asked)).all()
     for ours, theirs in zip(fitted.predict(asked), rebuilt.predict(asked), strict=True):
@@ -50,6 +51,23 @@ def test_a_model_of_known_lengths_is_the_fitted_one() -> None:
 
 def test_uncertainty_shrinks_where_much_was_told() -> None:
     points, losses, values = world(7, 40)
-    model = model_objective(points, values, np.full(40, 1e-4), losses)
+    model = model_objective(Told(points, values, np.full(40, 1e-4), losses))
     told, far = model.predict(points)[1].mean(), model.predict(points + 3.0)[1].mean()
     assert told < 0.5 * far
+
+
+def test_slopes_of_a_descent_tell_what_few_candidates_cannot() -> None:
+    """Gradients at eight points, with errors and of another offset, beside five candidates in 24 dimensions."""
+    points, losses, values = world(8, 5, 24)
+    way = np.random.default_rng(9).random((8, 24))
+    gradients = 2 * (way - 0.4) * np.arange(1, 25) / 24
+    gradients += 0.1 * np.random.default_rng(10).standard_normal(gradients.shape)
+    slopes = fit_slopes(way, 0.3 + ((way - 0.4) ** 2 * np.arange(1, 25)).mean(axis=1), gradients)
+    asked, true_losses, _ = world(11, 200, 24)
+    errors = np.full(5, 0.02**2)
+    correlation = {
+        what: np.corrcoef(model_objective(Told(points, values, errors, losses, of)).mean(asked), -true_losses)[0, 1]
+        for what, of in {"with": slopes, "without": None}.items()
+    }
+    assert correlation["with"] > 0.7
+    assert correlation["without"] < 0.4
