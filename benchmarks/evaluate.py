@@ -36,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.cache_utils import DynamicCache
 
+from evomerge.evaluators import sequences
 from evomerge.evaluators.lm_eval import LmEvalEvaluator
 from evomerge.evaluators.lm_eval_tasks import LmEvalOptions
 from evomerge.export import merge_recipe
@@ -96,21 +97,26 @@ PLAIN_FIELDS = {
 class Inside:
     """Seconds spent in a model's forward and generate, and a hash of all tokens that its forward was fed.
 
-    ``moving``: seconds of those beyond, in which kept keys and values are laid out for the rows of the next forward.
+    ``moving``: seconds, inside or outside, in which kept keys and values are laid out for the rows of the next forward.
     """
 
     def __init__(self, model: Any) -> None:
         self.seconds, self.moving, self.fed, self._depth = 0.0, 0.0, hashlib.sha256(), 0
         model.forward, model.generate = self._timed(model.forward), self._timed(model.generate)
-        for name in ("batch_select_indices", "batch_repeat_interleave"):
-            setattr(DynamicCache, name, self._moving(getattr(DynamicCache, name)))
+        for owner, name in ((DynamicCache, "batch_repeat_interleave"), (sequences, "_joined")):
+            setattr(owner, name, self._moving(getattr(owner, name)))
 
-    def _moving(self, function: Callable[..., None]) -> Callable[..., None]:
+    def _moving(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
-        def timed(*args: Any) -> None:
+        def timed(*args: Any) -> Any:
             started = time.thread_time()
-            function(*args)
-            self.moving += time.thread_time() - started
+            try:
+                return function(*args)
+            finally:
+                taken = time.thread_time() - started
+                self.moving += taken
+                if self._depth:
+                    self.seconds -= taken
 
         return timed
 

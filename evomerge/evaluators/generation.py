@@ -22,8 +22,9 @@ from evomerge.evaluators.endpoint import Endpoint, EndpointOptions, Publisher, P
 from evomerge.evaluators.evaluator import LOSS, ItemScores, Metric, Wanted, digest_of
 from evomerge.evaluators.generate import Limits, answer_text, end_tokens, generate
 from evomerge.evaluators.judge import FunctionJudge, Judge, ModelJudge, ModelJudgeOptions
+from evomerge.evaluators.layouts import TokenSequence
 from evomerge.evaluators.lines import continuation, open_tokenizer, path_of, read_lines, text_tokens, token_limit
-from evomerge.evaluators.sequences import TokenSequence, logprobs, mean_loss
+from evomerge.evaluators.sequences import logprobs, mean_loss
 from evomerge.records import Items, Options, digest
 
 LENGTH, EXACT_MATCH = "length", "exact_match"

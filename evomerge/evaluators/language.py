@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from evomerge.errors import DataError
 from evomerge.evaluators.evaluator import LOSS, ItemScores, Metric, Wanted, digest_of
+from evomerge.evaluators.layouts import TokenSequence
 from evomerge.evaluators.lines import continuation, open_tokenizer, path_of, read_lines, text_tokens, token_limit
-from evomerge.evaluators.sequences import TokenSequence, logprobs, mean_loss
+from evomerge.evaluators.sequences import logprobs, mean_loss
 from evomerge.records import Items, Options
 
 Form = Literal["text", "answer", "choice"]

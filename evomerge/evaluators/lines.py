@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from evomerge.errors import DataError
-from evomerge.evaluators.sequences import TokenSequence
+from evomerge.evaluators.layouts import TokenSequence
 
 
 def path_of(folder: Path, task: str) -> Path:

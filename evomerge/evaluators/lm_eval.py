@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from evomerge.errors import DataError
 from evomerge.evaluators.evaluator import LOSS, ItemScores, Metric, Wanted
 from evomerge.evaluators.generate import Limits, generate
+from evomerge.evaluators.layouts import Tokens, TokenSequence
 from evomerge.evaluators.lm_eval_requests import Harness, Request
 from evomerge.evaluators.lm_eval_tasks import FrozenTask, Item, LmEvalOptions, Outcome, freeze_tasks
-from evomerge.evaluators.sequences import Tokens, TokenSequence, forwards, logprobs
+from evomerge.evaluators.sequences import forwards, logprobs
 from evomerge.records import Direction, Items, digest
 
 BETTER: dict[bool | None, Direction] = {True: "max", False: "min"}

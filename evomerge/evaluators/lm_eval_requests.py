@@ -11,8 +11,8 @@ from torch import Tensor
 
 from evomerge.errors import DataError
 from evomerge.evaluators.generate import Limits, end_tokens
+from evomerge.evaluators.layouts import Tokens, TokenSequence
 from evomerge.evaluators.lines import open_tokenizer
-from evomerge.evaluators.sequences import Tokens, TokenSequence
 
 GREEDY = frozenset({"do_sample", "temperature", "top_p", "top_k"})  # none of these counts where nothing is sampled
 

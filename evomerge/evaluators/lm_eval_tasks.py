@@ -25,8 +25,8 @@ from pydantic import Field
 
 from evomerge.errors import DataError, did_you_mean
 from evomerge.evaluators.importing import in_one_line
+from evomerge.evaluators.layouts import TokenSequence
 from evomerge.evaluators.lm_eval_requests import Harness, Request
-from evomerge.evaluators.sequences import TokenSequence
 from evomerge.records import Options
 
 PYTHON_SEED, SEED = 0, 1234  # of lm-eval's command line; the second is NumPy's, torch's and the few-shot sampler's

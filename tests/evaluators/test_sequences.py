@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from tiny_models import NUM_WORDS, tiny
 from torch.nn.functional import log_softmax
 
+from evomerge.evaluators import layouts
 from evomerge.evaluators import sequences as module
-from evomerge.evaluators.sequences import TokenSequence, continues_exactly, forwards, logprobs
+from evomerge.evaluators.layouts import TokenSequence
+from evomerge.evaluators.sequences import continues_exactly, forwards, logprobs
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 SHARING = ("llama", "qwen2", "qwen3", "gpt2", "gemma", "gemma2", "gemma3_text", "mistral", "mixtral", "phi3", "opt")
@@ -69,8 +71,9 @@ class Calls:
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Share whatever there is to share, saving or not."""
-    monkeypatch.setattr(module, "WORTHWHILE", 100.0)
+    """Share whatever there is to share, saving or not, and keep no plan that was made so."""
+    monkeypatch.setattr(layouts, "WORTHWHILE", 100.0)
+    monkeypatch.setattr(layouts, "_plans", {})
 
 
 @pytest.mark.parametrize("kind", SHARING)
@@ -162,6 +165,17 @@ def test_choices_of_one_token_are_answered_by_one_row(share: bool) -> None:
     np.testing.assert_allclose(total.numpy(), expected, **CLOSE)
     assert greedy.tolist() == exact
     assert [float(total[4 * n + 1]) for n in range(3)] == [float(total[24 + 2 * n]) for n in range(3)]
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_layouts_that_are_kept_hold_nothing_of_a_model(share: bool) -> None:
+    sequences = choices(6)
+    models = [tiny("llama"), tiny("gpt2"), tiny("llama", num_hidden_layers=1), tiny("llama")]
+    totals = [logprobs(model, sequences, 6, share_prefixes=share)[0] for model in models]
+    for model, total in zip(models, totals, strict=True):
+        np.testing.assert_allclose(total.numpy(), one_by_one(model, sequences)[0], **CLOSE)
+    assert torch.equal(totals[0], totals[3])
+    assert len({float(total[0]) for total in totals}) == 3
 
 
 def test_sharing_that_saves_little_is_left() -> None:
