@@ -15,7 +15,8 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-KEPT_BYTES = 2**28  # of layouts, beside the one that is in use
+KEPT_BYTES = 2**28  # of plans, beside the one that is in use
+LISTED_BYTES = 128  # of a sequence: a list of its own, and a place in some others
 WORTHWHILE = 0.8  # of the tokens of plain forwards: two forwards with a cache between them cost more than their tokens
 
 Tokens = tuple[int, ...]
@@ -103,8 +104,8 @@ class Plan:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the batches that are kept."""
-        return sum(batch.num_bytes for batch in self._batches)
+        """Size of the batches that are kept and, about, of the lists of the sequences; not of their tokens."""
+        return sum(batch.num_bytes for batch in self._batches) + LISTED_BYTES * len(self._sequences)
 
     def batches(self, limit: int) -> Sequence[Batch]:
         """Return batches of at most ``limit`` rows, which are kept until another limit is asked for."""
@@ -157,8 +158,8 @@ _plans: dict[tuple[tuple[TokenSequence, ...], bool], Plan] = {}
 def plan_of(sequences: tuple[TokenSequence, ...], share: bool) -> Plan:
     """Return the plan of sequences, a kept one where there is one.
 
-    Plans are kept in this process, up to KEPT_BYTES of layouts and the plan that is in use; those that were not used
-    for the longest time go first.
+    Plans are kept in this process, up to KEPT_BYTES and the plan that is in use; those that were not used for the
+    longest time go first.
     """
     key = (sequences, share)
     plan = _plans.pop(key, None) or Plan(sequences, share)

@@ -101,6 +101,15 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan_of(some(2), True) is not second
 
 
+def test_plans_that_nobody_runs_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a model that cannot go on from kept keys and values."""
+    monkeypatch.setattr(layouts, "_plans", {})
+    monkeypatch.setattr(layouts, "KEPT_BYTES", 3 * plan_of(some(0), True).num_bytes)
+    for seed in range(1, 12):
+        plan_of(some(seed), True)
+    assert len(layouts._plans) == 4
+
+
 def test_equal_sequences_have_one_hash() -> None:
     one, other = TokenSequence((1, 2, 3), 1), TokenSequence((1, 2, 3), 1)
     assert one == other == pickle.loads(pickle.dumps(one))
