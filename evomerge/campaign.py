@@ -16,6 +16,7 @@ from evomerge import assemble
 from evomerge.errors import CampaignError, did_you_mean
 from evomerge.fidelity.race import RaceOptions
 from evomerge.records import Options, Split
+from evomerge.space.shares import ShareOptions
 from evomerge.strict import parse, read_yaml
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -24,8 +25,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-class RangeSection(Options):
-    """A searched number: bounds and start (default: the operator's, within the bounds), one a group.
+class BoundsSection(Options):
+    """Where a number is searched (default: the operator's range), one a group.
 
     knots: instead, this many numbers evenly spaced over the depth of the network, with straight lines between; 1 is one
     number for all groups that the range is for.
@@ -33,8 +34,19 @@ class RangeSection(Options):
 
     low: float | None = None
     high: float | None = None
-    start: float | None = None
     knots: int | None = Field(default=None, ge=1)
+
+
+class RangeSection(BoundsSection):
+    """A searched number, which starts where it says (default: where the operator does, within the bounds)."""
+
+    start: float | None = None
+
+
+class CoefficientSection(BoundsSection):
+    """The coefficients' range; they can start at the experts' shares, too, as far as the bounds allow."""
+
+    start: float | ShareOptions | None = None
 
 
 Fixed = float | Annotated[list[float], Field(min_length=1)]
@@ -42,10 +54,6 @@ Fixed = float | Annotated[list[float], Field(min_length=1)]
 
 Exceptions = dict[str, Fixed | RangeSection]
 """By "expert/group" pattern, a fixed number or a range of its own; the first that matches wins."""
-
-
-class CoefficientSection(RangeSection):
-    """The coefficients' range."""
 
 
 class ParameterSection(RangeSection):
@@ -67,7 +75,7 @@ class SpaceSection(Options):
     preset: str | None = None
     groups: Literal["model", "layer", "module", "tensor"] | dict[str, str | list[str]] = "layer"
     coefficient: Fixed | CoefficientSection = CoefficientSection()
-    exceptions: Exceptions = {}
+    exceptions: dict[str, Fixed | CoefficientSection] = {}
 
 
 Names = Annotated[list[Name], Field(min_length=2)]
@@ -311,6 +319,7 @@ def _check_names(campaign: Campaign) -> None:
     if doubles := sorted({name for name in campaign.operator_names if campaign.operator_names.count(name) > 1}):
         raise CampaignError(f"operator: {doubles[0]} is listed twice; list it once, the search ranges over its numbers")
     shares = campaign.split
+    _check_starts(campaign)
     _check_objectives(campaign)
     _ = campaign.evaluators
     for number, stage in enumerate([] if isinstance(campaign.search, str) else campaign.search):
@@ -320,6 +329,22 @@ def _check_names(campaign: Campaign) -> None:
             raise CampaignError(
                 f"search[{number}]: {stage.proposer} trains on adapt items, but evaluation.split.adapt is 0"
             )
+
+
+def _check_starts(campaign: Campaign) -> None:
+    """Shares by given numbers need one for each expert."""
+    sections = {"space.coefficient": campaign.space.coefficient}
+    sections |= {f"space.exceptions.{place}": given for place, given in campaign.space.exceptions.items()}
+    for where, section in sections.items():
+        start = section.start if isinstance(section, CoefficientSection) else None
+        if not isinstance(start, ShareOptions) or isinstance(start.by, str):
+            continue
+        for expert in start.by:
+            if expert not in campaign.experts:
+                known = did_you_mean(expert, campaign.experts)
+                raise CampaignError(f"{where}.start.by: unknown expert {expert!r}{known}")
+        if missing := [expert for expert in campaign.experts if expert not in start.by]:
+            raise CampaignError(f"{where}.start.by: expected a number for each expert, found none for {missing[0]!r}")
 
 
 def _check_objectives(campaign: Campaign) -> None:

@@ -49,6 +49,7 @@ def check_campaign(campaign: Campaign, loading: Callable[[str], None]) -> CheckR
     plan = make_plan(campaign)
     make_stages(campaign, plan)  # mistakes come to light before the weights are loaded
     scorer = Scorer(plan, loading)
+    plan = scorer.plan
     stages = make_stages(campaign, plan)  # with what the rehearsal showed of the evaluator
     loading("and comparing task vectors")
     guard = inspect_experts(scorer.materializer.sources, list(plan.experts), plan.base.config)

@@ -1,19 +1,34 @@
-"""The plan: a checked campaign put together, everything but the weights."""
+"""The plan: a checked campaign put together, everything but the weights.
+
+Where the experts decide the space's starts, ``begun`` puts them in once the weights are there; before that, the plan
+holds the operators' defaults in their place.
+
+Shape letters: K experts, G groups, S tensors.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from evomerge.assemble import EVALUATORS, OPERATORS, look_up
-from evomerge.campaign import Campaign, ObjectiveSection, ParameterSection, RangeSection, SpaceSection
+from evomerge.campaign import (
+    Campaign,
+    CoefficientSection,
+    ObjectiveSection,
+    ParameterSection,
+    RangeSection,
+    SpaceSection,
+)
 from evomerge.errors import CampaignError, did_you_mean
 from evomerge.evaluators.evaluator import Evaluator
 from evomerge.evaluators.several import SeveralEvaluators
 from evomerge.evidence.scores import Aggregate, grouped
 from evomerge.fidelity.race import RaceOptions
+from evomerge.kernels.sources import Sources
 from evomerge.materialize.adapter import Adapter, open_expert
 from evomerge.materialize.arrangement import arrange
 from evomerge.materialize.checkpoint import Checkpoint, fit_to_base, open_checkpoint
@@ -26,6 +41,7 @@ from evomerge.records import Floats, Layers, Objective, ParameterSpec, Recipe, S
 from evomerge.space.choice import COEFFICIENT, Choice
 from evomerge.space.depth import group_depths
 from evomerge.space.groups import Groups, make_groups
+from evomerge.space.shares import EXPONENTS, Measure, ShareOptions
 from evomerge.space.space import Range, Searched, Setting, Space
 from evomerge.splits import TaskSplits, split_items
 from evomerge.strict import parse
@@ -95,6 +111,18 @@ class Plan:
             if not operator.differentiable or (searched and searched <= fixed):
                 return operator.name
         return None
+
+    def begun(self, sources: Sources) -> "Plan":
+        """Return the plan with the starts that are the experts' shares, by their task vectors."""
+
+        @cache
+        def sizes(measure: Measure) -> Floats:
+            sums_KS = sources.absolute_sums(EXPONENTS[measure]).numpy()
+            place = {tensor.name: s for s, tensor in enumerate(self.tensors)}
+            columns = [[place[name] for name in names] for names in self.groups.values()]
+            return np.stack([sums_KS[:, of_group].sum(axis=1) for of_group in columns], axis=1)
+
+        return replace(self, space=self.space.begun(sizes))
 
     def recipe(self, point: Sequence[float] | Floats) -> Recipe:
         """Return the recipe of a point of the space, by the operator that it chooses."""
@@ -282,18 +310,19 @@ def _parameter(spec: ParameterSpec, given: Any, where: str) -> Searched:
     return Searched(spec=spec, setting=_range(spec, section, knots), exceptions=exceptions)
 
 
-def _setting(spec: ParameterSpec, given: float | list[float] | RangeSection) -> Setting:
-    if isinstance(given, RangeSection):
+def _setting(spec: ParameterSpec, given: float | list[float] | RangeSection | CoefficientSection) -> Setting:
+    if isinstance(given, RangeSection | CoefficientSection):
         return _range(spec, given, given.knots)
     return tuple(given) if isinstance(given, list) else float(given)
 
 
-def _range(spec: ParameterSpec, given: RangeSection, knots: int | None) -> Range:
+def _range(spec: ParameterSpec, given: RangeSection | CoefficientSection, knots: int | None) -> Range:
     """Fill what a range leaves open from the operator's own: the default start is moved into the bounds."""
+    shares = given.start if isinstance(given.start, ShareOptions) else None
     low = spec.low if given.low is None else given.low
     high = spec.high if given.high is None else given.high
-    start = min(max(spec.default, low), high) if given.start is None else given.start
-    return Range(low=low, high=high, start=start, knots=knots)
+    start = given.start if isinstance(given.start, float) else min(max(spec.default, low), high)
+    return Range(low=low, high=high, start=start, knots=knots, shares=shares)
 
 
 def _make_evaluator(campaign: Campaign, base: Checkpoint) -> Evaluator:

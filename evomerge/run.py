@@ -233,6 +233,7 @@ def search(
         plan = make_plan(campaign)
         make_stages(campaign, plan)  # mistakes come to light before the weights are loaded
         scorer = Scorer(plan, loading)
+        plan = scorer.plan
         stages = make_stages(campaign, plan)  # with what the rehearsal showed of the evaluator
         dumped = campaign.model_dump(mode="json")
         if started:

@@ -39,13 +39,17 @@ ADAM = (0.9, 0.999, 1e-8)
 
 
 class Scorer:
-    """Scores candidates and recipes of one plan. Raises: InputError if the experts do not suit an operator."""
+    """Scores candidates and recipes of one plan, whose starts it decides where the experts do.
+
+    Raises: InputError if the experts do not suit an operator.
+    """
 
     def __init__(self, plan: Plan, progress: Callable[[str], None] = lambda _: None) -> None:
-        self.plan = plan
         self.materializer = Materializer(
             plan.base, list(plan.experts.values()), dtype=plan.dtype, place=plan.place, progress=progress
         )
+        progress("and deciding where the search starts")
+        self.plan = plan = plan.begun(self.materializer.sources)
         self._operators: dict[str, Operator] = {TaskArithmetic.name: TaskArithmetic(), **plan.operators}
         self._num_search_items = sum(len(splits["search"]) for splits in plan.splits.values())
         # Prepared before the first candidate: experts that do not suit an operator are a mistake of the user's.

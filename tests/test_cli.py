@@ -91,6 +91,7 @@ def test_check_says_what_will_happen(digits4: FamilySummary) -> None:
         "4 experts (rot90, invert, parity, mod5)",
         "32 dimensions over 8 groups",
         "104 tensors",
+        "rot90 0.3, invert 0.3, parity 0.3, mod5 0.3",
         "MB",
         "(timed)",
     ):

@@ -37,7 +37,7 @@ def checkout(tmp_path: Path, digits4: FamilySummary, monkeypatch: pytest.MonkeyP
 
 
 def test_the_campaign_and_its_stages_are_read(checkout: Path) -> None:
-    campaign, objectives, choice, stages, *_ = blocks("yaml")
+    campaign, objectives, choice, starts, stages, *_ = blocks("yaml")
     path = checkout / "campaign.yaml"
     path.write_text(campaign)
     plan = make_plan(read_campaign(path))
@@ -51,6 +51,10 @@ def test_the_campaign_and_its_stages_are_read(checkout: Path) -> None:
     assert (
         len(make_plan(read_campaign(path)).space) == 13
     )  # the operator; 2 experts x (3 + 1 coefficients, 2 densities)
+    path.write_text(yaml.safe_dump(yaml.safe_load(campaign) | yaml.safe_load(starts), sort_keys=False))
+    rules = [dimension.shares for dimension in make_plan(read_campaign(path)).space.dimensions]
+    assert {rule.power for rule in rules if rule is not None} == {1.0, -2.0}
+    assert None not in rules
     path.write_text(
         campaign.replace(next(line for line in campaign.splitlines() if line.startswith("search:")), stages)
     )

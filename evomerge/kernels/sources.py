@@ -116,6 +116,19 @@ class Sources:
         """Return so many rows of all experts' task vectors of tensor s, (K, rows, columns), float32."""
         return torch.stack([self.task_vector(k, s, rows) for k in range(self.num_experts)])
 
+    def absolute_sums(self, exponent: int) -> Tensor:
+        """Return the sum of |entry|^exponent over every task vector's tensors, (K, S), float64 on the CPU.
+
+        One pass over the sources; of an adapter only what it changes is multiplied out, piece by piece.
+        """
+        sums_KS = torch.zeros(self.num_experts, self.num_tensors, dtype=torch.float64, device=self.device)
+        for s in range(self.num_tensors):
+            moving = [k for k, expert in enumerate(self.experts) if isinstance(expert, Dense) or s in expert.factors]
+            for rows, _ in self.chunks(s) if moving else ():
+                for k in moving:
+                    sums_KS[k, s] += self.task_vector(k, s, rows).double().abs().pow(exponent).sum()
+        return sums_KS.cpu()
+
     def chunks(self, s: int) -> Iterator[tuple[slice, slice]]:
         """Walk tensor s as a matrix, in rows whose temporaries fit the cache: (rows, their place in the buffers)."""
         limit = 2**24 if self.device.type == "cuda" else 2**16  # of a GPU, few launches

@@ -33,6 +33,8 @@ from evomerge.plan import decisions
 from evomerge.records import Measurement, Trial
 from evomerge.run import Run, open_run
 from evomerge.run import search as run_search
+from evomerge.space.choice import COEFFICIENT
+from evomerge.space.space import Dimension
 from evomerge.splits import SPLITS
 from evomerge.stages import Stage
 
@@ -235,6 +237,8 @@ def print_check(file: Path, report: CheckReport) -> None:
     )
     dimensions = _some([dimension.name for dimension in plan.space.dimensions])
     table.add_row("space", f"{len(plan.space)} dimensions over {len(plan.groups)} groups ({dimensions})")
+    if starts := _starts(plan.space.dimensions):
+        table.add_row("start", starts)
     table.add_row("search", ", then ".join(map(_stage, report.stages)))
     table.add_row(
         "memory", f"{plan.size_bytes / 1e6:,.1f} MB for base, experts and the merged model; activations come on top"
@@ -304,6 +308,16 @@ def print_operators() -> None:
 
 def _plain(value: object) -> str:
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _starts(dimensions: Sequence[Dimension]) -> str:
+    """Where the coefficients start, expert by expert: a number, or the least and the largest over its groups."""
+    starts: dict[str, list[float]] = {}
+    for dimension in dimensions:
+        if dimension.parameter == COEFFICIENT:
+            starts.setdefault(dimension.expert or COEFFICIENT, []).append(dimension.start)
+    ends = {name: (f"{min(numbers):.3g}", f"{max(numbers):.3g}") for name, numbers in starts.items()}
+    return ", ".join(f"{name} {low}" + (f" to {high}" if high != low else "") for name, (low, high) in ends.items())
 
 
 def _residence(report: CheckReport) -> str:

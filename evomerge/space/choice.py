@@ -10,7 +10,7 @@ import numpy as np
 
 from evomerge.errors import CampaignError
 from evomerge.records import Floats, Items
-from evomerge.space.space import Dimension, Space
+from evomerge.space.space import Dimension, Sizes, Space
 
 COEFFICIENT = "coefficient"  # a merge has the same experts and groups, whatever the operator
 
@@ -70,6 +70,10 @@ class Choice:
         for place, point_D in enumerate(points if len(points) > 1 else ()):
             point_D[0] = (place + 0.5) / len(points)
         return points
+
+    def begun(self, sizes: Sizes) -> "Choice":
+        """Return the choice with the starts that are the experts' shares."""
+        return Choice({branch.operator: branch.space.begun(sizes) for branch in self.branches})
 
     def branch(self, point_D: Sequence[float] | Floats) -> Branch:
         """Return the branch of the operator that a point chooses."""

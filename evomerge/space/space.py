@@ -4,8 +4,9 @@ Shape letters: K experts, G groups, D dimensions, N knots, E entries of a sparse
 (K, G) matrix (one row for a parameter of the whole merge), which is affine in the numbers that are searched.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from evomerge.errors import CampaignError, did_you_mean
 from evomerge.records import Floats, Items, ParameterSpec
 from evomerge.space.depth import Depths, knot_weights
 from evomerge.space.groups import Groups, first_match
+from evomerge.space.shares import Measure, ShareOptions, shares
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,14 +22,18 @@ class Range:
     """Bounds of a searched number, and where the search starts.
 
     knots: None is a number a group; N are N numbers, evenly spaced over depth, with straight lines between them; so 1
-    is one number for all groups.
+    is one number for all groups. shares: the experts decide the start (``Space.begun``); until then ``start`` holds.
     """
 
     low: float
     high: float
     start: float
     knots: int | None = None
+    shares: ShareOptions | None = None
 
+
+Sizes = Callable[[Measure], Floats]
+"""A measure of task vectors -> its sums over the entries of every group, (K, G)."""
 
 Setting = Range | float | tuple[float, ...]
 """A searched range, a fixed number, or fixed numbers that are interpolated over depth."""
@@ -47,7 +53,10 @@ class Searched:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dimension:
-    """One coordinate of a point: which number it is, and its range."""
+    """One coordinate of a point: which number it is, and its range.
+
+    shares: how the experts will decide the start; None where it is decided.
+    """
 
     parameter: str
     expert: str | None
@@ -55,6 +64,7 @@ class Dimension:
     low: float
     high: float
     start: float
+    shares: ShareOptions | None = None
 
     @property
     def name(self) -> str:
@@ -127,6 +137,30 @@ class Space:
             gradient_D += self._maps[name].pull_back(gradient_KG, len(self))
         return gradient_D
 
+    def begun(self, sizes: Sizes) -> "Space":
+        """Return the space with the starts that are the experts' shares; one outside its range is moved to the bound.
+
+        What a number moves counts by how much it moves it: one for several groups has the sizes of all their entries.
+        """
+        space = copy(self)
+        space.dimensions = tuple(self._begun(column, sizes) for column in range(len(self)))
+        return space
+
+    def _begun(self, column: int, sizes: Sizes) -> Dimension:
+        dimension, options = self.dimensions[column], self.dimensions[column].shares
+        if options is None:
+            return dimension
+        assert dimension.expert is not None, "a number of the whole merge is no expert's share"
+        if isinstance(options.by, str):
+            linear = self._maps[dimension.parameter]
+            moved_E = linear.columns_E == column
+            groups_E = linear.rows_E[moved_E] % len(self.groups)
+            sizes_K = sizes(options.by)[:, groups_E] @ linear.weights_E[moved_E]
+        else:
+            sizes_K = np.array([options.by[expert] for expert in self.experts])
+        share = float(shares(sizes_K, options)[self.experts.index(dimension.expert)])
+        return replace(dimension, start=min(max(share, dimension.low), dimension.high), shares=None)
+
     def _lay_out(self, parameter: Searched, dimensions: list[Dimension]) -> _LinearMap:
         """Append the parameter's dimensions and say how its numbers follow from them."""
         spec, where = parameter.spec, f"space: {parameter.spec.name}"
@@ -173,7 +207,7 @@ class Space:
         return [
             Dimension(
                 parameter=spec.name, expert=expert, group=place,
-                low=setting.low, high=setting.high, start=setting.start,
+                low=setting.low, high=setting.high, start=setting.start, shares=setting.shares,
             )
             for place in places
         ]  # fmt: skip
