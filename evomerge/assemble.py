@@ -45,6 +45,7 @@ from evomerge.proposers.llm import Llm
 from evomerge.proposers.lorahub import LoraHub
 from evomerge.proposers.map import Map
 from evomerge.proposers.model_swarms import ModelSwarms
+from evomerge.proposers.nested_map import NestedMap
 from evomerge.proposers.nsga2 import Nsga2
 from evomerge.proposers.nsga3 import Nsga3
 from evomerge.proposers.proposer import Proposer
@@ -113,6 +114,7 @@ _PROPOSERS: tuple[type[Proposer], ...] = (
     LoraHub,
     Map,
     ModelSwarms,
+    NestedMap,
     Nsga2,
     Nsga3,
     QLogNehvi,

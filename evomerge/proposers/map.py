@@ -33,7 +33,6 @@ from evomerge.errors import CampaignError
 from evomerge.front.pareto import non_dominated
 from evomerge.proposers.proposer import Problem
 from evomerge.records import Candidate, Floats, Observation, Options
-from evomerge.space.choice import COEFFICIENT
 from evomerge.surrogates.link import Identity, Link, Sigmoid, Softplus
 from evomerge.surrogates.quadratic import fit
 
@@ -71,17 +70,16 @@ class SamplingLaw:
         from scipy.stats.qmc import Sobol
 
         dimensions = problem.dimensions
-        named = [d.expert if d.parameter == COEFFICIENT else None for d in dimensions]
-        experts = list(dict.fromkeys(expert for expert in named if expert is not None))
+        experts = problem.experts
         self.num_experts = len(experts)
-        self._expert_D = np.array([-1 if expert is None else experts.index(expert) for expert in named])
+        self._expert_D = np.array([-1 if owner is None else experts.index(owner) for owner in problem.owners])
         low_D, high_D = np.array([d.low for d in dimensions]), np.array([d.high for d in dimensions])
         begin_D, end_D = np.maximum(low_D, 0.0), np.minimum(high_D, 1.0)
         is_whole_D = (self._expert_D < 0) | (begin_D >= end_D)
         begin_D, end_D = np.where(is_whole_D, low_D, begin_D), np.where(is_whole_D, high_D, end_D)
         self._begin_D, self._span_D = (begin_D - low_D) / (high_D - low_D), (end_D - begin_D) / (high_D - low_D)
         rng = problem.rng(0)
-        self._levels_NK = _levels(self.num_experts, num_points, isotropic, rng)
+        self._levels_NK = law_levels(self.num_experts, num_points, isotropic, rng)
         self._sobol = Sobol(self.num_experts + len(dimensions), scramble=True, rng=rng)
         self._uniforms: list[Floats] = []
 
@@ -113,7 +111,7 @@ class SamplingLaw:
         return self._uniforms[index]
 
 
-def _levels(num_experts: int, num_points: int, isotropic: float, rng: np.random.Generator) -> Floats:
+def law_levels(num_experts: int, num_points: int, isotropic: float, rng: np.random.Generator) -> Floats:
     """Return the levels of the law's first points, (N, K); fewer where Sobol points have to take the grid's place."""
     num_equal = round(isotropic * num_points)
     equal_NK = rng.random((num_equal, 1)).repeat(num_experts, axis=1)

@@ -147,19 +147,10 @@ def _corners(problem: Problem) -> list[Floats]:
 
     Coordinates that are no coefficient of an expert stay at the start. Raises: CampaignError if all are such.
     """
-    owners = [d.expert if d.parameter == "coefficient" else None for d in problem.dimensions]
-    experts = list(dict.fromkeys(owner for owner in owners if owner is not None))
+    experts = problem.experts
     if not experts:
         raise CampaignError(
             "search: model_swarms starts at base and experts, and no expert's coefficient is searched; "
             "search one, or use another proposer"
         )
-    return [
-        np.array(
-            [
-                d.start_coordinate if owner is None else np.clip(((owner == corner) - d.low) / (d.high - d.low), 0, 1)
-                for d, owner in zip(problem.dimensions, owners, strict=True)
-            ]
-        )
-        for corner in (None, *experts)
-    ]
+    return [np.array(problem.mixture(corner)) for corner in ({}, *({expert: 1.0} for expert in experts))]

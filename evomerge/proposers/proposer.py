@@ -8,7 +8,7 @@ run builds the proposer anew and feeds it the record, with ``recall`` in place o
 Shape letters: D dimensions, M objectives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Protocol
 
@@ -17,7 +17,11 @@ from pydantic import Field
 
 from evomerge.errors import CampaignError
 from evomerge.records import Candidate, Floats, Observation, Options
+from evomerge.space.choice import COEFFICIENT
 from evomerge.space.space import Dimension
+
+Point = tuple[float, ...]
+"""Coordinates in [0, 1]^D, as a candidate has them."""
 
 Weights = list[Annotated[float, Field(ge=0)]]
 """One number for each objective that steers; only their ratios matter."""
@@ -55,7 +59,28 @@ class Problem:
         best = max(self.history, key=rank, default=None)
         return self.start if best is None else best.point
 
-    def startup_point(self, index: int) -> tuple[float, ...]:
+    @property
+    def owners(self) -> list[str | None]:
+        """Whose coefficient each coordinate is; None for what is no coefficient of an expert."""
+        return [dimension.expert if dimension.parameter == COEFFICIENT else None for dimension in self.dimensions]
+
+    @property
+    def experts(self) -> list[str]:
+        """The experts of whom coefficients are searched."""
+        return list(dict.fromkeys(owner for owner in self.owners if owner is not None))
+
+    def mixture(self, coefficients: Mapping[str, float]) -> Point:
+        """Return the point at which all numbers of an expert are its coefficient (default 0), as far as the box allows.
+
+        What is no coefficient of an expert stays at the start.
+        """
+        levels = [None if owner is None else coefficients.get(owner, 0.0) for owner in self.owners]
+        return tuple(
+            d.start_coordinate if level is None else float(np.clip((level - d.low) / (d.high - d.low), 0.0, 1.0))
+            for d, level in zip(self.dimensions, levels, strict=True)
+        )
+
+    def startup_point(self, index: int) -> Point:
         """Return the ``index``-th candidate before there is anything to learn from: the best point, then a cloud.
 
         Uniform in the whole box would be far worse: with several experts at once, most of the box drowns them all.
