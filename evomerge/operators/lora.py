@@ -1,4 +1,4 @@
-"""LoRA adapters combined factor by factor, as PEFT combines them.
+"""LoRA adapters combined factor by factor, as PEFT or Evo-Merging combines them.
 
 The exact weighted sum of adapters, PEFT's ``cat``, is task arithmetic. PEFT's other combinations merge the A's and the
 B's of a matrix separately, each scaled by the root of coefficient times scaling, so that the product also holds every
@@ -6,13 +6,19 @@ adapter's B times every other's A: small adapters, and a rough approximation of 
 truncated. (PEFT's ``*_svd`` merge whole matrices and truncate; without the truncation that is ``ties`` and its kin,
 which take adapters as task vectors.)
 
-Reference: PEFT 0.21.2, ``LoraModel.add_weighted_adapter``; its TIES elects the sign before weighting and divides by the
-count. Departures: everything is computed in float32 whatever the adapters' dtype, and DARE's draws are a hash of
-(seed, expert, tensor, factor, place), equal for all candidates.
+Evo-Merging is for pools of adapters: B = sum_k c_k B_k and A = sum_k c_k top(A_k), where top keeps an adapter's own
+fraction of the entries, by magnitude; B is not pruned. The coefficient is on both factors, so that an adapter's own
+product has its square, and a negative one negates only its products with the others. Without pruning that is LoraHub's
+merge (arxiv.org/abs/2307.13269). Adapters' scalings may differ here: each factor has the root of its own.
+
+Reference: Evo-Merging, 2025, arxiv.org/abs/2509.12951; PEFT 0.21.2, ``LoraModel.add_weighted_adapter``; its TIES elects
+the sign before weighting and divides by the count. Departures: everything is computed in float32 whatever the adapters'
+dtype, and DARE's draws are a hash of (seed, expert, tensor, factor, place), equal for all candidates.
 
 Shape letters: K experts, S tensors, R summed rank of all adapters, r rank, O and I rows and columns of a matrix.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -29,13 +35,14 @@ from evomerge.kernels.tiles import hash32
 from evomerge.operators.operator import Values
 from evomerge.records import Options, ParameterSpec
 
-Combination = Literal["svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+Combination = Literal["svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune", "evo_merging"]
 
 
 class LoraOptions(Options):
-    """combination: PEFT's ``combination_type``. svd_rank: of the result (default: the adapters' largest).
+    """combination: PEFT's ``combination_type``, or evo_merging.
 
-    majority_sign: elect by the sum of the entries, or by the count of their signs. seed: of DARE's draws.
+    svd_rank: of the result (default: the adapters' largest). majority_sign: elect by the sum of the entries, or by the
+    count of their signs. seed: of DARE's draws.
     """
 
     combination: Combination = "svd"
@@ -61,7 +68,7 @@ class Adapters:
 
 
 class Lora:
-    """PEFT's combinations of adapters; every expert must be one. The coefficient is PEFT's weight of an adapter."""
+    """Combinations of adapters; every expert must be one. The coefficient is an adapter's weight."""
 
     name: ClassVar[str] = "lora"
     reads_factors: ClassVar[bool] = True
@@ -72,16 +79,22 @@ class Lora:
 
     def __init__(self, options: LoraOptions | None = None) -> None:
         self.options = options or LoraOptions()
-        coefficient = ParameterSpec(name="coefficient", meaning="weight of an adapter", default=1.0, low=0.0, high=1.5)
+        self._is_evo = self.options.combination == "evo_merging"
+        coefficient = ParameterSpec(
+            name="coefficient",
+            meaning="weight of an adapter",
+            default=1.0,
+            low=-1.5 if self._is_evo else 0.0,
+            high=1.5,
+        )
         density = ParameterSpec(
             name="density",
-            meaning="fraction of each factor's entries that is kept",
-            default=0.2,
+            meaning="fraction of an adapter's entries that is kept, of each factor or of A alone",
+            default=1.0 if self._is_evo else 0.2,
             low=0.1,
             high=1.0,
             minimum=0.0,
             maximum=1.0,
-            per_expert=False,
             structural=True,
         )
         self._prunes = self.options.combination not in ("svd", "linear")
@@ -94,14 +107,16 @@ class Lora:
         """
         experts = _low_rank(sources)
         found = [self._adapters(experts, s, tensor.name) for s, tensor in enumerate(sources.layout.tensors)]
-        if sources.num_experts == 1:  # PEFT, too, takes one adapter as it is, whatever the combination
+        # PEFT, too, takes one adapter as it is, whatever the combination.
+        if sources.num_experts == 1 and not self._is_evo:
             return found
         if self.options.combination == "svd":
             return [self._with_basis(adapters) for adapters in found]
         if not self._prunes:
             return found
-        densities_S = values["density"][0].tolist()
-        return [self._pruned(adapters, sources, s, densities_S[s]) for s, adapters in enumerate(found)]
+        densities_SK = values["density"].T.tolist()
+        names = [tensor.name for tensor in sources.layout.tensors]
+        return list(map(self._pruned, found, names, densities_SK))
 
     def weights(self, values: Values, state: list[Adapters]) -> Tensor:  # noqa: ARG002
         """The coefficients are the weights; the base counts once."""
@@ -159,33 +174,38 @@ class Lora:
         a_basis, a_core = torch.linalg.qr(torch.cat(adapters.a).double().T)
         return replace(adapters, basis=(b_basis, b_core, a_basis, a_core))
 
-    def _pruned(self, adapters: Adapters, sources: Sources, s: int, density: float) -> Adapters:
+    def _pruned(self, adapters: Adapters, name: str, densities_K: Sequence[float]) -> Adapters:
+        def pruned(side: Sequence[Tensor], part: str) -> list[Tensor]:
+            owned = zip(side, adapters.experts, strict=True)
+            return [self._kept(factor, densities_K[k], k, f"{name} {part}") for factor, k in owned]
+
+        b = adapters.b if self._is_evo else pruned(adapters.b, "B")
+        return replace(adapters, b=b, a=pruned(adapters.a, "A"))
+
+    def _kept(self, factor: Tensor, density: float, expert: int, name: str) -> Tensor:
+        """Return a factor with so many of its entries: the largest, or drawn ones that are rescaled."""
         if density >= 1:
-            return adapters
+            return factor
         if not self.options.combination.startswith("dare"):
-            b, a = ([_keep_largest(factor, density) for factor in side] for side in (adapters.b, adapters.a))
-            return replace(adapters, b=b, a=a)
+            return _keep_largest(factor, density)
         if density == 0:
             raise CandidateError("lora: a density of 0 leaves nothing to rescale")
-        name = sources.layout.tensors[s].name
-        keys = [(k, f"{name} {part}") for part in ("B", "A") for k in adapters.experts]
-        kept = [
-            torch.where(_draws(factor, self.options.seed, *key) < density, factor / density, 0.0)
-            for factor, key in zip([*adapters.b, *adapters.a], keys, strict=True)
-        ]
-        return replace(adapters, b=kept[: len(adapters.b)], a=kept[len(adapters.b) :])
+        return torch.where(_draws(factor, self.options.seed, expert, name) < density, factor / density, 0.0)
 
     def _combine(self, adapters: Adapters, coefficients_K: Tensor, svd_rank: int) -> tuple[Tensor, Tensor]:
         """Return one B (O, r) and one A (r, I)."""
-        products = [
-            float(coefficients_K[k]) * scaling for k, scaling in zip(adapters.experts, adapters.scalings, strict=True)
-        ]
+        coefficients = [float(coefficients_K[k]) for k in adapters.experts]
+        products = [c * scaling for c, scaling in zip(coefficients, adapters.scalings, strict=True)]
         if adapters.basis:
             return _truncated(adapters, products, svd_rank)
-        # The sign goes to A alone: on both sides it would cancel.
-        roots = [abs(product) ** 0.5 for product in products]
-        signed = [root if product >= 0 else -root for root, product in zip(roots, products, strict=True)]
-        return self._sum(adapters.b, roots), self._sum(adapters.a, signed)
+        if self._is_evo:
+            halves = [
+                (c * of_b, c * of_a)
+                for c, (of_b, of_a) in zip(coefficients, map(_halves, adapters.scalings), strict=True)
+            ]
+        else:
+            halves = list(map(_halves, products))
+        return self._sum(adapters.b, [of_b for of_b, _ in halves]), self._sum(adapters.a, [of_a for _, of_a in halves])
 
     def _sum(self, factors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         stacked = torch.stack(list(factors))
@@ -196,6 +216,12 @@ class Lora:
         votes = (stacked if self.options.majority_sign == "total" else signs).sum(0)
         agrees = signs == torch.where(votes >= 0, 1.0, -1.0)
         return (weighted * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+
+
+def _halves(product: float) -> tuple[float, float]:
+    """Split a weight of B A between B and A; the sign goes to A alone: on both sides it would cancel."""
+    root = math.sqrt(abs(product))
+    return root, math.copysign(root, product)
 
 
 def _low_rank(sources: Sources) -> list[LowRank]:

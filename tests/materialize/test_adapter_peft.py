@@ -105,7 +105,7 @@ def test_adapters_combine_as_in_peft(combination: Any, majority_sign: Any, tmp_p
         "coefficient": torch.tensor(list(weights.values()), dtype=torch.float64)[:, None].expand(2, num_tensors)
     }
     if len(operator.parameters) > 1:
-        values["density"] = torch.full((1, num_tensors), 0.4, dtype=torch.float64)
+        values["density"] = torch.full((len(weights), num_tensors), 0.4, dtype=torch.float64)
     state = operator.prepare(sources, values, None)
     out_P = torch.empty_like(sources.base_P)
     operator.merge(out_P, sources, operator.weights(values, state), state)

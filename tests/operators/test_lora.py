@@ -76,7 +76,7 @@ class LoraTwin(AdapterContract):
     def draw_values(self, num_experts: int, num_tensors: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Coefficients of both signs."""
         coefficients = torch.rand((num_experts, num_tensors), generator=generator, dtype=torch.float64) * 1.6 - 0.4
-        density = torch.rand((1, num_tensors), generator=generator, dtype=torch.float64) * 0.6 + 0.3
+        density = torch.rand((num_experts, num_tensors), generator=generator, dtype=torch.float64) * 0.6 + 0.3
         values = {"coefficient": coefficients, "density": density}
         return {spec.name: values[spec.name] for spec in self.make().parameters}
 
@@ -84,19 +84,19 @@ class LoraTwin(AdapterContract):
         weights = [float(c) * held.scaling for c, held in zip(values["coefficient"], experts, strict=True)]
         roots = [abs(weight) ** 0.5 for weight in weights]
         signed = [root * (1 if weight >= 0 else -1) for root, weight in zip(roots, weights, strict=True)]
-        density = float(values["density"]) if "density" in values and len(experts) > 1 else 1.0
-        b = self.side([held.b.double() for held in experts], roots, density)
-        a = self.side([held.a.double() for held in experts], signed, density)
+        densities = values["density"].tolist() if "density" in values and len(experts) > 1 else [1.0] * len(experts)
+        b = self.side([held.b.double() for held in experts], roots, densities)
+        a = self.side([held.a.double() for held in experts], signed, densities)
         terms = [
             torch.stack([root * factor.double().abs() for root, factor in zip(roots, side, strict=True)]).sum(0)
             for side in ([held.b for held in experts], [held.a for held in experts])
         ]
         return decided(base.double() + b @ a, base.double().abs() + terms[0] @ terms[1])
 
-    def side(self, factors: list[Tensor], weights: Sequence[float], density: float) -> Tensor:
+    def side(self, factors: list[Tensor], weights: Sequence[float], densities: Sequence[float]) -> Tensor:
         """One entry after the other, as PEFT's documentation tells it."""
         trimmed = []
-        for factor in factors:
+        for factor, density in zip(factors, densities, strict=True):
             largest = sorted(range(factor.numel()), key=lambda i: -abs(float(factor.flatten()[i])))
             kept = set(largest[: int(density * factor.numel())])
             entries = [x if i in kept else 0.0 for i, x in enumerate(factor.flatten().tolist())]
@@ -127,6 +127,49 @@ class TestTiesTotal(LoraTwin):
 
 class TestTiesFrequency(LoraTwin):
     options = LoraOptions(combination="ties", majority_sign="frequency")
+
+
+class TestEvoMerging(LoraTwin):
+    options = LoraOptions(combination="evo_merging")
+
+    def twin(self, base: Tensor, experts: Sequence[Any], values: Mapping[str, Tensor]) -> TwinResult:
+        """Dense, term by term: every adapter's B times every A, of which the largest entries are kept."""
+        merged, magnitude = base.double(), base.double().abs()
+        pairs = list(zip(values["coefficient"].tolist(), values["density"].tolist(), experts, strict=True))
+        for b_coefficient, _, b_owner in pairs:
+            for a_coefficient, density, a_owner in pairs:
+                weight = b_coefficient * a_coefficient * (b_owner.scaling * a_owner.scaling) ** 0.5
+                kept_a = self.side([a_owner.a.double()], [1.0], [density])
+                merged = merged + weight * (b_owner.b.double() @ kept_a)
+                magnitude = magnitude + abs(weight) * (b_owner.b.double().abs() @ a_owner.a.double().abs())
+        return decided(merged, magnitude)
+
+    def test_a_negative_coefficient_negates_what_an_adapter_does_with_others(self) -> None:
+        """Its own product is squared: alone, minus one is one; and of two equal ones, one and minus one cancel."""
+        problem = self.problem((12, 35), num_experts=1)
+        ones = {"coefficient": torch.ones(1, 2).double(), "density": torch.ones(1, 2).double()}
+        one, minus = (
+            merge(self.make(), replace(problem, values=ones | {"coefficient": sign * ones["coefficient"]}))
+            for sign in (1, -1)
+        )
+        twice = replace(
+            problem,
+            experts=problem.experts * 2,
+            values={
+                "coefficient": torch.tensor([[1.0], [-1.0]]).double().expand(2, 2),
+                "density": torch.ones(2, 2).double(),
+            },
+        )
+        for name, tensor in merge(self.make(), twice).items():
+            assert torch.equal(one[name], minus[name])
+            assert not torch.equal(one[name], problem.base[name])
+            assert torch.equal(tensor, problem.base[name])
+
+    def test_it_is_searched_as_it_was_published(self) -> None:
+        coefficient, density = self.make().parameters
+        assert (coefficient.low, coefficient.high, density.default) == (-1.5, 1.5, 1.0)
+        assert coefficient.per_expert
+        assert density.per_expert
 
 
 class TestSvd(LoraTwin):
@@ -184,7 +227,7 @@ def test_what_peft_computed(name: str, operator: Operator) -> None:
     sources = of_reference()
     values = {"coefficient": torch.tensor(WEIGHTS, dtype=torch.float64)[:, None].expand(3, 3)}
     if any(spec.name == "density" for spec in operator.parameters):
-        values["density"] = torch.full((1, 3), 0.5, dtype=torch.float64)
+        values["density"] = torch.full((3, 3), 0.5, dtype=torch.float64)
     state = operator.prepare(sources, values, None)
     out_P = torch.full_like(sources.base_P, float("nan"))
     operator.merge(out_P, sources, operator.weights(values, state), state)
@@ -203,7 +246,7 @@ class TestDare:
 
     def kept(self, density: float, **options: Any) -> list[Tensor]:
         problem = self.problem()
-        values = {**problem.values, "density": torch.tensor([[density]], dtype=torch.float64)}
+        values = {**problem.values, "density": torch.full((2, 1), density, dtype=torch.float64)}
         [adapters] = Lora(LoraOptions(combination="dare_linear", **options)).prepare(lay_out(problem), values, None)
         return [*adapters.b, *adapters.a]
 
@@ -231,7 +274,7 @@ class TestDare:
     @pytest.mark.parametrize(("dare", "plain"), [("dare_linear", "linear"), ("dare_ties", "ties")])
     def test_a_density_of_one_draws_nothing(self, dare: Any, plain: Any) -> None:
         problem = TestLinear().problem((600, 35), num_experts=3, seed=4)
-        values = {**problem.values, "density": torch.ones(1, 2, dtype=torch.float64)}
+        values = {**problem.values, "density": torch.ones(3, 2, dtype=torch.float64)}
         drawn, undrawn = (
             merge(Lora(LoraOptions(combination=combination)), replace(problem, values=values))
             for combination in (dare, plain)
