@@ -123,8 +123,9 @@ class NestedMap:
             points = self._points(mixtures_N2 @ levels_2K)
             yield points
             best_2 = self._best(pair, mixtures_N2, [self._told[point] for point in points], is_last=not rest)
-            yield self._points(best_2[None] @ levels_2K)
-            models = [*rest, self._model(best_2 @ levels_2K, np.maximum(pair[0].answers_M, pair[1].answers_M))]
+            best_K = best_2 @ levels_2K
+            yield self._points(best_K[None])
+            models = [*rest, self._model(best_K, np.maximum(pair[0].answers_M, pair[1].answers_M))]
 
     def _alone(self) -> Floats:
         """Return the coefficient (K,) of every expert alone: 1, or as near as the ranges of its numbers allow."""
