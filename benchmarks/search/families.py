@@ -60,8 +60,8 @@ class FamilyProblem:
         """Load the models, and score base and experts on the test items."""
         from evomerge.scorer import Scorer
 
-        plan = self.plan(seed)
-        scorer = Scorer(plan)
+        scorer = Scorer(self.plan(seed))
+        plan = scorer.plan
         inputs = {
             name: recipe
             for name, recipe in reference_recipes(plan).items()

@@ -82,6 +82,26 @@ def test_every_form_of_an_expert_gives_the_same_merge() -> None:
         assert float(products[1]) == pytest.approx(expected, rel=1e-4, abs=2400 * tolerance)
 
 
+@pytest.mark.parametrize("exponent", [1, 2])
+def test_absolute_sums_are_of_task_vectors_tensor_by_tensor(exponent: int) -> None:
+    """Of a checkpoint and of an adapter that leaves the second tensor alone; the first takes several chunks."""
+    generator = torch.Generator().manual_seed(0)
+    layout = Layout.of((TensorInfo("large", (700, 300)), TensorInfo("small", (7,))))
+    base_P, expert_P = torch.zeros(2, layout.num_padded)
+    for segment in layout.segments:
+        base_P[segment], expert_P[segment] = torch.randn(2, segment.stop - segment.start, generator=generator)
+    b, a = torch.randn(700, 2, generator=generator), torch.randn(2, 300, generator=generator)
+    held = Sources(layout, base_P, (Dense(expert_P), LowRank({0: (b, a)})))
+    assert len(list(held.chunks(0))) > 1
+    sums_KS = held.absolute_sums(exponent)
+    vectors = [(expert_P - base_P)[segment].double() for segment in layout.segments]
+    expected = [
+        [vector.abs().pow(exponent).sum() for vector in vectors],
+        [(b @ a).double().abs().pow(exponent).sum(), 0],
+    ]
+    torch.testing.assert_close(sums_KS, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=0)
+
+
 def test_products_are_inner_products_with_base_and_task_vectors() -> None:
     base_E = torch.tensor([3.0, 0.5, 2.0])
     held = sources(base_E, torch.tensor([4.0, 0.5, 2.0]), torch.tensor([3.0, 1.0, 0.0]))
