@@ -1,7 +1,7 @@
 """The plan: a checked campaign put together, everything but the weights.
 
-Where the experts decide the space's starts, ``begun`` puts them in once the weights are there; before that, the plan
-holds the operators' defaults in their place.
+Where the experts decide the space's starts, ``with_starts`` puts them in once the weights are there; before that, the
+plan holds the operators' defaults in their place.
 
 Shape letters: K experts, G groups, S tensors.
 """
@@ -112,7 +112,7 @@ class Plan:
                 return operator.name
         return None
 
-    def begun(self, sources: Sources) -> "Plan":
+    def with_starts(self, sources: Sources) -> "Plan":
         """Return the plan with the starts that are the experts' shares, by their task vectors."""
 
         @cache
@@ -122,7 +122,7 @@ class Plan:
             columns = [[place[name] for name in names] for names in self.groups.values()]
             return np.stack([sums_KS[:, of_group].sum(axis=1) for of_group in columns], axis=1)
 
-        return replace(self, space=self.space.begun(sizes))
+        return replace(self, space=self.space.with_starts(sizes))
 
     def recipe(self, point: Sequence[float] | Floats) -> Recipe:
         """Return the recipe of a point of the space, by the operator that it chooses."""

@@ -49,7 +49,7 @@ class Scorer:
             plan.base, list(plan.experts.values()), dtype=plan.dtype, place=plan.place, progress=progress
         )
         progress("and deciding where the search starts")
-        self.plan = plan = plan.begun(self.materializer.sources)
+        self.plan = plan = plan.with_starts(self.materializer.sources)
         self._operators: dict[str, Operator] = {TaskArithmetic.name: TaskArithmetic(), **plan.operators}
         self._num_search_items = sum(len(splits["search"]) for splits in plan.splits.values())
         # Prepared before the first candidate: experts that do not suit an operator are a mistake of the user's.

@@ -67,7 +67,7 @@ def mixed(make_campaign: Callable[..., Campaign], small_digits: FamilySummary, l
     )
 
 
-def begun(campaign: Campaign) -> Plan:
+def loaded(campaign: Campaign) -> Plan:
     return Scorer(make_plan(campaign)).plan
 
 
@@ -99,7 +99,7 @@ def test_shares_of_checkpoints_and_adapters_are_those_of_the_closed_form(
     groups: str,
 ) -> None:
     space = {"groups": groups, "coefficient": coefficient(by=by, power=power)}
-    plan = begun(mixed(space=space))
+    plan = loaded(mixed(space=space))
     found = {dimension.name: dimension.start for dimension in plan.space.dimensions}
     assert found == pytest.approx(expected_shares(plan, task_vectors, exponent, power), rel=1e-5)
     assert min(number for name, number in found.items() if "lora" not in name) > 0.0
@@ -114,7 +114,7 @@ def test_every_operator_of_a_choice_starts_at_the_shares(
     """TIES reads no factors, and task arithmetic does: the sizes are the same."""
     operators = [{"name": "task_arithmetic"}, {"name": "ties"}, {"name": "linear"}]
     space = {"groups": "model", "coefficient": {"low": 0.0, "high": 1.0, "start": {"by": "mean_square"}}}
-    plan = begun(mixed(operator=operators, space=space))
+    plan = loaded(mixed(operator=operators, space=space))
     expected = expected_shares(plan, task_vectors, 2)
     recipes = [plan.recipe(start_D) for start_D in plan.space.starts]
     assert [recipe.operator for recipe in recipes] == ["task_arithmetic", "ties", "linear"]
@@ -137,14 +137,14 @@ def test_a_search_begins_at_the_shares_and_a_resumed_one_goes_on_as_it_would_hav
         return search(mixed(space=space, search=stages, budget={"evaluations": evaluations}), tmp_path / folder)
 
     rule = {"by": "mean_square", "total": 0.8}
-    whole, begun_only = run(6, "whole", **rule), run(3, "resumed", **rule)
-    expected = expected_shares(begun(begun_only.campaign), task_vectors, 2)
-    found = {f"coefficient {d['expert']}/{d['group']}": d["start"] for d in begun_only.facts["space"]}
+    whole, short = run(6, "whole", **rule), run(3, "resumed", **rule)
+    expected = expected_shares(loaded(short.campaign), task_vectors, 2)
+    found = {f"coefficient {d['expert']}/{d['group']}": d["start"] for d in short.facts["space"]}
     assert found == pytest.approx({name: 0.8 * number for name, number in expected.items()}, rel=1e-5)
     resumed = run(6, "resumed", **rule)
     assert [trial.point for trial in resumed.trials] == [trial.point for trial in whole.trials]
     assert [trial.point for trial in run(3, "other", by="mean_magnitude").trials] != [
-        trial.point for trial in begun_only.trials
+        trial.point for trial in short.trials
     ]
     with pytest.raises(InputError, match="differs in space"):
         run(6, "resumed", by="mean_square", total=0.9)

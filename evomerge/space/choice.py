@@ -71,9 +71,9 @@ class Choice:
             point_D[0] = (place + 0.5) / len(points)
         return points
 
-    def begun(self, sizes: Sizes) -> "Choice":
+    def with_starts(self, sizes: Sizes) -> "Choice":
         """Return the choice with the starts that are the experts' shares."""
-        return Choice({branch.operator: branch.space.begun(sizes) for branch in self.branches})
+        return Choice({branch.operator: branch.space.with_starts(sizes) for branch in self.branches})
 
     def branch(self, point_D: Sequence[float] | Floats) -> Branch:
         """Return the branch of the operator that a point chooses."""

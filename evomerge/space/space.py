@@ -22,7 +22,7 @@ class Range:
     """Bounds of a searched number, and where the search starts.
 
     knots: None is a number a group; N are N numbers, evenly spaced over depth, with straight lines between them; so 1
-    is one number for all groups. shares: the experts decide the start (``Space.begun``); until then ``start`` holds.
+    is one number for all groups. shares: the experts decide the start (``with_starts``); until then ``start`` holds.
     """
 
     low: float
@@ -137,16 +137,16 @@ class Space:
             gradient_D += self._maps[name].pull_back(gradient_KG, len(self))
         return gradient_D
 
-    def begun(self, sizes: Sizes) -> "Space":
+    def with_starts(self, sizes: Sizes) -> "Space":
         """Return the space with the starts that are the experts' shares; one outside its range is moved to the bound.
 
         What a number moves counts by how much it moves it: one for several groups has the sizes of all their entries.
         """
         space = copy(self)
-        space.dimensions = tuple(self._begun(column, sizes) for column in range(len(self)))
+        space.dimensions = tuple(self._with_start(column, sizes) for column in range(len(self)))
         return space
 
-    def _begun(self, column: int, sizes: Sizes) -> Dimension:
+    def _with_start(self, column: int, sizes: Sizes) -> Dimension:
         dimension, options = self.dimensions[column], self.dimensions[column].shares
         if options is None:
             return dimension

@@ -35,7 +35,7 @@ def measured(measure: Measure) -> Floats:
 
 
 def starts(held: Space | Choice) -> dict[str, float]:
-    return {dimension.name: dimension.start for dimension in held.begun(measured).dimensions}
+    return {dimension.name: dimension.start for dimension in held.with_starts(measured).dimensions}
 
 
 @given(sizes, st.floats(-4, 4), st.floats(0.1, 5))
@@ -113,24 +113,24 @@ def test_numbers_that_are_given_need_no_sizes() -> None:
 
     losses = {"chat": 0.5, "math": 2.0}
     for knots in (None, 1, 2):
-        begun = space(share(knots, by=losses, power=-2.0)).begun(never)
-        found = {dimension.expert: dimension.start for dimension in begun.dimensions}
+        decided = space(share(knots, by=losses, power=-2.0)).with_starts(never)
+        found = {dimension.expert: dimension.start for dimension in decided.dimensions}
         assert found == pytest.approx({"math": 1 / 17, "chat": 16 / 17})
 
 
-def test_before_it_begins_a_space_starts_where_the_range_says() -> None:
+def test_until_the_experts_decide_a_space_starts_where_the_range_says() -> None:
     held = space(share())
     assert {dimension.start for dimension in held.dimensions} == {0.3}
-    begun = held.begun(measured)
+    decided = held.with_starts(measured)
     assert {dimension.start for dimension in held.dimensions} == {0.3}
     point = np.linspace(0, 1, 6)
-    np.testing.assert_array_equal(begun.values(point)["coefficient"], held.values(point)["coefficient"])
-    assert begun.begun(measured).dimensions == begun.dimensions
+    np.testing.assert_array_equal(decided.values(point)["coefficient"], held.values(point)["coefficient"])
+    assert decided.with_starts(measured).dimensions == decided.dimensions
 
 
 def test_operators_share_the_coordinates_of_a_start() -> None:
     """The start is the first operator's; another range makes another number of it, as of any start."""
-    choice = Choice({"wide": space(share(high=1.8)), "narrow": space(share(low=0.0, high=1.0))}).begun(measured)
+    choice = Choice({"wide": space(share(high=1.8)), "narrow": space(share(low=0.0, high=1.0))}).with_starts(measured)
     wide, narrow = choice.starts
     for point_D, low, high in ((wide, -0.2, 1.8), (narrow, 0.0, 1.0)):
         branch = choice.branch(point_D)
