@@ -6,7 +6,7 @@ SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile  # the tests of a file 
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help setup demo test test-all lint format bench-overhead bench-materialize bench-digits bench-evaluate bench-coverage \
-        bench-racing bench-search clean
+        bench-racing bench-search bench-surrogates clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -67,6 +67,9 @@ bench-racing: setup  ## What a race saves in items for the same hypervolume, ove
 
 bench-search: setup  ## Searchers at equal cost: hypervolume against cost, ten seeds (hours)
 	@$(BIN)/python -m benchmarks.search
+
+bench-surrogates: setup  ## What surrogates know of unseen candidates after few evaluations (ten minutes)
+	@$(BIN)/python -m benchmarks.surrogates
 
 clean:  ## Remove what make built
 	@rm -rf $(VENV) demo .cache .mypy_cache .ruff_cache .pytest_cache

@@ -51,7 +51,7 @@ class Surrogate:
     def __init__(self, problem: Problem, options: SurrogateOptions) -> None:
         self.problem, self.options = problem, options
         self._told = [observation for observation in problem.history if observation.values_M is not None]
-        self._slopes = _slopes(problem)
+        self._slopes = slopes_of(problem.history, problem)
         self._num_asked = 0
         self._batch: list[tuple[float, ...]] = []
         self._logs: list[Logs] | None = None
@@ -200,9 +200,9 @@ class _Models:
         return mean_PM, draws_SPM, chance_P
 
 
-def _slopes(problem: Problem) -> list[SlopeProcess | None]:
-    """Return what earlier descents say of each objective's loss; None without any."""
-    found = [seen.arrival.slopes for seen in problem.history if seen.arrival and seen.arrival.slopes]
+def slopes_of(history: Sequence[Observation], problem: Problem) -> list[SlopeProcess | None]:
+    """Return what the descents of a history say of each objective's loss; None without any."""
+    found = [seen.arrival.slopes for seen in history if seen.arrival and seen.arrival.slopes]
     if not found:
         return [None] * problem.num_objectives
     shape = (problem.num_objectives, problem.num_dimensions)
