@@ -4,6 +4,7 @@ What stands before the first block comes from the sources of the first layer, wh
 those of the last layer.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,7 +93,7 @@ def arrange(checkpoints: Sequence[Checkpoint | Adapter], layers: Layers) -> Arra
             number = row[k]
             if number is not None and not 0 <= number < depth:
                 raise CampaignError(f"layer {i}: {whole[k].name} has layers 0 to {depth - 1}, not {number}")
-    config = _config(whole, layers)
+    config = arranged_config([read_config(checkpoint) for checkpoint in whole], layers)
     out = empty_model(whole[0], config)
     sources = tuple(_source_names(list(out.state_dict()), layers, k) for k in range(len(whole)))
     for checkpoint, model, source in zip(whole, models, sources, strict=True):
@@ -145,20 +146,27 @@ def num_layers(checkpoint: Checkpoint) -> int:
     return _depth(checkpoint, empty_model(checkpoint))
 
 
-def _config(checkpoints: Sequence[Checkpoint], layers: Layers) -> Any:
-    """Return the base's configuration with the new number of layers; what it lists by layer follows the sources."""
-    configs = [read_config(checkpoint) for checkpoint in checkpoints]
-    config = configs[0]
+def arranged_config(configs: Sequence[Any], layers: Layers) -> Any:
+    """Return the base's configuration with the new number of layers; what it lists by layer follows the sources.
+
+    configs are the base's and the experts'. Raises: CampaignError if the base's does not say how many layers it has.
+    """
+    config = copy.deepcopy(configs[0])
     if not hasattr(config, "num_hidden_layers"):
-        raise CheckpointError(f"{checkpoints[0].name}: config.json does not say num_hidden_layers, which is to change")
+        raise CampaignError(f"layers: {type(config).__name__} does not say num_hidden_layers, which is to change")
     # A layer is of the kind that its first source has.
     leaders = [next((k, row[k]) for k in range(len(row)) if row[k] is not None) for row in layers]
-    by_layer = {
-        key: [getattr(configs[k], key)[j] for k, j in leaders]
-        for key, value in config.to_dict().items()
-        if "layer" in key and isinstance(value, list) and len(value) == config.num_hidden_layers
-    }
+    by_layer = {key: [getattr(configs[k], key)[j] for k, j in leaders] for key in listed_by_layer(config)}
     config.num_hidden_layers = len(layers)
     for key, value in by_layer.items():
         setattr(config, key, value)
     return config
+
+
+def listed_by_layer(config: Any) -> dict[str, list[Any]]:
+    """Return what a configuration lists by layer, such as the kinds of attention."""
+    return {
+        key: value
+        for key, value in config.to_dict().items()
+        if "layer" in key and isinstance(value, list) and len(value) == config.num_hidden_layers
+    }

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evomerge.errors import CandidateError, CheckpointError
+from evomerge.errors import CandidateError, CheckpointError, InputError
 from evomerge.kernels.launch import path
 from evomerge.kernels.layout import BLOCK, Layout
 from evomerge.kernels.lincomb import task_vector_products
@@ -20,6 +20,7 @@ from evomerge.kernels.sources import Dense, Expert, LowRank, Sources
 from evomerge.materialize.adapter import Adapter, factors_hash, load_adapter
 from evomerge.materialize.arrangement import LIKE_THE_BASE, Output, arrange
 from evomerge.materialize.checkpoint import Checkpoint
+from evomerge.materialize.paths import Paths, path_of
 from evomerge.materialize.residence import ON_THE_CPU, Place, to_int8
 from evomerge.materialize.resident import DTYPES, ResidentModel, load_model, merged_tensors, tensor_index
 from evomerge.materialize.vocabulary import vocabulary_tensors
@@ -73,15 +74,25 @@ class Materializer:
         self.sources = Sources(self.layout, self.base_P, tuple(held))
         self._densified: Sources | None = None
         self._built: tuple[Operator, Recipe, Mapping[str, Tensor]] | None = None
+        self._checkpoints = (base, *experts)
+        self._paths: Paths | None = None
+        self.module = self.resident.module
         self._states: dict[Operator, tuple[Mapping[str, Tensor], Any]] = {}
 
     def build(self, operator: Operator, recipe: Recipe) -> None:
-        """Overwrite the resident model with the recipe's merge.
+        """Overwrite the resident model with the recipe's merge, or lay a path; ``module`` is then its model.
 
-        Raises: CandidateError if the merge is undefined or not finite; EvoMergeError if the views are broken.
+        Raises: CandidateError if the merge is undefined or not finite; EvoMergeError if the views are broken;
+        InputError if the recipe is a path and these are no checkpoints to lay one through.
         """
         assert recipe.int8 == (self.residence == "int8")
         self.resident.check_views()
+        if recipe.layers and self._arrangement is None:
+            self._built = None  # what is scaled lies where merges do
+            self._paths = self._paths or self._open_paths()
+            self.module = self._paths.build(path_of(recipe))
+            return
+        self.module = self.resident.module
         if self._built and self._built[:2] == (operator, recipe):
             return
         values = self._spread(recipe)
@@ -143,8 +154,8 @@ class Materializer:
         return path(self.sources.device, self.layout.num_padded)
 
     def weights_hash(self) -> str:
-        """SHA-256 of the merged tensors as they are: what is exported must have the same."""
-        return sha256(self.out_P)
+        """SHA-256 of the tensors of ``module`` as they are: what is exported must have the same."""
+        return sha256(self.out_P) if self.module is self.resident.module else tensors_hash(self.module)
 
     def _spread(self, recipe: Recipe) -> dict[str, Tensor]:
         group_of = _group_of(recipe)
@@ -190,6 +201,16 @@ class Materializer:
         if self.residence != "int8" or not isinstance(expert, Dense) or expert.scales_B is not None:
             return expert
         return to_int8(expert, self.base_P)
+
+    def _open_paths(self) -> Paths:
+        """Raises: InputError if the experts do not lie whole where the model runs."""
+        if self.residence != "resident":
+            raise InputError(
+                f"residence: {self.residence}: paths run on the experts' own tensors; expected residence: resident"
+            )
+        checkpoints = [checkpoint for checkpoint in self._checkpoints if isinstance(checkpoint, Checkpoint)]
+        views = [self.layout.views(expert.buffer_P) for expert in self.sources.experts if isinstance(expert, Dense)]
+        return Paths(self.resident.module, checkpoints, views, self.out_P)
 
     def _load_adapter(self, adapter: Adapter) -> LowRank:
         factors = load_adapter(adapter, self.layout, self.base_P)

@@ -53,7 +53,7 @@ class Searched:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dimension:
-    """One coordinate of a point: which number it is, and its range.
+    """One coordinate of a point: which number it is, and its range. Of a binary one counts only which end is nearer.
 
     shares: how the experts will decide the start; None where it is decided.
     """
@@ -65,6 +65,7 @@ class Dimension:
     high: float
     start: float
     shares: ShareOptions | None = None
+    is_binary: bool = False
 
     @property
     def name(self) -> str:

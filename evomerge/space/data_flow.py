@@ -1,0 +1,106 @@
+"""The data-flow space: layers of several experts in one sequence, chosen, repeated and scaled; no weight is merged.
+
+All layers of all experts, in the order of the file, stand in a row, several times over. A point says of each position
+whether its layer is on, and by how much what flows into it is scaled. The first expert leads: embeddings, last norm and
+head are its own, and the search starts at its own layers.
+References: Akiba et al. 2024, arxiv.org/abs/2403.13187, section "merging in the data flow space"; one scale a position,
+which counts only where the layer is on, in place of their matrix of scales between all pairs of layers.
+
+Shape letters: D dimensions, T positions, L layers of a path.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from evomerge.records import Floats
+from evomerge.space.space import Dimension, Range
+
+ON, OFF = 0.75, 0.25
+"""Coordinates at which a layer starts: one flips now and then where a search spreads its first points by 0.15."""
+
+
+@dataclass(frozen=True, slots=True)
+class PathLayer:
+    """One layer of a path: which layer of which expert, and the gain on what it writes into the residual stream."""
+
+    expert: int
+    layer: int
+    gain: float
+
+
+Path = tuple[PathLayer, ...]
+
+
+class DataFlow:
+    """Point <-> path. Position t = (repeat * K + expert) * depth + layer has the coordinates t (on) and T + t (scale).
+
+    A layer is on if its coordinate is above 0.5. If none is, the one with the largest coordinate is; if more than
+    ``max_layers`` are, those with the largest coordinates stay (of equal ones the earlier).
+    scale: the range of the scales, or one number for all of them, which is then no dimension.
+    """
+
+    def __init__(
+        self, experts: Sequence[str], depth: int, *, repeats: int, max_layers: int | None, scale: Range | float
+    ) -> None:
+        places = [(e, layer, r) for r in range(repeats) for e in range(len(experts)) for layer in range(depth)]
+        self._places = [(e, layer) for e, layer, _ in places]
+        self._max_layers = len(places) if max_layers is None else max_layers
+        self._fixed_scale = None if isinstance(scale, Range) else scale
+        names = [f"layer{layer}" + (f" pass {r + 1}" if repeats > 1 else "") for _, layer, r in places]
+        dimensions = [
+            Dimension(
+                parameter="on", expert=experts[e], group=name, low=0.0, high=1.0,
+                start=ON if t < depth else OFF, is_binary=True,
+            )
+            for t, ((e, _), name) in enumerate(zip(self._places, names, strict=True))
+        ]  # fmt: skip
+        if isinstance(scale, Range):
+            dimensions += [
+                Dimension(
+                    parameter="scale", expert=experts[e], group=name,
+                    low=scale.low, high=scale.high, start=scale.start,
+                )
+                for (e, _), name in zip(self._places, names, strict=True)
+            ]  # fmt: skip
+        self.dimensions = tuple(dimensions)
+        self._low_D = np.array([dimension.low for dimension in dimensions])
+        self._spans_D = np.array([dimension.high - dimension.low for dimension in dimensions])
+
+    def __len__(self) -> int:
+        return len(self.dimensions)
+
+    @property
+    def starts(self) -> list[Floats]:
+        """The one start (D,): the first expert's own layers, once."""
+        return [np.array([dimension.start_coordinate for dimension in self.dimensions])]
+
+    def path(self, point_D: Sequence[float] | Floats) -> Path:
+        """Return the layers that are on, in their order, with their gains."""
+        if np.shape(point_D) != (len(self),):
+            raise ValueError(f"point: expected {len(self)} coordinates, got shape {np.shape(point_D)}")
+        numbers_D = self._low_D + np.asarray(point_D, dtype=np.float64) * self._spans_D
+        on_T = numbers_D[: len(self._places)]
+        best_T = np.argsort(-on_T, kind="stable")
+        num_layers = min(max(1, int((on_T > 0.5).sum())), self._max_layers)
+        chosen_L = np.sort(best_T[:num_layers])
+        if self._fixed_scale is None:
+            scales_L = numbers_D[len(self._places) + chosen_L]
+        else:
+            scales_L = np.full(num_layers, self._fixed_scale)
+        chosen = [self._places[t] for t in chosen_L]
+        return tuple(
+            PathLayer(expert, layer, gain)
+            for (expert, layer), gain in zip(chosen, gains(scales_L).tolist(), strict=True)
+        )
+
+
+def gains(scales_L: Floats) -> Floats:
+    """Return by what each layer's output is multiplied so that no input needs a scale, (L,).
+
+    Layer l reads W_l h and adds to it: h <- W_l h + f(W_l h). Where a layer norms what it reads, f does not see the
+    scale, and h divided by the product of all scales up to there is a stream to which layer l adds
+    f / (W_1 ... W_l) and in which the embeddings keep their size. The last norm does not see the difference.
+    """
+    return np.asarray(1.0 / np.cumprod(scales_L), dtype=np.float64)
