@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from evomerge import assemble
 from evomerge.errors import CampaignError, did_you_mean
 from evomerge.fidelity.race import RaceOptions
+from evomerge.operators.passthrough import Passthrough
 from evomerge.records import Options, Split
 from evomerge.space.shares import ShareOptions
 from evomerge.strict import parse, read_yaml
@@ -72,11 +73,42 @@ class ParameterSection(RangeSection):
 class SpaceSection(Options):
     """Which tensors share a number, and where the coefficients are searched."""
 
+    kind: Literal["parameter", "data_flow"] = "parameter"  # data_flow: another section, see ``AnySpace``
     preset: str | None = None
     groups: Literal["model", "layer", "module", "tensor"] | dict[str, str | list[str]] = "layer"
     coefficient: Fixed | CoefficientSection = CoefficientSection()
     exceptions: dict[str, Fixed | CoefficientSection] = {}
 
+
+class ScaleSection(Options):
+    """The range of the scales on what layers read."""
+
+    low: float = 0.5
+    high: float = 1.5
+    start: float = 1.0
+
+
+class DataFlowSection(Options):
+    """Layers of the experts in one sequence: they stand there ``repeats`` times, and at most max_layers are on.
+
+    scale: of what a layer reads, searched for each layer; a number is the same for all and not searched.
+    """
+
+    kind: Literal["data_flow"]
+    repeats: int = Field(default=2, ge=1)
+    max_layers: int | None = Field(default=None, ge=1)
+    scale: float | ScaleSection = ScaleSection()
+
+
+def _space_kind(given: Any) -> str:
+    kind = given.get("kind") if isinstance(given, Mapping) else getattr(given, "kind", None)
+    return DataFlowSection.__name__ if kind == "data_flow" else SpaceSection.__name__
+
+
+AnySpace = Annotated[
+    Annotated[SpaceSection, Tag(SpaceSection.__name__)] | Annotated[DataFlowSection, Tag(DataFlowSection.__name__)],
+    Discriminator(_space_kind),
+]
 
 Names = Annotated[list[Name], Field(min_length=2)]
 
@@ -179,7 +211,7 @@ class Campaign(Options):
     experts: dict[Name, str] = Field(min_length=1)
     operator: dict[str, Any] | Annotated[list[dict[str, Any]], Field(min_length=1)] = {"name": "task_arithmetic"}
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    space: SpaceSection = SpaceSection()
+    space: AnySpace = SpaceSection()
     objectives: list[ObjectiveSection] = Field(min_length=1)
     evaluation: dict[str, Any]
     fidelity: RaceOptions | None = None
@@ -189,6 +221,14 @@ class Campaign(Options):
     device: str = "auto"
     residence: Literal["auto", "resident", "int8", "host"] = "auto"
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _layers_are_taken_as_they_are(cls, given: Any) -> Any:
+        """A data-flow space merges nothing: its operator is passthrough, and need not be given."""
+        if isinstance(given, Mapping) and _space_kind(given.get("space")) == DataFlowSection.__name__:
+            return {"operator": {"name": Passthrough.name}, **given}
+        return given
 
     @field_validator("workers", mode="before")
     @classmethod
@@ -318,6 +358,10 @@ def _check_names(campaign: Campaign) -> None:
         assemble.look_up(assemble.OPERATORS, section.get("name"), "operator", f"{where}.name")
     if doubles := sorted({name for name in campaign.operator_names if campaign.operator_names.count(name) > 1}):
         raise CampaignError(f"operator: {doubles[0]} is listed twice; list it once, the search ranges over its numbers")
+    if isinstance(campaign.space, DataFlowSection) and campaign.operator != {"name": Passthrough.name}:
+        raise CampaignError(
+            "operator: a data-flow space takes layers as they are and merges nothing; leave operator out"
+        )
     shares = campaign.split
     _check_starts(campaign)
     _check_objectives(campaign)

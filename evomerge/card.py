@@ -33,7 +33,8 @@ def model_card(run: Run, trial: Trial, recipe: Recipe, inexpressible: str | None
     lines = [
         f"---\n{head}---",
         f"# {run.campaign.name}, trial {trial.number}",
-        f"A merge of {', '.join(recipe.experts)} by {recipe.operator}, found by evomerge among {len(run.trials)} "
+        f"A merge of {', '.join(recipe.experts)} by {recipe.operator}"
+        f"{f' in {len(recipe.layers)} layers' if recipe.layers else ''}, found by evomerge among {len(run.trials)} "
         "candidates. Search scores steered the choice and are optimistic; test scores were not used for it. "
         "± is one standard error.",
         "| objective | metric | test | search |\n|---|---|---|---|\n" + "\n".join(rows),

@@ -12,6 +12,7 @@ from evomerge.errors import EvoMergeError, RunError
 from evomerge.evaluators.evaluator import ItemScores
 from evomerge.interop.read import read_any_recipe
 from evomerge.interop.write import write_mergekit
+from evomerge.materialize.arrangement import Output
 from evomerge.materialize.checkpoint import open_checkpoint
 from evomerge.materialize.materializer import Materializer
 from evomerge.materialize.residence import Place
@@ -44,11 +45,16 @@ def export_trial(run: Run, trial: Trial, out: Path, loading: Loading) -> None:
     """
     require_new(out)
     plan = make_plan(run.campaign)
+    recipe = plan.recipe(trial.point)
     materializer = Materializer(
-        plan.base, list(plan.experts.values()), dtype=plan.dtype, place=plan.place, progress=loading
+        plan.base,
+        list(plan.experts.values()),
+        dtype=plan.dtype,
+        output=Output(layers=recipe.layers),
+        place=plan.place,
+        progress=loading,
     )
     require_same_inputs(run, plan, materializer.hashes)
-    recipe = plan.recipe(trial.point)
     materializer.build(plan.operators[recipe.operator], recipe)
     tested = run.tested.get(f"trial:{trial.number}")
     if tested and tested.weights != materializer.weights_hash():

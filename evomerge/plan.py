@@ -18,9 +18,11 @@ from evomerge.assemble import EVALUATORS, OPERATORS, look_up
 from evomerge.campaign import (
     Campaign,
     CoefficientSection,
+    DataFlowSection,
     ObjectiveSection,
     ParameterSection,
     RangeSection,
+    ScaleSection,
     SpaceSection,
 )
 from evomerge.errors import CampaignError, did_you_mean
@@ -32,17 +34,20 @@ from evomerge.kernels.sources import Sources
 from evomerge.materialize.adapter import Adapter, open_expert
 from evomerge.materialize.arrangement import arrange
 from evomerge.materialize.checkpoint import Checkpoint, fit_to_base, open_checkpoint
+from evomerge.materialize.paths import describe, path_depth
 from evomerge.materialize.residence import Place, Residence
 from evomerge.materialize.resident import empty_model, tensor_index, tied_names
 from evomerge.materialize.vocabulary import vocabulary_tensors
 from evomerge.operators.linear import TaskArithmetic
 from evomerge.operators.operator import Operator
+from evomerge.operators.passthrough import Passthrough
 from evomerge.records import Floats, Layers, Objective, ParameterSpec, Recipe, Split, TensorIndex
 from evomerge.space.choice import COEFFICIENT, Choice
+from evomerge.space.data_flow import SCALE, DataFlow
 from evomerge.space.depth import group_depths
 from evomerge.space.groups import Groups, make_groups
 from evomerge.space.shares import EXPONENTS, Measure, ShareOptions
-from evomerge.space.space import Range, Searched, Setting, Space
+from evomerge.space.space import Range, Searched, Setting, Space, check_setting
 from evomerge.splits import TaskSplits, split_items
 from evomerge.strict import parse
 
@@ -61,7 +66,7 @@ class Plan:
     place: Place
     operators: Mapping[str, Operator]
     groups: Groups
-    space: Choice
+    space: Choice | DataFlow
     evaluator: Evaluator
     objectives: tuple[Objective, ...]
     splits: TaskSplits
@@ -103,7 +108,12 @@ class Plan:
 
     @property
     def rigid(self) -> str | None:
-        """The first operator that a point can choose and that has a gradient in none of its searched numbers."""
+        """The first operator that a point can choose and that has a gradient in none of its searched numbers.
+
+        In a data-flow space there is none.
+        """
+        if isinstance(self.space, DataFlow):
+            return "a data-flow space"
         for branch in self.space.branches:
             operator = self.operators[branch.operator]
             searched = {dimension.parameter for dimension in branch.space.dimensions}
@@ -114,6 +124,8 @@ class Plan:
 
     def with_starts(self, sources: Sources) -> "Plan":
         """Return the plan with the starts that are the experts' shares, by their task vectors."""
+        if isinstance(self.space, DataFlow):
+            return self
 
         @cache
         def sizes(measure: Measure) -> Floats:
@@ -125,7 +137,10 @@ class Plan:
         return replace(self, space=self.space.with_starts(sizes))
 
     def recipe(self, point: Sequence[float] | Floats) -> Recipe:
-        """Return the recipe of a point of the space, by the operator that it chooses."""
+        """Return the recipe of a point of the space, by the operator that it chooses, or of a path."""
+        if isinstance(self.space, DataFlow):
+            layers, groups, values = describe(self.tensors, len(self.experts), self.space.path(point))
+            return replace(self._recipe(self.operators[Passthrough.name], groups, values), layers=layers)
         branch = self.space.branch(point)
         values = branch.space.values(np.asarray(point)[branch.columns_d])
         return self._recipe(self.operators[branch.operator], self.groups, values)
@@ -163,8 +178,7 @@ def make_recipe(
 def make_plan(campaign: Campaign) -> Plan:
     """Check everything that can be checked without loading weights. Raises: InputError."""
     base, experts, tensors = open_checkpoints(campaign.base, campaign.experts)
-    groups = make_groups(tensors, campaign.space.groups)
-    operators, space = _make_choice(campaign, tensors, groups)
+    groups, operators, space = _make_space(campaign, base, experts, tensors)
     evaluator = _make_evaluator(campaign, base)
     objectives = _objectives(campaign, evaluator)
     aggregated = next((objective for objective in objectives if aggregate_of(objective, evaluator)), None)
@@ -261,15 +275,48 @@ def choose_device(asked: str) -> str:
     return asked
 
 
-def _make_choice(campaign: Campaign, tensors: TensorIndex, groups: Groups) -> tuple[dict[str, Operator], Choice]:
+def _make_space(
+    campaign: Campaign, base: Checkpoint, experts: Mapping[str, Checkpoint | Adapter], tensors: TensorIndex
+) -> tuple[Groups, dict[str, Operator], Choice | DataFlow]:
+    section = campaign.space
+    if isinstance(section, DataFlowSection):
+        space = _make_data_flow(section, base, experts, tensors)
+        return make_groups(tensors, "layer"), {Passthrough.name: Passthrough()}, space
+    groups = make_groups(tensors, section.groups)
+    return groups, *_make_choice(campaign, section, tensors, groups)
+
+
+def _make_data_flow(
+    section: DataFlowSection, base: Checkpoint, experts: Mapping[str, Checkpoint | Adapter], tensors: TensorIndex
+) -> DataFlow:
+    """Raises: CampaignError if an expert's layers cannot stand in another model as they are."""
+    for expert in experts.values():
+        if isinstance(expert, Adapter):
+            raise CampaignError(f"{expert.name}: an adapter has no layers of its own; merge it with the base first")
+        if expert.alignment is not None:
+            raise CampaignError(f"{expert.name}: another vocabulary than the base's; a data-flow space needs the same")
+    scale = Range(**section.scale.model_dump()) if isinstance(section.scale, ScaleSection) else section.scale
+    check_setting(SCALE, scale, "space.scale")
+    return DataFlow(
+        list(experts),
+        path_depth(base, tensors),
+        repeats=section.repeats,
+        max_layers=section.max_layers,
+        scale=scale,
+    )
+
+
+def _make_choice(
+    campaign: Campaign, section: SpaceSection, tensors: TensorIndex, groups: Groups
+) -> tuple[dict[str, Operator], Choice]:
     """Return the operators and the choice between their spaces, which share experts, groups and coefficients."""
     operators: dict[str, Operator] = {}
     spaces: dict[str, Space] = {}
     depths = group_depths(tensors, groups)
-    for where, section in campaign.operators.items():
-        operator, settings = make_operator(section, where)
+    for where, given in campaign.operators.items():
+        operator, settings = make_operator(given, where)
         searched = [
-            _coefficient(spec, campaign.space)
+            _coefficient(spec, section)
             if spec.name == COEFFICIENT
             else _parameter(spec, settings.get(spec.name, spec.default), where)
             for spec in operator.parameters
@@ -279,7 +326,7 @@ def _make_choice(campaign: Campaign, tensors: TensorIndex, groups: Groups) -> tu
             spaces[operator.name] = Space(list(campaign.experts), groups, depths, searched)
         except CampaignError as error:
             raise CampaignError(str(error) if where == "operator" else f"{where}: {error}") from error
-    _require_use(campaign.space, operators)
+    _require_use(section, operators)
     return operators, Choice(spaces)
 
 

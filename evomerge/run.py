@@ -18,7 +18,7 @@ from evomerge.front.front import front_hypervolume, front_of, maximized
 from evomerge.front.pick import knee, prefer
 from evomerge.ledger.ledger import Ledger
 from evomerge.records import Measurement, Objective, Split, Trial
-from evomerge.space.choice import chosen
+from evomerge.space.choice import Choice, chosen
 
 if TYPE_CHECKING:
     from evomerge.driver import Watcher
@@ -130,9 +130,11 @@ class Run:
         if self.has_choice:
             branch = self.facts["choice"][self.operator_of(trial)]
             space, point = branch["space"], tuple(point[column] for column in branch["columns"])
+        ends = [(dimension["low"], dimension["high"]) for dimension in space]
+        numbers = [low + x * (high - low) for x, (low, high) in zip(point, ends, strict=True)]
         return [
-            (dimension, dimension["low"] + x * (dimension["high"] - dimension["low"]))
-            for dimension, x in zip(space, point, strict=True)
+            (dimension, float(number > sum(end) / 2) if dimension.get("is_binary") else number)
+            for dimension, number, end in zip(space, numbers, ends, strict=True)
         ]
 
     def hypervolume(self) -> float:
@@ -282,7 +284,7 @@ def _facts(plan: "Plan", scorer: "Scorer") -> dict[str, Any]:
         "items": plan.evaluator.digest,
         "sources": {split: all_sources(plan.objectives, plan.sources(split)) for split in ("search", "test")},
     }
-    if len(plan.operators) > 1:
+    if isinstance(plan.space, Choice) and len(plan.operators) > 1:
         facts["choice"] = {
             branch.operator: {
                 "columns": branch.columns_d.tolist(),

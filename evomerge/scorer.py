@@ -31,6 +31,7 @@ from evomerge.records import (
     Split,
     TaskItems,
 )
+from evomerge.space.choice import Choice
 
 LABELLED = "ce"  # the loss of the labels
 NUM_SLOPES = 12
@@ -63,7 +64,7 @@ class Scorer:
 
     def _rehearse(self) -> None:
         """Score two items of every task: what does not fit the model is found now, not as a failure of candidates."""
-        model = self.materializer.resident.module
+        model = self.materializer.module
         for task, splits in self.plan.splits.items():
             try:
                 self.plan.evaluator.score(model, task, splits["search"][:2])
@@ -109,7 +110,7 @@ class Scorer:
 
     def _evaluate(self, items: TaskItems) -> dict[str, Score]:
         """Score the resident model; every task once, whatever the number of its metrics."""
-        evaluator, model = self.plan.evaluator, self.materializer.resident.module
+        evaluator, model = self.plan.evaluator, self.materializer.module
         by_task = {task: evaluator.score(model, task, of_task) for task, of_task in items.items()}
         return {
             objective.name: objective_score(self.plan, objective, by_task[objective.task], items[objective.task])
@@ -126,7 +127,8 @@ class Scorer:
         """
         descent = candidate.descent
         assert descent is not None
-        plan, model = self.plan, self.materializer.resident.module
+        plan, model = self.plan, self.materializer.module
+        assert isinstance(plan.space, Choice)  # a stage by gradients needs operators that have some
         branch = plan.space.branch(candidate.point)
         operator = plan.operators[branch.operator]
         if not operator.differentiable:

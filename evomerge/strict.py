@@ -4,7 +4,7 @@ Every mistake is one line with the path of the key: what was expected, what was 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -25,11 +25,11 @@ def parse(section: type[Section], data: Any, where: str) -> Section:
         first, steps = _deepest(error)
         path = _join(where, steps)
         if first["type"] == "extra_forbidden":
-            known = _fields_at(section, steps[:-1])
+            known = _fields_at(section, first["loc"][:-1])
             raise CampaignError(f"{path}: unknown key{did_you_mean(str(steps[-1]), known)}") from error
         if first["type"] == "missing":
             raise CampaignError(
-                f"{path}: missing; expected here: {', '.join(_fields_at(section, steps[:-1]))}"
+                f"{path}: missing; expected here: {', '.join(_fields_at(section, first['loc'][:-1]))}"
             ) from error
         found = first["input"]
         message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
@@ -98,12 +98,14 @@ def _is_union_branch(step: Any) -> bool:
     )
 
 
-def _fields_at(section: type[Options], steps: list[Any]) -> list[str]:
-    """Return the known keys of the section that the path leads to."""
-    current = section
+def _fields_at(section: type[Options], steps: Sequence[Any]) -> list[str]:
+    """Return the known keys of the section that the path leads to; names of sections in it say which alternative."""
+    current, alternatives = section, [section]
     for step in steps:
         if isinstance(step, str) and step in current.model_fields:
-            current = next(_sections_in(current.model_fields[step].annotation), current)
+            alternatives = list(_sections_in(current.model_fields[step].annotation)) or alternatives
+            current = alternatives[0]
+        current = next((other for other in alternatives if other.__name__ == step), current)
     return [name for name, field in current.model_fields.items() if not field.exclude]
 
 

@@ -25,6 +25,7 @@ from evomerge.records import Recipe
 from evomerge.space.groups import BLOCK_NUMBER, blocks
 
 HEAD = "# The same merge for mergekit: mergekit-yaml mergekit.yaml OUT\n"
+OTHER_ENDS = "embeddings or head are taken from another expert than the layers beside them"
 DRAWS = "# mergekit draws its own random numbers: the result has the same distribution, not the same bits.\n"
 
 
@@ -158,6 +159,8 @@ class _Table:
                 parameters = self._numbers(self.method.of_model, k, part)
                 given = {"parameters": parameters} if parameters else {}
                 sources.append({"model": model, **self._span(part, 1 + k), **given})
+        if self.recipe.operator == "passthrough" and len(sources) > 1:
+            raise InexpressibleError(OTHER_ENDS)
         parameters = self._numbers(self.method.of_merge, 0, part)
         return {"sources": sources, **({"parameters": parameters} if parameters else {})}
 
@@ -196,7 +199,7 @@ class _Table:
                 raise InexpressibleError("tensors of one layer are taken from several experts")
             rows.append(tuple(i if k in taken else None for k in range(-1, len(self.experts))))
         if any(row[1 + sources[name]] is None for name, row in zip(names, rows_of(names, tuple(rows)), strict=True)):
-            raise InexpressibleError("embeddings or head are taken from another expert than the layers beside them")
+            raise InexpressibleError(OTHER_ENDS)
         return tuple(rows)
 
     def _span(self, part: _Part, column: int) -> dict[str, Any]:

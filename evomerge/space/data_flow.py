@@ -14,11 +14,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evomerge.records import Floats
+from evomerge.records import Floats, ParameterSpec
 from evomerge.space.space import Dimension, Range
 
 ON, OFF = 0.75, 0.25
 """Coordinates at which a layer starts: one flips now and then where a search spreads its first points by 0.15."""
+
+SCALE = ParameterSpec(
+    name="scale", meaning="factor on what a layer reads", default=1.0, low=0.5, high=1.5, minimum=1e-3, maximum=1e3
+)
 
 
 @dataclass(frozen=True, slots=True)
