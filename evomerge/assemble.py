@@ -37,6 +37,7 @@ from evomerge.operators.tsv import TsvM
 from evomerge.operators.widen import Widen
 from evomerge.proposers.adamerging import AdaMerging
 from evomerge.proposers.bayesian_map import BayesianMap
+from evomerge.proposers.catcma import CatCma
 from evomerge.proposers.cma_es import CmaEs
 from evomerge.proposers.gp import Gp
 from evomerge.proposers.gradient_front import GradientFront
@@ -106,6 +107,7 @@ _OPERATORS: tuple[type[Operator], ...] = (
 _PROPOSERS: tuple[type[Proposer], ...] = (
     AdaMerging,
     BayesianMap,
+    CatCma,
     CmaEs,
     Gp,
     GradientFront,

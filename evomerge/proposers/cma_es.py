@@ -1,7 +1,6 @@
 """CMA-ES on a weighted mean of the objectives, through pycma.
 
-Reference: Hansen 2016, the CMA evolution strategy: a tutorial, arxiv.org/abs/1604.00772. It needs a whole generation
-before the next: with several workers, ``ask`` returns nothing while results of a generation are missing.
+Reference: Hansen 2016, the CMA evolution strategy: a tutorial, arxiv.org/abs/1604.00772.
 Beyond 100 dimensions the covariance is diagonal (Ros and Hansen 2008): its cost grows linearly. Under noise the
 learning rates can be adapted instead (Nomura, Akimoto and Ono 2023, arxiv.org/abs/2304.03473, through the cmaes
 package): the smaller the signal of a generation beside its noise, the smaller the step.
@@ -16,8 +15,9 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from evomerge.proposers.proposer import Problem, Weights, not_installed, objective_weights, rank
-from evomerge.records import Candidate, Floats, Observation, Options
+from evomerge.proposers.generations import Generations
+from evomerge.proposers.proposer import Problem, Weights, not_installed, objective_weights
+from evomerge.records import Floats, Options
 
 DIAGONAL_BEYOND = 100
 
@@ -42,7 +42,7 @@ class CmaEsOptions(Options):
         return self
 
 
-class CmaEs:
+class CmaEs(Generations):
     """Covariance matrix adaptation, starting at the best mean of earlier stages, else at the space's start.
 
     Raises: CampaignError if the weights do not fit the objectives, or lr_adapt lacks its package.
@@ -53,48 +53,21 @@ class CmaEs:
     needs_gradients: ClassVar[bool] = False
 
     def __init__(self, problem: Problem, options: CmaEsOptions) -> None:
-        self.problem = problem
-        self._weights_M = objective_weights(options.weights, problem.num_objectives, "cma_es")
-        self._generation, self._first_index = 0, 0
+        weights_M = objective_weights(options.weights, problem.num_objectives, self.name)
         start_D = np.clip(problem.best_point, 0.01, 0.99)
-        self._es = _LraCmaEs(start_D, options) if options.lr_adapt else self._make(start_D, options)
-        self._points = self._sample()
-        self._num_asked = 0
-        self._told: dict[int, float] = {}
+        super().__init__(problem, (_LraCmaEs if options.lr_adapt else _PyCma)(start_D, options), weights_M)
 
-    def ask(self, n: int, pending: Sequence[Candidate]) -> list[Candidate]:  # noqa: ARG002
-        """Return what is left of the generation, up to ``n``."""
-        here = self._num_asked - self._first_index
-        points = self._points[here : here + n]
-        self._num_asked += len(points)
-        return [Candidate(point=tuple(float(x) for x in point)) for point in points]
 
-    def tell(self, observation: Observation) -> None:
-        """Take a result; the last of a generation moves the distribution."""
-        self._told[observation.index] = rank(observation, self._weights_M)
-        if len(self._told) < len(self._points):
-            return
-        values = np.array([self._told[self._first_index + i] for i in range(len(self._points))])
-        worst = values[np.isfinite(values)].min(initial=0.0)
-        losses = -np.where(np.isfinite(values), values, worst - 1.0)
-        self._es.tell(self._points, losses.tolist())
-        self._told.clear()
-        self._generation += 1
-        self._first_index += len(self._points)
-        self._points = self._sample()
+class _PyCma:
+    """pycma's, with a generator of ours."""
 
-    def recall(self, candidate: Candidate) -> None:  # noqa: ARG002
-        """The generation is sampled from its index: only the position moves."""
-        self._num_asked += 1
-
-    def _make(self, start_D: Floats, options: CmaEsOptions) -> Any:
-        num_dimensions = self.problem.num_dimensions
+    def __init__(self, start_D: Floats, options: CmaEsOptions) -> None:
         settings: dict[str, Any] = {
             "bounds": [0.0, 1.0],
             "randn": self._randn,
             "seed": np.nan,  # pycma would seed numpy's global generator
             "verbose": -9,
-            "CMA_diagonal": num_dimensions > DIAGONAL_BEYOND if options.separable is None else options.separable,
+            "CMA_diagonal": len(start_D) > DIAGONAL_BEYOND if options.separable is None else options.separable,
             "tolfun": 0.0,
             "tolfunhist": 0.0,
             "tolflatfitness": np.inf,
@@ -105,21 +78,24 @@ class CmaEs:
             warnings.simplefilter("ignore")  # it would like matplotlib, for plots that we do not make
             import cma
 
-        return cma.CMAEvolutionStrategy(start_D, options.sigma, settings)
+        self.es = cma.CMAEvolutionStrategy(start_D, options.sigma, settings)
+
+    def ask(self, rng: np.random.Generator) -> list[Floats]:
+        """Return a generation."""
+        self._rng = rng
+        # pycma has returned points outside the bounds that it was given (64 dimensions): clip.
+        return [np.clip(point, 0.0, 1.0) for point in self.es.ask()]
+
+    def tell(self, points: Sequence[Floats], losses: Sequence[float]) -> None:
+        """Move the distribution by its samples."""
+        self.es.tell(points, losses)
 
     def _randn(self, *shape: int) -> Floats:
         return self._rng.standard_normal(shape)
 
-    def _sample(self) -> list[Floats]:
-        self._rng = self.problem.rng(self._generation)
-        if isinstance(self._es, _LraCmaEs):
-            return self._es.ask(self._rng)
-        # pycma has returned points outside the bounds that it was given (64 dimensions): clip.
-        return [np.clip(point, 0.0, 1.0) for point in self._es.ask()]
-
 
 class _LraCmaEs:
-    """CMA-ES with learning-rate adaptation, in pycma's form.
+    """CMA-ES with learning-rate adaptation.
 
     Its steps are small beside its spread: the mean is the result, and so the first candidate of every generation. A
     sample outside the box is scored at the nearest point of the box, and loses by its squared distance from there, in

@@ -63,7 +63,7 @@ class TestSeparable(ProposerContract):
     ) -> None:
         proposer = CmaEs(problem(num_dimensions), CmaEsOptions(separable=option, population=8))
         search(proposer, 8 * 25, np.ones(num_dimensions))  # pycma updates the full matrix only now and then
-        covariance_DD = np.asarray(proposer._es.C)
+        covariance_DD = np.asarray(proposer.distribution.es.C)
         off_diagonal = covariance_DD - np.diag(np.diag(covariance_DD)) if covariance_DD.ndim == 2 else 0.0
         assert (not np.any(off_diagonal)) == is_diagonal
 
@@ -81,7 +81,7 @@ class TestLearningRateAdaptation(ProposerContract):
             adapted.append(search(with_rates, 11 * 100, np.ones(8), 1.0, seed)[11 * 90 :: 11].mean())
             without = CmaEs(problem(8, seed=seed), CmaEsOptions(population=10))
             search(without, 11 * 100, np.ones(8), 1.0, seed)
-            plain.append(((without._es.result.xfavorite - TARGET) ** 2).sum())
+            plain.append(((without.distribution.es.result.xfavorite - TARGET) ** 2).sum())
         assert np.mean(adapted) < 0.5 * np.mean(plain)
 
     def test_without_noise_it_finds_the_optimum(self) -> None:
