@@ -68,6 +68,25 @@ def test_the_recipe_is_read(checkout: Path) -> None:
     assert read_recipe(path).recipe.values["coefficient"] == ((1.0,), (0.7,))
 
 
+def test_the_data_flow_campaign_is_read(tmp_path: Path, small_text: FamilySummary) -> None:
+    sections = yaml.safe_load(small_text.campaign.read_text())
+    del sections["operator"]
+    sections |= yaml.safe_load(next(block for block in blocks("yaml") if "kind: data_flow" in block))
+    sections["base"] = str(small_text.path / "base")
+    sections["objectives"] = [{"name": name, "task": name, "metric": "loss"} for name in ("python", "sort")]
+    sections["experts"] = {"maths": str(small_text.path / "experts/sort"), "chat": str(small_text.path / "experts/c")}
+    sections["evaluation"] |= {
+        "data": str(small_text.path / "data"),
+        "split": {"adapt": 0.0, "search": 0.5, "test": 0.5},
+    }
+    path = tmp_path / "campaign.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    campaign = read_campaign(path)
+    plan = make_plan(campaign)
+    assert len(plan.space) == 2 * (2 * 2 * 2)  # on and scale; 2 experts x 2 layers x 2 repeats
+    assert [stage.proposer for stage in make_stages(campaign, plan)] == ["catcma"]
+
+
 def test_the_language_items_are_read(tmp_path: Path, small_text: FamilySummary) -> None:
     for number, line in enumerate(blocks("json")[0].splitlines()):
         (tmp_path / f"{number}.jsonl").write_text(json.dumps(json.loads(line)) + "\n")
