@@ -117,13 +117,16 @@ class Paths:
         match = BLOCK_NUMBER.search(self._names[0][0])
         assert match is not None
         self._tower = match.string[: match.start(1) - 1]
-        self._blocks = list(module.get_submodule(self._tower))
-        self._module: Any = _copied(module)
-        _replace(self._module, {name: experts_K[LEADER][name] for name in (*before, *after)})
+        # Neither the frame nor the blocks are ever run: what transformers hooks into a model stays in that path's.
+        self._frame: Any = _copied(module)
+        blocks_of_base: Any = self._frame.get_submodule(self._tower)
+        self._blocks = list(blocks_of_base)
+        self._frame.set_submodule(self._tower, nn.ModuleList())
+        _replace(self._frame, {name: experts_K[LEADER][name] for name in (*before, *after)})
         self._require_gains(checkpoints[0])
 
     def build(self, path: Path) -> Any:
-        """Return the model of a path; it is valid until the next one is built.
+        """Return the model of a path; its scaled tensors are valid until the next one is built.
 
         Raises: CandidateError if a scaled tensor is not finite.
         """
@@ -146,15 +149,16 @@ class Paths:
                 if "layer_idx" in vars(part):  # where a cache has its keys and values
                     vars(part)["layer_idx"] = i
             placed.append(block)
-        self._module.set_submodule(self._tower, nn.ModuleList(placed))
+        model: Any = _copied(self._frame)
+        model.set_submodule(self._tower, nn.ModuleList(placed))
         rows = tuple(
             (None, *(step.layer if k == step.expert else None for k in range(len(self._experts_K)))) for step in path
         )
         config = arranged_config(self._configs, rows)
-        for part in self._module.modules():
+        for part in model.modules():
             if isinstance(vars(part).get("config"), type(config)):
                 part.config = config
-        return self._module
+        return model
 
     def _require_gains(self, base: Checkpoint) -> None:
         """Compare the base's own layers with scaled inputs with those with gains: powers of two, which round nothing.
@@ -163,11 +167,11 @@ class Paths:
         small number that norms add to the square of their input's size.
         """
         needs = (
-            f"{base.name}: {type(self._module).__name__} is not made for paths: expected a language model whose layers "
+            f"{base.name}: {type(self._frame).__name__} is not made for paths: expected a language model whose layers "
             "norm what they read, as in Llama, Qwen and GPT-2"
         )
-        if self._module.main_input_name != "input_ids":
-            raise CheckpointError(f"{needs}, found one of {self._module.main_input_name}; use another space")
+        if self._frame.main_input_name != "input_ids":
+            raise CheckpointError(f"{needs}, found one of {self._frame.main_input_name}; use another space")
         depth = len(self._blocks)
         sizes_L = np.where(np.arange(depth)[::-1] % 2, 1.0, 2.0)
         scales_L = sizes_L / np.array([1.0, *sizes_L[:-1]])

@@ -196,6 +196,18 @@ class TestRunning:
         one = AutoModelForCausalLM.from_pretrained(root / "gpt2-float32" / "one").eval()
         assert torch.equal(tiny.outputs(model), tiny.outputs(one))
 
+    def test_hidden_states_are_those_of_its_own_layers(self, make: Make) -> None:
+        """transformers records them by hooks, which it installs once in a model."""
+        held = make("llama")
+        for path in (PATH, PATH[:2], PATH):
+            models: list[Any] = [run(held, path), exported(make, held, path, kind="llama").module]
+            with torch.inference_mode():
+                ours, theirs = (
+                    model(input_ids=tiny.TOKENS, output_hidden_states=True).hidden_states for model in models
+                )
+            assert len(ours) == len(theirs) == len(path) + 1
+            assert all(map(torch.equal, ours, theirs))
+
     def test_it_lies_in_memory_that_is_there(self, make: Make) -> None:
         """Tensors are the experts', or where merges are made."""
         held = make("llama")
