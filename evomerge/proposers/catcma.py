@@ -18,7 +18,7 @@ from evomerge.proposers.generations import Generations
 from evomerge.proposers.proposer import Problem, Weights, not_installed, objective_weights
 from evomerge.records import Floats, Options
 
-SURE = 0.75  # at most, of where a binary coordinate begins: earlier results are known at 0 and 1 only
+NUM_FLIPS = 2  # of binary coordinates of a first candidate, expected: most models far from a good one are bad
 
 
 class CatCmaOptions(Options):
@@ -33,7 +33,7 @@ class CatCmaOptions(Options):
 
 
 class CatCma(Generations):
-    """Begins at the best mean of earlier stages, else at the start, whose binary coordinates are its probabilities.
+    """Begins around the best mean of earlier stages, else around the start.
 
     Raises: CampaignError if the weights do not fit the objectives, or the package is missing.
     """
@@ -57,7 +57,9 @@ class _CatCmaEs:
             raise not_installed("catcma", "cmaes", "cmaes", error) from error
         self._is_binary_D = np.array([dimension.is_binary for dimension in problem.dimensions])
         start_C = problem.best_point[~self._is_binary_D]
-        on_B = problem.best_point[self._is_binary_D].clip(1 - SURE, SURE)
+        start_B = problem.best_point[self._is_binary_D]
+        flipped = min(0.25, NUM_FLIPS / max(1, len(start_B)))
+        on_B = np.where(start_B > 0.5, 1 - flipped, flipped)
         continuous = {
             "x_space": [[0.0, 1.0]] * len(start_C),
             "mean": start_C,
