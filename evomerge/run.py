@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from evomerge.campaign import Campaign
+from evomerge.campaign import Campaign, DataFlowSection
 from evomerge.errors import RunError, did_you_mean
 from evomerge.evidence.compare import paired_difference
 from evomerge.evidence.summary import Summarizer, all_sources
@@ -19,6 +19,7 @@ from evomerge.front.pick import knee, prefer
 from evomerge.ledger.ledger import Ledger
 from evomerge.records import Measurement, Objective, Split, Trial
 from evomerge.space.choice import Choice, chosen
+from evomerge.space.data_flow import layers_on
 
 if TYPE_CHECKING:
     from evomerge.driver import Watcher
@@ -125,17 +126,25 @@ class Run:
         return f"trial {trial.number}" + (f" by {self.operator_of(trial)}" if self.has_choice else "")
 
     def numbers_of(self, trial: Trial) -> list[tuple[Mapping[str, Any], float]]:
-        """Return the dimensions of a trial's operator (as ``asdict`` gives them), each with its number."""
+        """Return the dimensions of a trial's operator (as ``asdict`` gives them), each with its number.
+
+        Of a path's layers, whether they are on (0 or 1), and the scales of those that are.
+        """
         space, point = self.facts["space"], trial.point
         if self.has_choice:
             branch = self.facts["choice"][self.operator_of(trial)]
             space, point = branch["space"], tuple(point[column] for column in branch["columns"])
-        ends = [(dimension["low"], dimension["high"]) for dimension in space]
-        numbers = [low + x * (high - low) for x, (low, high) in zip(point, ends, strict=True)]
-        return [
-            (dimension, float(number > sum(end) / 2) if dimension.get("is_binary") else number)
-            for dimension, number, end in zip(space, numbers, ends, strict=True)
+        numbers = [
+            (dimension, dimension["low"] + x * (dimension["high"] - dimension["low"]))
+            for dimension, x in zip(space, point, strict=True)
         ]
+        if isinstance(self.campaign.space, DataFlowSection):
+            num_places = sum(dimension["is_binary"] for dimension in space)
+            on = layers_on(point[:num_places], self.campaign.space.max_layers).tolist()
+            switches = [(dimension, float(t in on)) for t, dimension in enumerate(space[:num_places])]
+            scales = numbers[num_places:]
+            return [*switches, *(scales[t] for t in on if scales)]
+        return numbers
 
     def hypervolume(self) -> float:
         """Of the front's search values above the base's."""

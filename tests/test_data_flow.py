@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_adapters
 import yaml
@@ -123,8 +124,11 @@ def test_it_is_shown(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "models on the front" in capsys.readouterr().out
     write_report(run, tmp_path / "report.html")
     assert "on python" in (tmp_path / "report.html").read_text()
-    on = [number for dimension, number in run.numbers_of(run.trials[3]) if dimension["parameter"] == "on"]
-    assert set(on) == {0.0, 1.0}
+    path = path_of(make_plan(run.campaign), run.trials[3])
+    numbers = run.numbers_of(run.trials[3])
+    assert [number for dimension, number in numbers if dimension["parameter"] == "on"].count(1.0) == len(path)
+    scales = [number for dimension, number in numbers if dimension["parameter"] == "scale"]
+    np.testing.assert_allclose(1 / np.cumprod(scales), [step.gain for step in path])
     assert open_run(run.folder).campaign == run.campaign
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evomerge.records import Floats, ParameterSpec
+from evomerge.records import Floats, Items, ParameterSpec
 from evomerge.space.space import Dimension, Range
 
 ON, OFF = 0.75, 0.25
@@ -40,8 +40,6 @@ Path = tuple[PathLayer, ...]
 class DataFlow:
     """Point <-> path. Position t = (repeat * K + expert) * depth + layer has the coordinates t (on) and T + t (scale).
 
-    A layer is on if its coordinate is above 0.5. If none is, the one with the largest coordinate is; if more than
-    ``max_layers`` are, those with the largest coordinates stay (of equal ones the earlier).
     scale: the range of the scales, or one number for all of them, which is then no dimension.
     """
 
@@ -50,7 +48,7 @@ class DataFlow:
     ) -> None:
         places = [(e, layer, r) for r in range(repeats) for e in range(len(experts)) for layer in range(depth)]
         self._places = [(e, layer) for e, layer, _ in places]
-        self._max_layers = len(places) if max_layers is None else max_layers
+        self._max_layers = max_layers
         self._fixed_scale = None if isinstance(scale, Range) else scale
         names = [f"layer{layer}" + (f" pass {r + 1}" if repeats > 1 else "") for _, layer, r in places]
         dimensions = [
@@ -85,19 +83,27 @@ class DataFlow:
         if np.shape(point_D) != (len(self),):
             raise ValueError(f"point: expected {len(self)} coordinates, got shape {np.shape(point_D)}")
         numbers_D = self._low_D + np.asarray(point_D, dtype=np.float64) * self._spans_D
-        on_T = numbers_D[: len(self._places)]
-        best_T = np.argsort(-on_T, kind="stable")
-        num_layers = min(max(1, int((on_T > 0.5).sum())), self._max_layers)
-        chosen_L = np.sort(best_T[:num_layers])
+        chosen_L = layers_on(numbers_D[: len(self._places)], self._max_layers)
         if self._fixed_scale is None:
             scales_L = numbers_D[len(self._places) + chosen_L]
         else:
-            scales_L = np.full(num_layers, self._fixed_scale)
+            scales_L = np.full(len(chosen_L), self._fixed_scale)
         chosen = [self._places[t] for t in chosen_L]
         return tuple(
             PathLayer(expert, layer, gain)
             for (expert, layer), gain in zip(chosen, gains(scales_L).tolist(), strict=True)
         )
+
+
+def layers_on(on_T: Sequence[float] | Floats, max_layers: int | None) -> Items:
+    """Return the positions (L,) of layers that are on, in their order, by their coordinates in [0, 1].
+
+    On is what is above 0.5: at least the one, and at most the ``max_layers``, with the largest coordinates (of equal
+    ones the earlier).
+    """
+    on_T = np.asarray(on_T)
+    num_layers = min(max(1, int((on_T > 0.5).sum())), max_layers or len(on_T))
+    return np.sort(np.argsort(-on_T, kind="stable")[:num_layers])
 
 
 def gains(scales_L: Floats) -> Floats:
