@@ -108,10 +108,7 @@ class Plan:
 
     @property
     def rigid(self) -> str | None:
-        """The first operator that a point can choose and that has a gradient in none of its searched numbers.
-
-        In a data-flow space there is none.
-        """
+        """What has no gradient in any of its searched numbers: an operator that a point can choose, or the space."""
         if isinstance(self.space, DataFlow):
             return "a data-flow space"
         for branch in self.space.branches:

@@ -111,6 +111,7 @@ def gains(scales_L: Floats) -> Floats:
 
     Layer l reads W_l h and adds to it: h <- W_l h + f(W_l h). Where a layer norms what it reads, f does not see the
     scale, and h divided by the product of all scales up to there is a stream to which layer l adds
-    f / (W_1 ... W_l) and in which the embeddings keep their size. The last norm does not see the difference.
+    f / (W_1 ... W_l) and in which the embeddings keep their size. The last norm does not see the difference. What norms
+    add to the mean square of their input (eps) counts beside this stream, where the scaled one is W_1 ... W_l times it.
     """
     return np.asarray(1.0 / np.cumprod(scales_L), dtype=np.float64)
