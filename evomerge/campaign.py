@@ -377,6 +377,8 @@ def _check_names(campaign: Campaign) -> None:
 
 def _check_starts(campaign: Campaign) -> None:
     """Shares by given numbers need one for each expert."""
+    if isinstance(campaign.space, DataFlowSection):
+        return
     sections = {"space.coefficient": campaign.space.coefficient}
     sections |= {f"space.exceptions.{place}": given for place, given in campaign.space.exceptions.items()}
     for where, section in sections.items():
