@@ -27,6 +27,7 @@ from evomerge.operators.model_stock import ModelStock
 from evomerge.operators.nearswap import NearSwap
 from evomerge.operators.opcm import Opcm
 from evomerge.operators.operator import Operator
+from evomerge.operators.partitioned import Partitioned
 from evomerge.operators.passthrough import Passthrough
 from evomerge.operators.pcb import Pcb
 from evomerge.operators.ram import Ram, RamPlusTl
@@ -36,9 +37,12 @@ from evomerge.operators.ties import Ties, TiesPaper
 from evomerge.operators.tsv import TsvM
 from evomerge.operators.widen import Widen
 from evomerge.proposers.adamerging import AdaMerging
+from evomerge.proposers.atlas import Atlas
 from evomerge.proposers.bayesian_map import BayesianMap
 from evomerge.proposers.catcma import CatCma
 from evomerge.proposers.cma_es import CmaEs
+from evomerge.proposers.expert_merging import ExpertMerging
+from evomerge.proposers.fw_merging import FwMerging
 from evomerge.proposers.gp import Gp
 from evomerge.proposers.gradient_front import GradientFront
 from evomerge.proposers.grid import Grid
@@ -52,6 +56,7 @@ from evomerge.proposers.nsga3 import Nsga3
 from evomerge.proposers.proposer import Proposer
 from evomerge.proposers.qlognehvi import QLogNehvi
 from evomerge.proposers.random import Random
+from evomerge.proposers.self_positioning import SelfPositioning
 from evomerge.proposers.sobol import Sobol
 from evomerge.proposers.surrogate import Surrogate
 from evomerge.proposers.tpe import Tpe
@@ -90,6 +95,7 @@ _OPERATORS: tuple[type[Operator], ...] = (
     ModelStock,
     NearSwap,
     Opcm,
+    Partitioned,
     Passthrough,
     Pcb,
     Ram,
@@ -106,9 +112,12 @@ _OPERATORS: tuple[type[Operator], ...] = (
 )
 _PROPOSERS: tuple[type[Proposer], ...] = (
     AdaMerging,
+    Atlas,
     BayesianMap,
     CatCma,
     CmaEs,
+    ExpertMerging,
+    FwMerging,
     Gp,
     GradientFront,
     Grid,
@@ -121,6 +130,7 @@ _PROPOSERS: tuple[type[Proposer], ...] = (
     Nsga3,
     QLogNehvi,
     Random,
+    SelfPositioning,
     Sobol,
     Surrogate,
     Tpe,

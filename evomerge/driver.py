@@ -89,6 +89,8 @@ class Driver:
         problem = Problem(
             dimensions=self.plan.space.dimensions,
             reference_M=self._reference_M,
+            tasks=tuple(self.plan.splits),
+            experts=tuple(self.plan.experts),
             num_objectives=len(self.plan.steering),
             seed=(seed, number),
             history=tuple(observe(trial, self.plan.objectives) for trial in finished if trial.stage < number),

@@ -42,7 +42,7 @@ from evomerge.operators.linear import TaskArithmetic
 from evomerge.operators.operator import Operator
 from evomerge.operators.passthrough import Passthrough
 from evomerge.records import Floats, Layers, Objective, ParameterSpec, Recipe, Split, TensorIndex
-from evomerge.space.choice import COEFFICIENT, Choice
+from evomerge.space.choice import Choice, is_coefficient
 from evomerge.space.data_flow import SCALE, DataFlow
 from evomerge.space.depth import group_depths
 from evomerge.space.groups import Groups, make_groups
@@ -241,11 +241,11 @@ def make_operator(section: Mapping[str, Any], where: str = "operator") -> tuple[
     operator_type = look_up(OPERATORS, section.get("name"), "operator", f"{where}.name")
     options = {key: value for key, value in section.items() if key in operator_type.options_type.model_fields}
     operator = operator_type(parse(operator_type.options_type, options, where))  # type: ignore[call-arg]
-    parameters = [spec.name for spec in operator.parameters if spec.name != COEFFICIENT]
+    parameters = [spec.name for spec in operator.parameters if not is_coefficient(spec.name)]
     settings = {key: value for key, value in section.items() if key not in options and key != "name"}
     for key in settings:
         if key not in parameters:
-            if key == COEFFICIENT:
+            if is_coefficient(key):
                 raise CampaignError(f"{where}.coefficient: coefficients are given under space.coefficient")
             known = [*operator_type.options_type.model_fields, *parameters]
             raise CampaignError(f"{where}.{key}: unknown key{did_you_mean(key, known)}")
@@ -314,7 +314,7 @@ def _make_choice(
         operator, settings = make_operator(given, where)
         searched = [
             _coefficient(spec, section)
-            if spec.name == COEFFICIENT
+            if is_coefficient(spec.name)
             else _parameter(spec, settings.get(spec.name, spec.default), where)
             for spec in operator.parameters
         ]
@@ -330,7 +330,7 @@ def _make_choice(
 def _require_use(section: SpaceSection, operators: Mapping[str, Operator]) -> None:
     """Refuse coefficients that no operator has; those of a preset are for the operators that have some."""
     given = "exceptions" if section.exceptions else "coefficient" if "coefficient" in section.model_fields_set else None
-    if any(spec.name == COEFFICIENT for operator in operators.values() for spec in operator.parameters):
+    if any(is_coefficient(spec.name) for operator in operators.values() for spec in operator.parameters):
         return
     if given and section.preset is None:
         raise CampaignError(

@@ -115,25 +115,41 @@ class Recipe:
         return digest(merge)[:16]
 
 
+BACKWARD_COST = 3.0  # forward and backward, in forwards
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Descent:
     """Gradient steps on the adapt items, done in one worker: start at a candidate's point, score where they end.
 
-    first_moment and second_moment are Adam's, in the units of the coefficients, () before the first step. The learning
-    rate falls linearly to ``final_rate`` of it. anchors: for the descent of a whole front, the points of M models, one
-    for each objective that steers, end to end (M * D); the point of a preference w over the objectives is their mean,
-    weighted by w, and the candidate's is that of equal weights. Each step then draws a preference.
+    loss is a named loss of the evaluator's, or one for each task that has one. rule says how a step moves the
+    coefficients (see ``descend.py``), and what the numbers below mean to it. The learning rate falls to ``final_rate``
+    of it: linearly, or along a cosine within the first ``period`` steps, and again within twice as many, and so on.
+    samples: draw batches from so many adapt items a task, the same for all descents of a stage, instead of from all.
+    seed: of the stage, and last the number of the descent. What follows steps_before is what the descents before have
+    left: first_moment and second_moment are Adam's, () before the first step; raw are the numbers that the rule moves,
+    where the point does not tell them. anchors: for the descent of a whole front, the points of M models, one for each
+    objective that steers, end to end (M * D); the point of a preference w over the objectives is their mean, weighted
+    by w, and the candidate's is that of equal weights. Each step then draws a preference.
     """
 
-    loss: str
+    loss: str | Mapping[str, str]
     steps: int
     learning_rate: float
     batch_size: int
     seed: tuple[int, ...]
+    rule: str = "adam"
+    final_rate: float = 1.0
+    period: int | None = None
+    samples: int | None = None
+    weight_decay: float = 0.0
+    clip: float | None = None
+    penalty: float = 0.0
+    temperature: float = 1.0
     steps_before: int = 0
     first_moment: tuple[float, ...] = ()
     second_moment: tuple[float, ...] = ()
-    final_rate: float = 1.0
+    raw: tuple[float, ...] = ()
     anchors: tuple[float, ...] = ()
 
 
@@ -214,15 +230,16 @@ class Slopes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrival:
-    """Where a descent ended: its point, Adam's moments, the loss at each step, and the anchors of a front's descent.
+    """Where a descent ended: its point, the loss at each step, and what the next one needs to go on (``Descent``).
 
     slopes: of a descent of the labels' loss.
     """
 
     point: tuple[float, ...]
-    first_moment: tuple[float, ...]
-    second_moment: tuple[float, ...]
     losses: tuple[float, ...]
+    first_moment: tuple[float, ...] = ()
+    second_moment: tuple[float, ...] = ()
+    raw: tuple[float, ...] = ()
     anchors: tuple[float, ...] = ()
     slopes: Slopes | None = None
 

@@ -8,10 +8,10 @@ from evomerge.errors import CampaignError
 from evomerge.plan import Plan
 from evomerge.proposers.adamerging import AdaMerging, AdaMergingOptions
 from evomerge.proposers.gradient_front import GradientFront, GradientFrontOptions
+from evomerge.proposers.legs import DescentOptions
 from evomerge.proposers.proposer import Problem
 from evomerge.proposers.surrogate import Surrogate, SurrogateOptions
 from evomerge.records import Options
-from evomerge.scorer import BACKWARD_COST
 
 AUTO_LEGS = 6  # of a descent of one objective
 AUTO_FRONT = 4  # candidates of the gradient front, beside one for each objective
@@ -48,7 +48,13 @@ def make_stages(campaign: Campaign, plan: Plan) -> list[Stage]:
             f"search: the stages take {campaign.budget.evaluations - left} evaluations and leave {left} of "
             f"budget.evaluations = {campaign.budget.evaluations}; raise the budget or lower a stage"
         )
-    problem = Problem(dimensions=plan.space.dimensions, num_objectives=len(plan.steering), seed=(campaign.seed,))
+    problem = Problem(
+        dimensions=plan.space.dimensions,
+        num_objectives=len(plan.steering),
+        seed=(campaign.seed,),
+        tasks=tuple(plan.splits),
+        experts=tuple(plan.experts),
+    )
     stages = []
     for number, stage in enumerate(campaign.search):
         if PROPOSERS[stage.proposer].needs_gradients and plan.rigid:
@@ -56,11 +62,17 @@ def make_stages(campaign: Campaign, plan: Plan) -> list[Stage]:
                 f"search[{number}].proposer: {stage.proposer} needs gradients, which {plan.rigid} does not "
                 "give; use task_arithmetic or linear, or another proposer"
             )
-        PROPOSERS[stage.proposer](problem, campaign.stage_options(number))  # type: ignore[call-arg]
+        options = campaign.stage_options(number)
+        if isinstance(options, DescentOptions) and options.named_loss not in plan.evaluator.losses:
+            raise CampaignError(
+                f"search[{number}]: {stage.proposer} descends the loss {options.named_loss!r}; these evaluators have "
+                f"{', '.join(sorted(plan.evaluator.losses)) or 'none'}; take another loss or proposer"
+            )
+        PROPOSERS[stage.proposer](problem, options)  # type: ignore[call-arg]
         stages.append(
             Stage(
                 proposer=stage.proposer,
-                options=campaign.stage_options(number),
+                options=options,
                 num_evaluations=left if stage.evaluations is None else stage.evaluations,
             )
         )
@@ -69,13 +81,11 @@ def make_stages(campaign: Campaign, plan: Plan) -> list[Stage]:
 
 def stage_cost(plan: Plan, stage: Stage) -> float:
     """Return a stage's full-evaluation equivalents, gradient steps included."""
-    settings = stage.options.model_dump()
-    if "steps" not in settings:
+    if not isinstance(stage.options, DescentOptions):
         return stage.num_evaluations
-    num_items = sum(min(settings["batch_size"], len(splits["adapt"])) for splits in plan.splits.values())
+    num_adapt = {task: len(splits["adapt"]) for task, splits in plan.splits.items()}
     num_search = sum(len(splits["search"]) for splits in plan.splits.values())
-    num_descents = 1 if stage.proposer == GradientFront.name else stage.num_evaluations
-    return float(stage.num_evaluations + num_descents * BACKWARD_COST * settings["steps"] * num_items / num_search)
+    return stage.num_evaluations + stage.options.num_forwards(num_adapt, stage.num_evaluations) / num_search
 
 
 def _auto(campaign: Campaign, plan: Plan) -> list[Stage]:

@@ -33,7 +33,7 @@ class ClassificationEvaluator:
     Raises: DataError for a missing or malformed file, or a head that does not fit the labels or the model's features.
     """
 
-    losses = frozenset({"ce", "entropy"})
+    losses = frozenset({"ce", "entropy", "kl"})
 
     def __init__(self, options: ClassificationOptions, wanted: Wanted) -> None:
         self.batch_size = options.batch_size
@@ -66,6 +66,10 @@ class ClassificationEvaluator:
             return cross_entropy(logits, self._data[task]["labels"][batch].to(logits.device))
         logp = logits.log_softmax(-1)
         return -(logp.exp() * logp).sum(-1).mean()
+
+    def logits(self, model: nn.Module, task: str, items: Items) -> list[Tensor]:
+        """One row an item: a logit a class."""
+        return list(self._logits(model, task, torch.from_numpy(items)).float()[:, None].unbind(0))
 
     def _logits(self, model: nn.Module, task: str, batch: Tensor) -> Tensor:
         tensors = self._data[task]

@@ -8,10 +8,11 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
 from evomerge.records import Direction, Items
@@ -47,7 +48,10 @@ class Evaluator(Protocol):
 
     @property
     def losses(self) -> frozenset[str]:
-        """Names of the differentiable losses: ``ce`` (of the right answer), ``entropy`` (of the prediction)."""
+        """Names of the differentiable losses: ``ce`` (of the right answer), ``entropy`` (of the prediction).
+
+        ``kl`` (of the prediction, from an expert's) is made from what a ``Predictor`` says; ``loss`` is not asked it.
+        """
 
     @property
     def sources(self) -> Mapping[str, Sequence[int | str]]:
@@ -68,6 +72,30 @@ class Evaluator(Protocol):
 
     def loss(self, model: nn.Module, task: str, items: Items, name: str) -> Tensor:
         """Return the mean of a named loss over the items, in nats, differentiable in the model's parameters."""
+
+
+@runtime_checkable
+class Predictor(Evaluator, Protocol):
+    """An evaluator whose ``losses`` hold ``kl``: it says what predictions are made from."""
+
+    def logits(self, model: nn.Module, task: str, items: Items) -> list[Tensor]:
+        """Return what each item's prediction is made from, (rows, classes) float32, differentiable in the parameters.
+
+        A row is a choice among classes: of an item, or of each token that is scored.
+        """
+
+
+def divergence(teacher: Sequence[Tensor], logits: Sequence[Tensor], temperature: float) -> Tensor:
+    """Return the mean over items of T^2 KL(teacher || model), itself the mean over an item's rows, nats.
+
+    Shapes: of each item (rows, classes). Both are softened by the temperature T, whose square keeps the size of the
+    gradient. Reference: Hinton et al. 2015, arxiv.org/abs/1503.02531, section 2.
+    """
+    parts = []
+    for taught_RC, logits_RC in zip(teacher, logits, strict=True):
+        taught, own = ((held / temperature).log_softmax(-1) for held in (taught_RC.to(logits_RC), logits_RC))
+        parts.append((taught.exp() * (taught - own)).sum(-1).mean())
+    return temperature**2 * torch.stack(parts).mean()
 
 
 def companion_of(name: str, metric: Metric, scores: ItemScores) -> npt.NDArray[np.float32] | None:

@@ -24,7 +24,7 @@ from evomerge.evaluators.generate import Limits, answer_text, end_tokens, genera
 from evomerge.evaluators.judge import FunctionJudge, Judge, ModelJudge, ModelJudgeOptions
 from evomerge.evaluators.layouts import TokenSequence
 from evomerge.evaluators.lines import continuation, open_tokenizer, path_of, read_lines, text_tokens, token_limit
-from evomerge.evaluators.sequences import logprobs, mean_loss
+from evomerge.evaluators.sequences import logprobs, mean_loss, scored_logits
 from evomerge.records import Items, Options, digest
 
 LENGTH, EXACT_MATCH = "length", "exact_match"
@@ -91,7 +91,7 @@ class GenerationEvaluator:
             task: [line["source"] for line in held.lines] for task, held in self._tasks.items()
         }
         answered = all(held.references for held in self._tasks.values())
-        self.losses = frozenset({"ce", "entropy"} if answered else ())
+        self.losses = frozenset({"ce", "entropy", "kl"} if answered else ())
         asked = options.model_dump(mode="json", include={"max_new_tokens", "stop", "chat"})
         served = [options.endpoint.url, options.endpoint.model] if options.endpoint else None
         judged = self._judge.digest if self._judge else None
@@ -126,6 +126,11 @@ class GenerationEvaluator:
         if not references:
             raise DataError(f"task {task}: a search asks for the loss {name!r}; its lines have no answer to take it of")
         return mean_loss(model, [references[item] for item in items], self._options.batch_size, name)
+
+    def logits(self, model: nn.Module, task: str, items: Items) -> list[Tensor]:
+        """A row for each token of the reference answer."""
+        references = self._tasks[task].references
+        return scored_logits(model, [references[item] for item in items], self._options.batch_size)
 
     def _judged(self, task: str) -> list[str]:
         """Return the metrics that objectives ask the judge for."""

@@ -20,7 +20,7 @@ from evomerge.errors import DataError
 from evomerge.evaluators.evaluator import LOSS, ItemScores, Metric, Wanted, digest_of
 from evomerge.evaluators.layouts import TokenSequence
 from evomerge.evaluators.lines import continuation, open_tokenizer, path_of, read_lines, text_tokens, token_limit
-from evomerge.evaluators.sequences import logprobs, mean_loss
+from evomerge.evaluators.sequences import logprobs, mean_loss, scored_logits
 from evomerge.records import Items, Options
 
 Form = Literal["text", "answer", "choice"]
@@ -59,7 +59,7 @@ class LanguageEvaluator:
     Raises: DataError for a missing or malformed file, an empty text, or a sequence longer than the model takes.
     """
 
-    losses = frozenset({"ce", "entropy"})
+    losses = frozenset({"ce", "entropy", "kl"})
 
     def __init__(self, options: LanguageOptions, wanted: Wanted, base: Path) -> None:
         tokenizer, limit = open_tokenizer(base), token_limit(base)
@@ -94,9 +94,15 @@ class LanguageEvaluator:
 
     def loss(self, model: nn.Module, task: str, items: Items, name: str) -> Tensor:
         """Mean over items of the loss of the right answer, or of the entropy of the predictions where it stands."""
+        return mean_loss(model, self._right(task, items), self._options.batch_size, name)
+
+    def logits(self, model: nn.Module, task: str, items: Items) -> list[Tensor]:
+        """A row for each token of the right answer."""
+        return scored_logits(model, self._right(task, items), self._options.batch_size)
+
+    def _right(self, task: str, items: Items) -> list[TokenSequence]:
         held = self._tasks[task]
-        right = [held.sequences[item][held.gold[item]] for item in items]
-        return mean_loss(model, right, self._options.batch_size, name)
+        return [held.sequences[item][held.gold[item]] for item in items]
 
 
 def _choice_scores(total: Tensor, num_choices: Sequence[int], gold: Sequence[int]) -> ItemScores:

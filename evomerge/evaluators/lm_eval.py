@@ -26,7 +26,7 @@ from evomerge.evaluators.generate import Limits, generate
 from evomerge.evaluators.layouts import Tokens, TokenSequence
 from evomerge.evaluators.lm_eval_requests import Harness, Request
 from evomerge.evaluators.lm_eval_tasks import FrozenTask, Item, LmEvalOptions, Outcome, freeze_tasks
-from evomerge.evaluators.sequences import forwards, logprobs
+from evomerge.evaluators.sequences import forwards, logprobs, scored_logits
 from evomerge.records import Direction, Items, digest
 
 BETTER: dict[bool | None, Direction] = {True: "max", False: "min"}
@@ -72,7 +72,7 @@ class LmEvalEvaluator:
             name: task.sources(options.sources.get(name)) for name, task in self._tasks.items()
         }
         smooth = all(task.has_reference for task in self._tasks.values())
-        self.losses = frozenset({"ce", "entropy"} if smooth else ())
+        self.losses = frozenset({"ce", "entropy", "kl"} if smooth else ())
         self.digest = digest([version("lm_eval"), {name: task.digest for name, task in self._tasks.items()}])
 
     def metrics(self, task: str) -> Mapping[str, Metric]:
@@ -117,6 +117,14 @@ class LmEvalEvaluator:
             return -torch.stack([(row.exp() * row).sum() for row in logp]).mean()
         right = [row[list(item.gold)].logsumexp(0) for row, item in zip(logp, chosen, strict=True)]
         return -torch.stack(right).mean()
+
+    def logits(self, model: nn.Module, task: str, items: Items) -> list[Tensor]:
+        """One row over the choices, or one for each token of the reference."""
+        chosen, batch_size = [self._tasks[task].items[item] for item in items], self._options.batch_size
+        if chosen[0].gold:
+            return [-part[None] for part in _sums(model, chosen, batch_size, "ce")]
+        rows = iter(scored_logits(model, [part for item in chosen for part in item.reference], batch_size))
+        return [torch.cat([next(rows) for _ in item.reference]) for item in chosen]
 
     def _logprobs(self, model: nn.Module, chosen: Sequence[Item]) -> Logprobs:
         """Run each sequence of the items' requests and references once."""

@@ -70,6 +70,14 @@ def mean_loss(model: nn.Module, sequences: Sequence[TokenSequence], batch_size: 
     return torch.stack(sums).sum() / len(sequences)
 
 
+def scored_logits(model: nn.Module, sequences: Sequence[TokenSequence], batch_size: int) -> list[Tensor]:
+    """Return each sequence's float32 logits where it is scored, (tokens, V), differentiable in the parameters."""
+    rows: dict[int, Tensor] = {}
+    for indices, logits, _, scored in forwards(model, sequences, batch_size):
+        rows |= {index: logits[row, scored[row]] for row, index in enumerate(indices)}
+    return [rows[index] for index in range(len(sequences))]
+
+
 def continues_exactly(model: Any, sequences: Sequence[TokenSequence]) -> bool:
     """Tell whether the model can go on from kept keys and values as if it had seen the tokens in one go.
 

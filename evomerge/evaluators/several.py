@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from evomerge.evaluators.evaluator import Evaluator, ItemScores, Metric
+from evomerge.evaluators.evaluator import Evaluator, ItemScores, Metric, Predictor
 from evomerge.records import Items, digest
 
 
@@ -35,3 +35,9 @@ class SeveralEvaluators:
     def loss(self, model: nn.Module, task: str, items: Items, name: str) -> Tensor:
         """Return the mean loss over items of one task."""
         return self._parts[task].loss(model, task, items, name)
+
+    def logits(self, model: nn.Module, task: str, items: Items) -> list[Tensor]:
+        """Return the predictions of items of one task."""
+        part = self._parts[task]
+        assert isinstance(part, Predictor)
+        return part.logits(model, task, items)

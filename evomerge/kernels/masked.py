@@ -62,20 +62,32 @@ def masked_consensus(
     launch(tile, out_P, sources.layout.runs(changed), sources.base_P, rows, columns)
 
 
-def kept_entries(sources: Sources, trims: Trims) -> tuple[Dense, ...]:
-    """Return what is kept of each task vector, times its gain, rounded to the base's dtype."""
-    tile, rows = _masked_tile(sources, trims, Vote())
-    ones_KS = trims.gain_KS.new_ones(sources.num_experts + 1, sources.num_tensors)
-    floats_CB, ints_CB = _masked_columns(sources, ones_KS, trims)
+def kept_entries(sources: Sources, trims: Trims, vote: Vote) -> tuple[Dense, ...]:
+    """Return what each task vector adds to the combination at a weight of 1, rounded to the base's dtype.
+
+    The combination must be linear in the weights: nothing is elected or divided by them.
+    """
+    assert vote.elect in ("no", "unweighted")
+    assert vote.divide != "weights"
+    tile, rows = _masked_tile(sources, trims, vote)
+    floats_CB, ints_CB = _masked_columns(
+        sources, trims.gain_KS.new_zeros(sources.num_experts + 1, sources.num_tensors), trims
+    )
     kept = []
-    for k, is_vector in enumerate(tile.are_vectors):
-        columns = (
-            floats_CB[[0, *range(1 + k * tile.FLOATS, 1 + (k + 1) * tile.FLOATS)]],
-            ints_CB[[0, *range(1 + k * tile.INTS, 1 + (k + 1) * tile.INTS)]],
+    for k in range(sources.num_experts):
+        held = (
+            [k] if vote.elect == "no" else list(range(sources.num_experts))
+        )  # without a vote, the others are not read
+        one = KeptTile(replace(tile, are_vectors=tuple(tile.are_vectors[other] for other in held)))
+        weighed_CB = floats_CB.clone()
+        weighed_CB[1 + k * tile.FLOATS] = 1.0
+        columns = tuple(
+            numbers[[0, *(1 + other * width + column for other in held for column in range(width))]]
+            for numbers, width in ((weighed_CB, tile.FLOATS), (ints_CB, tile.INTS))
         )
+        read = [rows[row] for row in range(len(rows)) if row % sources.num_experts in held]
         out_P = torch.empty_like(sources.base_P)
-        one = KeptTile(replace(tile, are_vectors=(is_vector,)))
-        launch(one, out_P, sources.layout.runs(None), sources.base_P, rows[k :: sources.num_experts], columns)
+        launch(one, out_P, sources.layout.runs(None), sources.base_P, read, columns)
         kept.append(Dense(out_P, is_task_vector=True))
     return tuple(kept)
 

@@ -67,12 +67,10 @@ class MaskedTile:
 
     def __call__(self, base: Tensor, rows: Sequence[Tensor], floats_CB: Tensor, ints_CB: Tensor) -> Tensor:
         """Return the merged blocks."""
-        weights = floats_CB[1 :: self.FLOATS, :, None].unbind(0)
-        total = _combined(self.entries(base, rows, floats_CB, ints_CB), weights, self.vote)
-        return base.float() + floats_CB[0, :, None] * total
+        return base.float() + floats_CB[0, :, None] * self.combination(base, rows, floats_CB, ints_CB)
 
-    def entries(self, base: Tensor, rows: Sequence[Tensor], floats_CB: Tensor, ints_CB: Tensor) -> list[Tensor]:
-        """Return each expert's kept entries times their gain, zero elsewhere."""
+    def combination(self, base: Tensor, rows: Sequence[Tensor], floats_CB: Tensor, ints_CB: Tensor) -> Tensor:
+        """Return the combination of the kept entries times their gain."""
         floats, ints = floats_CB[:, :, None].unbind(0), ints_CB[:, :, None].unbind(0)
         vectors = []
         for k, is_vector in enumerate(self.are_vectors):
@@ -81,10 +79,11 @@ class MaskedTile:
                 held = held * floats[3 + k * self.FLOATS]
             vectors.append(held if is_vector else held - base.float())
         variances = variance(vectors) if self.keep == "variance" else None
-        return [
+        entries = [
             self._entries(k, vector, vector if variances is None else variances, rows, floats, ints)
             for k, vector in enumerate(vectors)
         ]
+        return _combined(entries, floats_CB[1 :: self.FLOATS, :, None].unbind(0), self.vote)
 
     def _entries(
         self,
@@ -119,7 +118,7 @@ class MaskedTile:
 
 @dataclass(frozen=True)
 class KeptTile:
-    """The kept entries of the one expert of ``masked``, times their gain."""
+    """The combination of ``masked`` by itself, without the base and the scale."""
 
     is_sum: ClassVar[bool] = False
 
@@ -127,7 +126,7 @@ class KeptTile:
 
     def __call__(self, base: Tensor, rows: Sequence[Tensor], floats_CB: Tensor, ints_CB: Tensor) -> Tensor:
         """Return the blocks."""
-        return self.masked.entries(base, rows, floats_CB, ints_CB)[0]
+        return self.masked.combination(base, rows, floats_CB, ints_CB)
 
 
 def _combined(entries: Sequence[Tensor], weights: Sequence[Tensor], vote: Vote) -> Tensor:

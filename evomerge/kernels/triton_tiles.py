@@ -73,7 +73,7 @@ def _masked(
     ARE_VECTORS: tl.constexpr, KEEP: tl.constexpr, UNBIASED: tl.constexpr, SCALED: tl.constexpr, GAINED: tl.constexpr,
     ELECT: tl.constexpr, DIVIDE: tl.constexpr, ZERO: tl.constexpr, KEPT_ALONE: tl.constexpr,
 ):  # fmt: skip
-    """``MaskedTile``, or ``KeptTile``: one expert's kept entries by themselves."""
+    """``MaskedTile``, or ``KeptTile``: the combination by itself."""
     block = tl.program_id(0) if blocks is None else tl.load(blocks + tl.program_id(0))
     column_E = tl.arange(0, _BLOCK)
     at_E = block.to(tl.int64) * _BLOCK + column_E

@@ -77,6 +77,7 @@ class Materializer:
         self._checkpoints = (base, *experts)
         self._paths: Paths | None = None
         self.module = self.resident.module
+        self._directions: tuple[Operator, Any, Sources] | None = None  # of the operator and state of a descent
         self._states: dict[Operator, tuple[Mapping[str, Tensor], Any]] = {}
 
     def build(self, operator: Operator, recipe: Recipe) -> None:
@@ -85,6 +86,10 @@ class Materializer:
         Raises: CandidateError if the merge is undefined or not finite; EvoMergeError if the views are broken;
         InputError if the recipe is a path and these are no checkpoints to lay one through.
         """
+        self._directions = None  # as large as all experts, where an operator makes them for gradients alone
+        self._build(operator, recipe)
+
+    def _build(self, operator: Operator, recipe: Recipe) -> None:
         assert recipe.int8 == (self.residence == "int8")
         self.resident.check_views()
         if recipe.layers and self._arrangement is None:
@@ -119,16 +124,17 @@ class Materializer:
         them.
         """
         assert isinstance(operator, LinearOperator)
-        self.build(operator, recipe)
+        self._build(operator, recipe)
         values = {name: matrix.requires_grad_(True) for name, matrix in self._spread(recipe).items()}
         state = self._prepare(operator, values)
         weights_KS = operator.weights(values, state)
         products_KS = torch.zeros_like(weights_KS)
-        directions = operator.directions(self._sources_of(operator), state)
+        if self._directions is None or self._directions[0] is not operator or self._directions[1] is not state:
+            self._directions = operator, state, operator.directions(self._sources_of(operator), state)
         group_of = _group_of(recipe)
         columns = torch.tensor([group_of[tensor.name] for tensor in self.layout.tensors])
         found = []
-        with _ReducedGradients(self, directions, products_KS), torch.enable_grad():
+        with _ReducedGradients(self, self._directions[2], products_KS), torch.enable_grad():
             for loss in losses:
                 products_KS.zero_()
                 value = loss()

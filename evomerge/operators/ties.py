@@ -14,7 +14,7 @@ from evomerge.kernels.sources import Sources
 from evomerge.kernels.tiles import Vote
 from evomerge.operators.masks import Tables, l1_gain, magnitude_tables, num_kept, sizes, thresholds
 from evomerge.operators.operator import Values
-from evomerge.operators.trimmed import SCALE, Trimmed, TrimmedOptions, TrimState, coefficient, density
+from evomerge.operators.trimmed import SCALE, LinearTrimmed, Trimmed, TrimmedOptions, TrimState, coefficient, density
 from evomerge.records import Options, ParameterSpec
 
 TiesState = TrimState[Tables]
@@ -69,13 +69,17 @@ class TiesPaperOptions(TrimmedOptions):
     normalize: bool = True
 
 
-class TiesPaper(Trimmed):
+class TiesPaper(LinearTrimmed):
     """TIES as in the paper: trim the whole model, elect, average what agrees; ``scale`` is its lambda.
 
     Of all entries of a task vector together int(density P) are kept, so that tensors that moved much keep more.
     (Tensors may have densities of their own: each takes the whole model's threshold of its own density.) The signs are
     elected before the coefficients weigh the entries, which the paper does not do; at 1 it is the paper's merge, and at
     other values peft's. Negative ones are allowed. The agreeing entries are divided by their number.
+
+    So the merge is linear in the coefficients, and searches can follow gradients in them. With ``normalize: false`` it
+    is what AdaMerging++ learns (Yang et al. 2024, arxiv.org/abs/2310.02575): the sum of the task vectors, each trimmed
+    to its top 20 % and stripped of what disagrees with the elected sign.
 
     A vote of zero elects no sign (sgn 0 = 0 in the paper), so that nothing is merged where what is kept cancels. The
     official code gives such entries the sign of the majority of the whole model, and keeps every entry that ties at

@@ -67,27 +67,39 @@ class Trimmed:
         masked_consensus(out_P, sources, weights_KS, state.trims, self.vote, changed)
 
 
-class TrimmedSum(Trimmed):
+class LinearTrimmed(Trimmed):
+    """A rule whose vote the coefficients do not touch, so that the merge is linear in them.
+
+    theta = base + scale * sum_k c_k d_k, d_k what is left of tau_k, divided by the number of what agrees if so voted.
+    """
+
+    differentiable: bool = True
+
+    def weights(self, values: Values, state: Any) -> Tensor:  # noqa: ARG002
+        """The base counts once; the others weigh what is left of the task vectors."""
+        return torch.cat([torch.ones_like(values["scale"]), values["scale"] * values["coefficient"]])
+
+    def directions(self, sources: Sources, state: TrimState[Any]) -> Sources:
+        """What is left of the task vectors: buffers as large as all experts together, made for gradients alone."""
+        return replace(sources, experts=kept_entries(sources, state.trims, self.vote))
+
+
+class TrimmedSum(LinearTrimmed):
     """theta = base + scale * sum_k c_k trimmed tau_k, divided by sum_k c_k if ``normalize``."""
 
     name: ClassVar[str]
-    differentiable: bool = True
 
     @property
     def vote(self) -> Vote:
         """None: all entries are summed."""
         return Vote()
 
-    def weights(self, values: Values, state: Any) -> Tensor:  # noqa: ARG002
-        """The base counts once; the others weigh the trimmed task vectors."""
-        coefficients_KS, scale_1S = values["coefficient"], values["scale"]
+    def weights(self, values: Values, state: Any) -> Tensor:
+        """Normalized, if so asked."""
+        coefficients_KS = values["coefficient"]
         if self.options.normalize:
             coefficients_KS = normalized(self.name, coefficients_KS)
-        return torch.cat([torch.ones_like(scale_1S), scale_1S * coefficients_KS])
-
-    def directions(self, sources: Sources, state: TrimState[Any]) -> Sources:
-        """The trimmed task vectors: buffers as large as all experts together, made for gradients alone."""
-        return replace(sources, experts=kept_entries(sources, state.trims))
+        return super().weights({**values, "coefficient": coefficients_KS}, state)
 
 
 def coefficient(default: float, low: float, high: float, vote: Vote) -> ParameterSpec:

@@ -9,12 +9,13 @@ front that is not convex: go on with a search on the scores.
 Shape letters: D dimensions, M objectives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
 
+from evomerge.proposers.legs import DescentOptions
 from evomerge.proposers.proposer import Problem
 from evomerge.records import Candidate, Descent, Floats, Observation, Options
 
@@ -22,12 +23,16 @@ NUM_PREFERENCES = 1024  # among which those far from each other are chosen
 FINAL_RATE = 0.1
 
 
-class GradientFrontOptions(Options):
+class GradientFrontOptions(DescentOptions):
     """steps: of the descent; learning_rate: at first, in units of the coefficients; batch_size: items a task."""
 
     steps: int = Field(default=60, ge=1)
     learning_rate: float = Field(default=0.08, gt=0)
     batch_size: int = Field(default=8, ge=1)
+
+    def num_forwards(self, num_adapt: Mapping[str, int], num_trials: int) -> float:  # noqa: ARG002
+        """One descent, whatever the number of trials."""
+        return super().num_forwards(num_adapt, 1)
 
 
 class GradientFront:

@@ -70,7 +70,7 @@ class SamplingLaw:
         from scipy.stats.qmc import Sobol
 
         dimensions = problem.dimensions
-        experts = problem.experts
+        experts = problem.searched_experts
         self.num_experts = len(experts)
         self._expert_D = np.array([-1 if owner is None else experts.index(owner) for owner in problem.owners])
         low_D, high_D = np.array([d.low for d in dimensions]), np.array([d.high for d in dimensions])

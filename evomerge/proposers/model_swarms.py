@@ -147,7 +147,7 @@ def _corners(problem: Problem) -> list[Floats]:
 
     Coordinates that are no coefficient of an expert stay at the start. Raises: CampaignError if all are such.
     """
-    experts = problem.experts
+    experts = problem.searched_experts
     if not experts:
         raise CampaignError(
             "search: model_swarms starts at base and experts, and no expert's coefficient is searched; "

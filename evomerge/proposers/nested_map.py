@@ -70,10 +70,10 @@ class NestedMap:
     needs_gradients: ClassVar[bool] = False
 
     def __init__(self, problem: Problem, options: NestedMapOptions) -> None:
-        if len(problem.experts) < 2:
+        if len(problem.searched_experts) < 2:
             raise CampaignError(
                 "search: nested_map mixes experts two by two: expected searched coefficients of two at least, found "
-                f"{len(problem.experts)}; use map"
+                f"{len(problem.searched_experts)}; use map"
             )
         self.problem, self.options = problem, options
         given_M = objective_weights(options.weights, problem.num_objectives, self.name)
@@ -132,7 +132,7 @@ class NestedMap:
         ranges: dict[str | None, list[tuple[float, float]]] = {}
         for dimension, owner in zip(self.problem.dimensions, self.problem.owners, strict=True):
             ranges.setdefault(owner, []).append((dimension.low, dimension.high))
-        ends = [np.array(ranges[expert]) for expert in self.problem.experts]
+        ends = [np.array(ranges[expert]) for expert in self.problem.searched_experts]
         return np.array([np.clip(1.0, of[:, 0].min(), of[:, 1].max()) for of in ends])
 
     def _leaves(self, experts_KK: Floats) -> list[Model]:
@@ -175,7 +175,7 @@ class NestedMap:
         return np.asarray(GRID_N2[(merits_N2 @ [model.weight for model in pair]).argmax()])
 
     def _points(self, levels_NK: Floats) -> list[Point]:
-        experts = self.problem.experts
+        experts = self.problem.searched_experts
         return [self.problem.mixture(dict(zip(experts, levels_K, strict=True))) for levels_K in levels_NK.tolist()]
 
 

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from evomerge.errors import CampaignError
 from evomerge.records import Candidate, Floats, Observation, Options
-from evomerge.space.choice import COEFFICIENT
+from evomerge.space.choice import is_coefficient
 from evomerge.space.space import Dimension
 
 Point = tuple[float, ...]
@@ -33,13 +33,16 @@ SPREAD = 0.15  # of the startup cloud, in units of the box: CMA-ES begins with t
 class Problem:
     """What a search is about.
 
-    dimensions say what each coordinate is, and its range; reference_M is where hypervolume begins, the worst that base
-    and experts have in each objective; history are the results of earlier stages, in the order in which they came.
+    dimensions say what each coordinate is, and its range; tasks and experts are those of the campaign, by name;
+    reference_M is where hypervolume begins, the worst that base and experts have in each objective; history are the
+    results of earlier stages, in the order in which they came.
     """
 
     dimensions: tuple[Dimension, ...]
     num_objectives: int
     seed: tuple[int, ...]
+    tasks: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
     reference_M: Floats | None = None
     history: tuple[Observation, ...] = ()
 
@@ -62,10 +65,10 @@ class Problem:
     @property
     def owners(self) -> list[str | None]:
         """Whose coefficient each coordinate is; None for what is no coefficient of an expert."""
-        return [dimension.expert if dimension.parameter == COEFFICIENT else None for dimension in self.dimensions]
+        return [dimension.expert if is_coefficient(dimension.parameter) else None for dimension in self.dimensions]
 
     @property
-    def experts(self) -> list[str]:
+    def searched_experts(self) -> list[str]:
         """The experts of whom coefficients are searched."""
         return list(dict.fromkeys(owner for owner in self.owners if owner is not None))
 

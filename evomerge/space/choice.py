@@ -15,6 +15,11 @@ from evomerge.space.space import Dimension, Sizes, Space
 COEFFICIENT = "coefficient"  # a merge has the same experts and groups, whatever the operator
 
 
+def is_coefficient(parameter: str) -> bool:
+    """Whether a parameter weighs an expert: ``coefficient``, or of several classes ``coefficient2`` and so on."""
+    return parameter.rstrip("0123456789") == COEFFICIENT
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Branch:
     """One operator, its space, and which coordinates of the choice's point are the space's."""
@@ -44,7 +49,7 @@ class Choice:
         for operator, space in spaces.items():
             columns = []
             for own in space.dimensions:
-                is_shared = len(spaces) == 1 or own.parameter == COEFFICIENT
+                is_shared = len(spaces) == 1 or is_coefficient(own.parameter)
                 dimension = own if is_shared else replace(own, parameter=f"{operator}.{own.parameter}")
                 column = column_of.setdefault(dimension.name, len(dimensions))
                 if column == len(dimensions):

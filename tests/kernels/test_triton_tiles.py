@@ -15,7 +15,7 @@ from torch import Tensor
 from evomerge.assemble import OPERATORS
 from evomerge.kernels import lincomb, masked
 from evomerge.kernels.layout import BLOCK
-from evomerge.kernels.tiles import Divide, Elect, Keep, LincombTile, MaskedTile, Vote
+from evomerge.kernels.tiles import Divide, Elect, Keep, KeptTile, LincombTile, MaskedTile, Vote
 
 pytest.importorskip("triton", reason="needs triton (pip install triton), which is not installed")
 if torch.cuda.is_available():
@@ -57,9 +57,7 @@ def draw_masked(
     return rows, (floats_CB, ints_CB)
 
 
-def expected(
-    tile: LincombTile | MaskedTile, base_P: Tensor, rows: Sequence[Tensor], columns: Sequence[Tensor]
-) -> Tensor:
+def expected(tile: triton_tiles.Tile, base_P: Tensor, rows: Sequence[Tensor], columns: Sequence[Tensor]) -> Tensor:
     blocks = [buffer_P.view(-1, BLOCK) for buffer_P in (base_P, *rows)]
     return tile(blocks[0], tuple(blocks[1:]), *columns).view(-1)
 
@@ -77,6 +75,20 @@ def test_masked_consensus_has_the_bits_of_its_tile(keep: Keep, elect: Elect, div
     assert torch.equal(out_P, expected(tile, base_P, rows, columns))
     moved = (out_P != base_P.float()).double().mean()
     assert 0.1 < moved <= 1  # masks that keep nothing would be equal too
+
+
+@pytest.mark.parametrize("divide", ["no", "count"])
+def test_what_an_expert_adds_by_itself_has_the_bits_of_its_tile(divide: Divide) -> None:
+    """One expert at a weight of 1 and the others at 0, which vote all the same."""
+    generator = torch.Generator().manual_seed(0)
+    tile = KeptTile(MaskedTile(ARE_VECTORS, "magnitude", Vote("unweighted", divide, "none")))
+    base_P = torch.randn(NUM_BLOCKS * BLOCK, generator=generator).bfloat16()
+    rows, columns = draw_masked("magnitude", draw_rows(generator), generator)
+    columns[0][1 :: MaskedTile.FLOATS] = torch.eye(len(rows))[1][:, None]
+    out_P = torch.full((NUM_BLOCKS * BLOCK,), float("nan"))
+    triton_tiles.launch(tile, out_P, [slice(0, NUM_BLOCKS)], base_P, rows, columns)
+    assert torch.equal(out_P, expected(tile, base_P, rows, columns))
+    assert 0.1 < (out_P != 0).double().mean() < 0.9
 
 
 @pytest.mark.parametrize("keep", ["magnitude", "variance"])

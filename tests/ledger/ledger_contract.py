@@ -33,15 +33,20 @@ json_values = st.recursive(
 names = st.text(min_size=1, max_size=8)
 descents = st.builds(
     Descent,
-    loss=st.sampled_from(["ce", "entropy"]),
+    loss=st.sampled_from(["ce", "entropy"]) | st.dictionaries(names, names, max_size=2),
     steps=st.integers(1, 10**6),
     learning_rate=numbers,
     batch_size=st.integers(1, 512),
     seed=st.lists(st.integers(0, 2**63 - 1), max_size=3).map(tuple),
+    rule=st.sampled_from(["adam", "sigmoid"]),
+    period=st.none() | st.integers(1, 100),
+    samples=st.none() | st.integers(1, 100),
+    clip=st.none() | numbers,
     steps_before=st.integers(0, 1000),
     first_moment=vectors,
     second_moment=vectors,
     final_rate=numbers,
+    raw=vectors,
     anchors=vectors,
 )
 candidates = st.builds(
@@ -70,6 +75,7 @@ measurements = st.builds(
         first_moment=vectors,
         second_moment=vectors,
         losses=vectors,
+        raw=vectors,
         slopes=st.none() | st.builds(Slopes, points=vectors, losses=vectors, gradients=vectors),
     ),
 )

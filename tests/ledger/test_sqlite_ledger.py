@@ -1,5 +1,6 @@
 """The SQLite ledger: the contract, files that are no ledgers, and processes that look on or die."""
 
+import json
 import sqlite3
 import subprocess
 import sys
@@ -69,6 +70,23 @@ def test_a_newer_schema_is_not_read(tmp_path: Path) -> None:
     connection.close()
     with pytest.raises(RunError, match="schema.*99"):
         Ledger.open(tmp_path)
+
+
+def test_descents_recorded_before_there_were_rules_are_read(tmp_path: Path) -> None:
+    """Adam was the only one, and a front's descent was told by its anchors."""
+    with closing(Ledger.create(tmp_path, {}, {})) as ledger:
+        ledger.issue(0, 0, candidate())
+        before = {
+            "loss": "ce", "steps": 5, "learning_rate": 0.01, "batch_size": 8, "seed": [0, 0, 1], "steps_before": 5,
+            "first_moment": [0.5], "second_moment": [0.25], "final_rate": 1.0, "anchors": [],
+        }  # fmt: skip
+        with sqlite3.connect(tmp_path / FILE_NAME) as connection:
+            held = json.dumps({"point": [0.5], "descent": before, "memo": {}})
+            connection.execute("UPDATE trials SET candidate = ?", (held,))
+        connection.close()
+        descent = ledger.trials()[0].candidate.descent
+    assert descent is not None
+    assert (descent.rule, descent.first_moment, descent.raw, descent.weight_decay) == ("adam", (0.5,), (), 0.0)
 
 
 def test_a_ledger_is_created_whole_or_not_at_all(tmp_path: Path) -> None:

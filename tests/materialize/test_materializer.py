@@ -20,7 +20,7 @@ from evomerge.operators.iso import IsoC
 from evomerge.operators.linear import Linear, LinearOptions, TaskArithmetic
 from evomerge.operators.operator import Operator
 from evomerge.operators.pcb import Pcb
-from evomerge.operators.ties import Ties
+from evomerge.operators.ties import Ties, TiesPaper
 from evomerge.operators.tsv import TsvM
 from evomerge.records import Recipe
 
@@ -406,6 +406,30 @@ class TestGradient:
         assert all(parameter.grad is None for parameter in held.resident.module.parameters())
         [(_, again)] = held.gradients(operator, at, [loss])
         np.testing.assert_array_equal(first["coefficient"], again["coefficient"])
+
+    def test_a_descent_is_priced_by_what_was_made_once(
+        self, materializer: Make, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Other densities need other entries; and after a merge to be scored, nothing is kept."""
+        held, ties, densities = materializer("vit"), TiesPaper(), []
+        directions = ties.directions
+        monkeypatch.setattr(ties, "directions", lambda *given: densities.append(density) or directions(*given))
+
+        def gradient(coefficients: Sequence[float]) -> Any:
+            at = recipe(held, ties, {"coefficient": coefficients, "density": [density, density], "scale": [1.0]})
+            weights = list(held.resident.module.parameters())
+            return held.gradients(ties, at, [lambda: torch.stack([weight.sum() for weight in weights]).sum()])[0][1]
+
+        density = 0.2
+        first, second = gradient([0.5, 0.5])["coefficient"], gradient([0.7, 0.2])["coefficient"]
+        np.testing.assert_allclose(first, second)  # the loss is linear
+        assert densities == [0.2]
+        density = 0.6
+        assert not np.allclose(second, gradient([0.7, 0.2])["coefficient"])
+        assert densities == [0.2, 0.6]
+        build(held, [0.5, 0.5])
+        gradient([0.7, 0.2])
+        assert densities == [0.2, 0.6, 0.6]
 
     def test_a_loss_that_is_not_finite_is_a_failed_candidate(self, materializer: Make) -> None:
         held, operator = materializer("vit"), TaskArithmetic()

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
-from operator_contract import Problem, lay_out, merge
+from operator_contract import DifferentiableContract, Problem, lay_out, merge
 from torch import Tensor
 from trimmed_contract import (
     Place,
+    SortedSumContract,
     TrimmedContract,
     assert_equals_mergekit,
     draws,
@@ -32,9 +33,6 @@ class TiesContract(TrimmedContract):
         experts = [{"t": torch.tensor(vector)} for vector in vectors]
         merged: list[float] = merge(self.make(), Problem({"t": torch.zeros(size)}, experts, values))["t"].tolist()
         return merged
-
-    def test_it_says_that_it_is_not_differentiable(self) -> None:
-        assert not self.make().differentiable
 
     def test_another_density_reads_no_expert_again(self) -> None:
         problem = self.problem((900, 1030), torch.bfloat16, num_experts=2)
@@ -62,6 +60,9 @@ class MergekitTwin(TiesContract):
             mass = vector.flatten().double().abs().sort(descending=True).values[:num_kept].sum()
             gain = magnitude_gain(vector, float(mass))
         return torch.where(kept, gain * vector.double(), 0.0), undecided
+
+    def test_it_says_that_it_is_not_differentiable(self) -> None:
+        assert not self.make().differentiable
 
     def test_a_tie_in_the_election_counts_as_positive(self) -> None:
         assert self.one([[0.5, -0.5], [-0.5, 0.5]], [1.0, 1.0]) == [0.5, 0.5]
@@ -211,9 +212,10 @@ def largest_of_whole(whole: Tensor, start: int, vector: Tensor, num_kept: int, p
     return kept_here.view(vector.shape), undecided[here].view(vector.shape)
 
 
-class TestTiesPaper(PaperTwin):
+class TestTiesPaper(PaperTwin, SortedSumContract, DifferentiableContract):
     options = TiesPaperOptions()
     divide = "count"
+    gradient_tolerance = 0.3  # directions in bfloat16: 262,144 terms of 0.1, each off by up to 2^-9 of itself
 
     def test_numbers_worked_out_by_hand(self) -> None:
         """tau = (.3, .2, -.1): .3 + .2 - .1 > 0, so (1 * .3 + .5 * .2) / 2 as peft has it, .25 with weights of 1."""
@@ -221,8 +223,11 @@ class TestTiesPaper(PaperTwin):
         assert self.one([[0.3], [0.2], [-0.1]], [1.0, 1.0, 1.0]) == pytest.approx([0.25])
 
 
-class TestTiesPaperSum(PaperTwin):
+class TestTiesPaperSum(PaperTwin, SortedSumContract, DifferentiableContract):
+    """What AdaMerging++ learns."""
+
     options = TiesPaperOptions(normalize=False)
+    gradient_tolerance = 0.3
 
     def test_numbers_worked_out_by_hand(self) -> None:
         assert self.one([[0.3], [0.2], [-0.1]], [1.0, 1.0, 1.0]) == pytest.approx([0.5])

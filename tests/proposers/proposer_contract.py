@@ -35,7 +35,12 @@ class ProposerContract:
 
     def problem(self, seed: int = 0, history: tuple[Observation, ...] = ()) -> Problem:
         return Problem(
-            dimensions=box(0.25, NUM_DIMENSIONS), num_objectives=self.num_objectives, seed=(seed, 0), history=history
+            dimensions=box(0.25, NUM_DIMENSIONS),
+            num_objectives=self.num_objectives,
+            seed=(seed, 0),
+            tasks=tuple(f"task{m}" for m in range(self.num_objectives)),
+            experts=tuple(f"expert{d}" for d in range(NUM_DIMENSIONS)),
+            history=history,
         )
 
     def make(self, seed: int = 0, history: tuple[Observation, ...] = ()) -> Proposer:

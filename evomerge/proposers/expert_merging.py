@@ -1,0 +1,103 @@
+"""Expert Merging: without labels, the merged model learns to predict each task as the task's own expert does.
+
+The loss is the sum over tasks of T^2 KL(expert || merged), on a few adapt items of each, plus ``penalty`` times the
+mean of |c - start|. Each coefficient is a sigmoid's part of its range, the paper's that of [0, 1], so that none leaves
+it. The experts predict the few items once.
+
+Reference: Expert Merging, 2025, arxiv.org/abs/2509.25712; the numbers are its official code's: 5 items a task, AdamW
+with rate 0.5, decay 1e-5 and gradients clipped to length 1, the rate on a cosine with restarts down to a tenth.
+Departures: every step sees items of all tasks (the code accumulates 8 items of one after the other), and hidden states
+are not compared (there, they are where layers are named). The paper leaves norms, embeddings, biases and heads at the
+start: fix them with ``space.exceptions``.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from pydantic import Field
+
+from evomerge.errors import CampaignError, did_you_mean
+from evomerge.proposers.legs import DescentOptions, Legs
+from evomerge.proposers.proposer import Problem
+from evomerge.records import BACKWARD_COST, Descent, Floats, Options
+
+WEIGHT_DECAY = 1e-5
+CLIP = 1.0
+PERIOD = 50  # steps until the rate's first restart
+FINAL_RATE = 0.1
+
+
+class ExpertMergingOptions(DescentOptions):
+    """experts: task -> the expert that teaches it; samples: adapt items a task, of which batches are drawn.
+
+    steps: a trial's; learning_rate: of what the sigmoid is of; penalty: on how far coefficients go from the start;
+    temperature: that softens both predictions.
+    """
+
+    experts: dict[str, str] = Field(min_length=1)
+    samples: int = Field(default=5, ge=1)
+    steps: int = Field(default=10, ge=1)
+    learning_rate: float = Field(default=0.5, gt=0)
+    batch_size: int = Field(default=5, ge=1)
+    penalty: float = Field(default=5.0, ge=0)
+    temperature: float = Field(default=1.0, gt=0)
+
+    @property
+    def named_loss(self) -> str:
+        """Predictions must compare."""
+        return "kl"
+
+    def num_forwards(self, num_adapt: Mapping[str, int], num_trials: int) -> float:
+        """The experts predict their items once, forward only."""
+        samples = [min(self.samples, num_adapt[task]) for task in self.experts]
+        batch = sum(min(self.batch_size, num) for num in samples)
+        return sum(samples) + BACKWARD_COST * num_trials * self.steps * batch
+
+
+class ExpertMerging(Legs):
+    """AdamW on the sigmoids, from where the space starts.
+
+    Raises: CampaignError for a task or an expert that is not there, or a number that starts at an end of its range.
+    """
+
+    name: ClassVar[str] = "expert_merging"
+    options_type: ClassVar[type[Options]] = ExpertMergingOptions
+
+    def __init__(self, problem: Problem, options: ExpertMergingOptions) -> None:
+        self.options = options
+        for task, expert in options.experts.items():
+            for kind, name, known in (("task", task, problem.tasks), ("expert", expert, problem.experts)):
+                if name not in known:
+                    raise CampaignError(
+                        f"search: {self.name}.experts: unknown {kind} {name!r}{did_you_mean(name, known)}"
+                    )
+        super().__init__(problem)
+
+    def start(self) -> Floats:
+        """The space's start."""
+        for dimension in self.problem.dimensions:
+            if dimension.parameter != "operator" and not dimension.low < dimension.start < dimension.high:
+                raise CampaignError(
+                    f"search: {self.name} needs a start within the range, whose ends it never reaches; "
+                    f"{dimension.name} starts at {dimension.start:g} of {dimension.low:g} to {dimension.high:g}"
+                )
+        return self.problem.start
+
+    def leg(self, seed: tuple[int, ...]) -> Descent:
+        """AdamW with the official numbers, down the divergence from each task's expert."""
+        options = self.options
+        return Descent(
+            rule="sigmoid",
+            loss={task: f"kl:{options.experts[task]}" for task in self.problem.tasks if task in options.experts},
+            samples=options.samples,
+            steps=options.steps,
+            learning_rate=options.learning_rate,
+            batch_size=options.batch_size,
+            penalty=options.penalty,
+            temperature=options.temperature,
+            seed=seed,
+            weight_decay=WEIGHT_DECAY,
+            clip=CLIP,
+            period=PERIOD,
+            final_rate=FINAL_RATE,
+        )

@@ -1,0 +1,51 @@
+"""Self Positioning: where to stand between the experts, and how far from the base, by SGD on a small labelled set.
+
+theta = base + s sum_k softmax(a)_k tau_k, a number a_k an expert and a scale s, one of each for every group of the
+space (the paper's are ``groups: model``). The loss is that of the adapt items' labels, which for embeddings is
+contrastive, plus ``penalty`` times the mean of s^2.
+
+Reference: Li et al. 2024, arxiv.org/abs/2410.15035. Its formula and its numbers are not repeated here: this is the
+family of merges that its abstract describes, and rate and penalty are our own. It begins at the average of the experts.
+"""
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from evomerge.proposers.legs import DescentOptions, Legs, with_coefficients
+from evomerge.proposers.proposer import Problem
+from evomerge.records import Descent, Floats, Options
+
+
+class SelfPositioningOptions(DescentOptions):
+    """steps: a trial's; learning_rate: of a and s; batch_size: items a task; penalty: on the mean of s^2."""
+
+    learning_rate: float = Field(default=0.1, gt=0)
+    penalty: float = Field(default=0.01, ge=0)
+
+
+class SelfPositioning(Legs):
+    """SGD on shares and scales. Raises: CampaignError if a range of a coefficient does not hold 0 and 1."""
+
+    name: ClassVar[str] = "self_positioning"
+    options_type: ClassVar[type[Options]] = SelfPositioningOptions
+
+    def __init__(self, problem: Problem, options: SelfPositioningOptions) -> None:
+        self.options = options
+        super().__init__(problem)
+
+    def start(self) -> Floats:
+        """The average of the experts."""
+        return with_coefficients(self.problem, self.name, 1 / len(self.problem.experts), 0.0, 1.0)
+
+    def leg(self, seed: tuple[int, ...]) -> Descent:
+        """SGD on a and s."""
+        return Descent(
+            rule="scaled_softmax",
+            loss="ce",
+            steps=self.options.steps,
+            learning_rate=self.options.learning_rate,
+            batch_size=self.options.batch_size,
+            penalty=self.options.penalty,
+            seed=seed,
+        )
