@@ -50,8 +50,11 @@ class CoefficientSection(BoundsSection):
     start: float | ShareOptions | None = None
 
 
-Fixed = float | Annotated[list[float], Field(min_length=1)]
-"""A number, or numbers evenly spaced over the depth of the network, with straight lines between."""
+BEST = "best"
+
+Fixed = float | Annotated[list[float], Field(min_length=1)] | Literal["best"]
+"""A number; numbers evenly spaced over the depth of the network, with straight lines between; in stages, ``best``: what
+the best trial of the stages before has."""
 
 Exceptions = dict[str, Fixed | RangeSection]
 """By "expert/group" pattern, a fixed number or a range of its own; the first that matches wins."""
@@ -109,6 +112,26 @@ AnySpace = Annotated[
     Annotated[SpaceSection, Tag(SpaceSection.__name__)] | Annotated[DataFlowSection, Tag(DataFlowSection.__name__)],
     Discriminator(_space_kind),
 ]
+
+
+class StageSpaceSection(Options):
+    """Keys of the space that a stage replaces by its own."""
+
+    groups: Literal["model", "layer", "module", "tensor"] | dict[str, str | list[str]] | None = None
+    coefficient: Fixed | RangeSection | None = None
+    exceptions: Exceptions | None = None
+
+
+class SpaceChanges(Options):
+    """What a stage changes: keys of the space, parameters of the operator, and how many experts take part.
+
+    keep_experts: those that matter most in the best recipe of the stages before; the others' coefficients are 0.
+    """
+
+    space: StageSpaceSection = StageSpaceSection()
+    operator: dict[str, Any] = {}
+    keep_experts: int | None = Field(default=None, ge=1)
+
 
 Names = Annotated[list[Name], Field(min_length=2)]
 
@@ -195,12 +218,17 @@ class WorkersSection(Options):
     kind: Literal["inline"] = "inline"
 
 
-class StageSection(Options):
-    """One search: a proposer, its share of the budget (default: what is left), and its options."""
+class StageSection(SpaceChanges):
+    """One search: a proposer, its share of the budget (default: what is left), its options, and its own space."""
 
     proposer: str
     evaluations: int | None = Field(default=None, ge=1)
     options: dict[str, Any] = {}
+
+    @property
+    def changes(self) -> SpaceChanges:
+        """What the stage changes of the space."""
+        return SpaceChanges(space=self.space, operator=self.operator, keep_experts=self.keep_experts)
 
 
 class Campaign(Options):
@@ -276,6 +304,31 @@ class Campaign(Options):
         assert not isinstance(self.search, str)
         stage = self.search[number]
         return parse(assemble.PROPOSERS[stage.proposer].options_type, stage.options, f"search[{number}]")
+
+    def changed(self, changes: SpaceChanges) -> "Campaign":
+        """Return the campaign with a stage's space and parameters in place of its own. Raises: CampaignError."""
+        if isinstance(self.space, DataFlowSection):
+            raise CampaignError("space: a data-flow space is the same in all stages; leave out what this one changes")
+        given = {key: value for key, value in changes.space if value is not None}
+        space = self.space.model_copy(update=given)
+        return self.model_copy(update={"space": space, "operator": self._changed_operator(changes.operator)})
+
+    def _changed_operator(self, changes: Mapping[str, Any]) -> dict[str, Any] | list[dict[str, Any]]:
+        """Return the operator's section (or sections) with other parameters; options stay what they are."""
+        names = self.operator_names
+        name = changes.get("name", names[0] if len(names) == 1 else None)
+        if changes and name not in names:
+            raise CampaignError(
+                f"operator.name: expected one of {', '.join(names)}, whose parameters change, found {name!r}"
+            )
+        if fixed := [key for key in changes if key in assemble.OPERATORS[name].options_type.model_fields]:
+            raise CampaignError(
+                f"operator.{fixed[0]}: an option is the same in all stages; give it in the campaign's own operator"
+            )
+        sections = [
+            {**section, **changes} if section["name"] == name else section for section in self.operators.values()
+        ]
+        return sections[0] if isinstance(self.operator, dict) else sections
 
     def meaning(self) -> dict[str, Any]:
         """Return the keys that change what a score means or what is proposed; a run is bound to them."""
@@ -419,7 +472,7 @@ def _stages(given: Any) -> Any:
     """Gather a listed stage's own options under ``options``, as the section holds them."""
     if not isinstance(given, list):
         return given
-    kept = ("proposer", "evaluations")
+    kept = StageSection.model_fields.keys() - {"options"}
     return [
         {
             **{key: stage[key] for key in kept if key in stage},

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from evomerge.assemble import PROPOSERS
+from evomerge.course import Course, Leg
 from evomerge.errors import EvoMergeError
 from evomerge.evidence.summary import Summarizer, all_sources
 from evomerge.front.front import front_of, observe, worst_of_inputs
@@ -24,6 +25,9 @@ from evomerge.workers.inline import InlinePool
 class Watcher(Protocol):
     """Shows a person how far the run is."""
 
+    def begin(self, stages: Sequence[Stage]) -> None:
+        """The run begins, or goes on."""
+
     def phase(self, title: str, total: int, done: int) -> None:
         """Begin a phase of ``total`` evaluations, of which ``done`` are in the ledger."""
 
@@ -32,15 +36,16 @@ class Watcher(Protocol):
 
 
 class Driver:
-    """Runs the stages of one plan against one ledger."""
+    """Runs the stages of one plan, along their course, against one ledger."""
 
     def __init__(
         self, plan: Plan, ledger: Ledger, pool: InlinePool, hashes: Mapping[str, str], watcher: Watcher
     ) -> None:
         self.plan, self.ledger, self.pool, self.hashes, self.watcher = plan, ledger, pool, hashes, watcher
 
-    def run(self, stages: Sequence[Stage], seed: int) -> None:
+    def run(self, stages: Sequence[Stage], course: Course, seed: int) -> None:
         """Score the references, run every stage, and score the front once on the test items."""
+        self._course = course
         references = reference_recipes(self.plan)
         self._measure("reference models", references, "search")
         sources = all_sources(self.plan.objectives, self.plan.sources("search"))
@@ -60,7 +65,10 @@ class Driver:
 
     def _run_stage(self, number: int, stage: Stage, seed: int, pool: InlinePool | RacingPool) -> None:
         trials = self._trials()
-        proposer, pending = self._rebuild(number, stage, seed, trials)
+        leg = self._course.leg(number, trials)
+        self.ledger.begin_stage(number, leg.facts())
+        self.pool.configure(leg.plan)
+        proposer, pending = self._rebuild(number, stage, seed, leg, trials)
         for trial in pending.values():
             pool.submit(trial.number, trial.candidate, "search")
         num_issued = sum(trial.stage == number for trial in trials)
@@ -82,21 +90,21 @@ class Driver:
             self.watcher.advance(trial)
 
     def _rebuild(
-        self, number: int, stage: Stage, seed: int, trials: Sequence[Trial]
+        self, number: int, stage: Stage, seed: int, leg: Leg, trials: Sequence[Trial]
     ) -> tuple[Proposer, dict[int, Trial]]:
         """Make the stage's proposer and replay its record; return it with the trials that never finished."""
-        finished = in_order(trials)
         problem = Problem(
-            dimensions=self.plan.space.dimensions,
+            dimensions=leg.plan.space.dimensions,
             reference_M=self._reference_M,
             tasks=tuple(self.plan.splits),
             experts=tuple(self.plan.experts),
             num_objectives=len(self.plan.steering),
             seed=(seed, number),
-            history=tuple(observe(trial, self.plan.objectives) for trial in finished if trial.stage < number),
+            history=leg.history,
+            best=leg.best,
         )
         proposer = PROPOSERS[stage.proposer](problem, stage.options)  # type: ignore[call-arg]
-        results = [trial for trial in finished if trial.stage == number]
+        results = [trial for trial in in_order(trials) if trial.stage == number]
         for trial in (trial for trial in trials if trial.stage == number):
             while results and (results[0].order or 0) < trial.known:
                 proposer.tell(observe(results.pop(0), self.plan.objectives))
@@ -108,9 +116,8 @@ class Driver:
     def _record(self, trial: Trial, outcome: Measurement | EvoMergeError) -> Trial:
         if not isinstance(outcome, Measurement):
             return self.ledger.record(trial, str(outcome), None)
-        point = outcome.arrival.point if outcome.arrival else trial.candidate.point
-        finished = self.ledger.record(trial, outcome, self.plan.recipe(point).fingerprint(self.hashes))
-        return self._summarized(finished)
+        recipe = self._course.recipe(replace(trial, measurement=outcome))
+        return self._summarized(self.ledger.record(trial, outcome, recipe.fingerprint(self.hashes)))
 
     def _trials(self) -> list[Trial]:
         """All trials, with the summaries among their scores."""
@@ -125,7 +132,7 @@ class Driver:
         best = best_scalar(self._summarizer.add_to_all(self.ledger.measurements("search")), self.plan)
         subjects[best] = references[best]
         for trial in front_of(self._trials(), self.plan.objectives):
-            subjects[f"trial:{trial.number}"] = self.plan.recipe(trial.point)
+            subjects[f"trial:{trial.number}"] = self._course.recipe(trial)
         if subjects.keys() - self.ledger.measurements("test").keys():
             self.ledger.touch_test_items()
         self._measure("test items", subjects, "test")

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from evomerge.card import model_card
+from evomerge.course import Course
 from evomerge.errors import EvoMergeError, RunError
 from evomerge.evaluators.evaluator import ItemScores
 from evomerge.interop.read import read_any_recipe
@@ -45,7 +46,9 @@ def export_trial(run: Run, trial: Trial, out: Path, loading: Loading) -> None:
     """
     require_new(out)
     plan = make_plan(run.campaign)
-    recipe = plan.recipe(trial.point)
+    course = Course(run.campaign, plan, run.changes)
+    course.leg(trial.stage, run.trials)
+    recipe = course.recipe(trial)
     materializer = Materializer(
         plan.base,
         list(plan.experts.values()),

@@ -6,7 +6,7 @@ plan holds the operators' defaults in their place.
 Shape letters: K experts, G groups, S tensors.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -16,9 +16,11 @@ import torch
 
 from evomerge.assemble import EVALUATORS, OPERATORS, look_up
 from evomerge.campaign import (
+    BEST,
     Campaign,
     CoefficientSection,
     DataFlowSection,
+    Fixed,
     ObjectiveSection,
     ParameterSection,
     RangeSection,
@@ -46,6 +48,7 @@ from evomerge.space.choice import Choice, is_coefficient
 from evomerge.space.data_flow import SCALE, DataFlow
 from evomerge.space.depth import group_depths
 from evomerge.space.groups import Groups, make_groups
+from evomerge.space.regroup import group_sizes, regrouped
 from evomerge.space.shares import EXPONENTS, Measure, ShareOptions
 from evomerge.space.space import Range, Searched, Setting, Space, check_setting
 from evomerge.splits import TaskSplits, split_items
@@ -56,7 +59,9 @@ from evomerge.strict import parse
 class Plan:
     """A checked campaign: everything but the weights. operators and objectives are in the order of the file.
 
-    item_sources: task -> the source of each item, by which errors are clustered.
+    A stage's own plan differs from the campaign's in groups and space (``with_space``).
+    item_sources: task -> the source of each item, by which errors are clustered. sums: a measure -> its sums over every
+    task vector's tensors, (K, S), once the weights are there.
     """
 
     base: Checkpoint
@@ -72,6 +77,7 @@ class Plan:
     splits: TaskSplits
     item_sources: Mapping[str, Sequence[int | str]]
     fidelity: RaceOptions | None
+    sums: Callable[[Measure], Floats] | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -121,14 +127,22 @@ class Plan:
 
     def with_starts(self, sources: Sources) -> "Plan":
         """Return the plan with the starts that are the experts' shares, by their task vectors."""
-        if isinstance(self.space, DataFlow):
-            return self
 
         @cache
+        def sums(measure: Measure) -> Floats:
+            return np.asarray(sources.absolute_sums(EXPONENTS[measure]).numpy())
+
+        return replace(self, sums=sums).started()
+
+    def started(self) -> "Plan":
+        """Return the plan with these starts in its space, if the weights have been there."""
+        if self.sums is None or isinstance(self.space, DataFlow):
+            return self
+        sums, place = self.sums, {tensor.name: s for s, tensor in enumerate(self.tensors)}
+        columns = [[place[name] for name in names] for names in self.groups.values()]
+
         def sizes(measure: Measure) -> Floats:
-            sums_KS = sources.absolute_sums(EXPONENTS[measure]).numpy()
-            place = {tensor.name: s for s, tensor in enumerate(self.tensors)}
-            columns = [[place[name] for name in names] for names in self.groups.values()]
+            sums_KS = sums(measure)
             return np.stack([sums_KS[:, of_group].sum(axis=1) for of_group in columns], axis=1)
 
         return replace(self, space=self.space.with_starts(sizes))
@@ -141,6 +155,12 @@ class Plan:
         branch = self.space.branch(point)
         values = branch.space.values(np.asarray(point)[branch.columns_d])
         return self._recipe(self.operators[branch.operator], self.groups, values)
+
+    def point(self, recipe: Recipe) -> Floats:
+        """Return the point (D,) whose recipe comes nearest to one of the plan's operators and experts."""
+        assert isinstance(self.space, Choice)  # no stage changes a data-flow space
+        values = regrouped(recipe, self.groups, self.tensors)
+        return self.space.nearest(recipe.operator, values, group_sizes(self.groups, self.tensors))
 
     def task_arithmetic(self, coefficients: Sequence[float]) -> Recipe:
         """Return the reference recipe with one coefficient an expert: zeros are the base, one-hot is an expert."""
@@ -203,6 +223,19 @@ def make_plan(campaign: Campaign) -> Plan:
         item_sources=grouped(evaluator.sources) if aggregated else evaluator.sources,
         fidelity=campaign.fidelity,
     )
+
+
+def with_space(plan: Plan, campaign: Campaign, found: Mapping[str, Recipe], left_out: Collection[str] = ()) -> Plan:
+    """Return the plan with the space of a campaign whose space and parameters, and no more, are other ones.
+
+    found: operator -> the recipe whose numbers ``best`` stands for. left_out: experts whose coefficients are 0.
+    Raises: CampaignError.
+    """
+    section = campaign.space
+    assert isinstance(section, SpaceSection)  # no stage changes a data-flow space
+    groups = make_groups(plan.tensors, section.groups)
+    _, space = _make_choice(campaign, section, plan.tensors, groups, found, left_out)
+    return replace(plan, groups=groups, space=space).started()
 
 
 def open_checkpoints(
@@ -304,7 +337,12 @@ def _make_data_flow(
 
 
 def _make_choice(
-    campaign: Campaign, section: SpaceSection, tensors: TensorIndex, groups: Groups
+    campaign: Campaign,
+    section: SpaceSection,
+    tensors: TensorIndex,
+    groups: Groups,
+    found: Mapping[str, Recipe] | None = None,
+    left_out: Collection[str] = (),
 ) -> tuple[dict[str, Operator], Choice]:
     """Return the operators and the choice between their spaces, which share experts, groups and coefficients."""
     operators: dict[str, Operator] = {}
@@ -312,10 +350,11 @@ def _make_choice(
     depths = group_depths(tensors, groups)
     for where, given in campaign.operators.items():
         operator, settings = make_operator(given, where)
+        best = regrouped(found[operator.name], groups, tensors) if found else {}
         searched = [
-            _coefficient(spec, section)
+            _coefficient(spec, section, best.get(spec.name), left_out)
             if is_coefficient(spec.name)
-            else _parameter(spec, settings.get(spec.name, spec.default), where)
+            else _parameter(spec, settings.get(spec.name, spec.default), where, best.get(spec.name), left_out)
             for spec in operator.parameters
         ]
         operators[operator.name] = operator
@@ -329,7 +368,9 @@ def _make_choice(
 
 def _require_use(section: SpaceSection, operators: Mapping[str, Operator]) -> None:
     """Refuse coefficients that no operator has; those of a preset are for the operators that have some."""
-    given = "exceptions" if section.exceptions else "coefficient" if "coefficient" in section.model_fields_set else None
+    given = (
+        "exceptions" if section.exceptions else "coefficient" if section.coefficient != CoefficientSection() else None
+    )
     if any(is_coefficient(spec.name) for operator in operators.values() for spec in operator.parameters):
         return
     if given and section.preset is None:
@@ -338,26 +379,56 @@ def _require_use(section: SpaceSection, operators: Mapping[str, Operator]) -> No
         )
 
 
-def _coefficient(spec: ParameterSpec, section: SpaceSection) -> Searched:
-    exceptions = {place: _setting(spec, given) for place, given in section.exceptions.items()}
-    return Searched(spec=spec, setting=_setting(spec, section.coefficient), exceptions=exceptions)
+def _coefficient(
+    spec: ParameterSpec, section: SpaceSection, best_KG: Floats | None, left_out: Collection[str]
+) -> Searched:
+    return Searched(
+        spec=spec,
+        setting=_setting(spec, section.coefficient, best_KG, "space.coefficient"),
+        exceptions={
+            place: _setting(spec, given, best_KG, f"space.exceptions.{place}")
+            for place, given in section.exceptions.items()
+        },
+        left_out=dict.fromkeys(left_out, 0.0),
+    )
 
 
-def _parameter(spec: ParameterSpec, given: Any, where: str) -> Searched:
+def _parameter(
+    spec: ParameterSpec, given: Any, where: str, best_KG: Floats | None, left_out: Collection[str]
+) -> Searched:
     """Read what a campaign says of one of the operator's other parameters; a range is one number unless it says so."""
     where = f"{where}.{spec.name}"
+    idle = dict.fromkeys(left_out, spec.default)  # of experts whose coefficient is 0
+    if given == BEST:
+        return Searched(spec=spec, setting=_setting(spec, given, best_KG, where), left_out=idle)
     if not isinstance(given, Mapping):
-        return Searched(spec=spec, setting=fixed_number(given, where, " or {low, high, start, per, knots, exceptions}"))
+        number = fixed_number(given, where, " or {low, high, start, per, knots, exceptions}")
+        return Searched(spec=spec, setting=number, left_out=idle)
     section = parse(ParameterSection, given, where)
     knots = None if section.per == "group" else section.knots or 1
-    exceptions = {place: _setting(spec, given) for place, given in section.exceptions.items()}
-    return Searched(spec=spec, setting=_range(spec, section, knots), exceptions=exceptions)
+    exceptions = {
+        place: _setting(spec, given, best_KG, f"{where}.exceptions.{place}")
+        for place, given in section.exceptions.items()
+    }
+    return Searched(spec=spec, setting=_range(spec, section, knots), exceptions=exceptions, left_out=idle)
 
 
-def _setting(spec: ParameterSpec, given: float | list[float] | RangeSection | CoefficientSection) -> Setting:
-    if isinstance(given, RangeSection | CoefficientSection):
-        return _range(spec, given, given.knots)
-    return tuple(given) if isinstance(given, list) else float(given)
+def _setting(
+    spec: ParameterSpec, given: Fixed | RangeSection | CoefficientSection, best_KG: Floats | None, where: str
+) -> Setting:
+    match given:
+        case RangeSection() | CoefficientSection():
+            return _range(spec, given, given.knots)
+        case list():
+            return tuple(given)
+        case str():
+            if best_KG is None:
+                raise CampaignError(
+                    f"{where}: best is what earlier stages have found, and there are none; give a number or a range"
+                )
+            return best_KG
+        case _:
+            return float(given)
 
 
 def _range(spec: ParameterSpec, given: RangeSection | CoefficientSection, knots: int | None) -> Range:

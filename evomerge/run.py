@@ -1,6 +1,6 @@
 """A run: one campaign's folder, opened, started or resumed, and picked from."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from evomerge.campaign import Campaign, DataFlowSection
+from evomerge.campaign import Campaign, DataFlowSection, SpaceChanges
 from evomerge.errors import RunError, did_you_mean
 from evomerge.evidence.compare import paired_difference
 from evomerge.evidence.summary import Summarizer, all_sources
@@ -18,13 +18,14 @@ from evomerge.front.front import front_hypervolume, front_of, maximized
 from evomerge.front.pick import knee, prefer
 from evomerge.ledger.ledger import Ledger
 from evomerge.records import Measurement, Objective, Split, Trial
-from evomerge.space.choice import Choice, chosen
+from evomerge.space.choice import chosen
 from evomerge.space.data_flow import layers_on
 
 if TYPE_CHECKING:
     from evomerge.driver import Watcher
     from evomerge.plan import Plan
     from evomerge.scorer import Scorer
+    from evomerge.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Run:
     @property
     def has_choice(self) -> bool:
         """Whether the operator was searched too."""
-        return "choice" in self.facts
+        return len(self.campaign.operator_names) > 1
 
     def operator_of(self, trial: Trial) -> str:
         """Name of the operator that a trial chose."""
@@ -125,26 +126,57 @@ class Run:
         """How a trial is shown: by its number, and its operator where there was a choice."""
         return f"trial {trial.number}" + (f" by {self.operator_of(trial)}" if self.has_choice else "")
 
+    @property
+    def changes(self) -> list[SpaceChanges]:
+        """How the space of each stage that has begun differs from the campaign's."""
+        return [SpaceChanges.model_validate(stage["changes"]) for stage in self._stages]
+
+    @property
+    def dimensions(self) -> str:
+        """How many numbers were searched, such as ``16``, or ``2, then 16`` where stages differ."""
+        counts = [str(len(stage["space"])) for stage in self._stages]
+        return ", then ".join(counts if len(set(counts)) > 1 else counts[:1])
+
+    @property
+    def lineage(self) -> list[str]:
+        """Say of each stage with a space of its own which trial it started from, and which experts it left out."""
+        sentences = []
+        for number, stage in enumerate(self._stages):
+            if stage.get("ancestor") is not None and SpaceChanges.model_validate(stage["changes"]) != SpaceChanges():
+                without = f", without {' and '.join(stage['left_out'])}" if stage["left_out"] else ""
+                start = f"started from trial {stage['ancestor']}"
+                sentences.append(f"stage {number + 1} searched {len(stage['space'])} numbers and {start}{without}")
+        return sentences
+
+    @property
+    def _stages(self) -> list[Mapping[str, Any]]:
+        """What is noted of each stage that has begun; those of older runs share the campaign's space."""
+        if "stages" in self.facts:
+            return list(self.facts["stages"])
+        shared = {"changes": {}, "left_out": [], **self.facts}
+        return [shared] * (1 + max((trial.stage for trial in self.trials), default=-1))
+
     def numbers_of(self, trial: Trial) -> list[tuple[Mapping[str, Any], float]]:
         """Return the dimensions of a trial's operator (as ``asdict`` gives them), each with its number.
 
-        Of a path's layers, whether they are on (0 or 1), and the scales of those that are.
+        Of a path's layers, whether they are on (0 or 1), and the scales of those that are. What its stage kept from an
+        earlier one stands among them.
         """
-        space, point = self.facts["space"], trial.point
+        stage, point = self._stages[trial.stage], trial.point
         if self.has_choice:
-            branch = self.facts["choice"][self.operator_of(trial)]
-            space, point = branch["space"], tuple(point[column] for column in branch["columns"])
+            stage = stage["choice"][self.operator_of(trial)]
+            point = tuple(point[column] for column in stage["columns"])
         numbers = [
             (dimension, dimension["low"] + x * (dimension["high"] - dimension["low"]))
-            for dimension, x in zip(space, point, strict=True)
+            for dimension, x in zip(stage["space"], point, strict=True)
         ]
         if isinstance(self.campaign.space, DataFlowSection):
-            num_places = sum(dimension["is_binary"] for dimension in space)
+            num_places = sum(dimension["is_binary"] for dimension in stage["space"])
             on = layers_on(point[:num_places], self.campaign.space.max_layers).tolist()
-            switches = [(dimension, float(t in on)) for t, dimension in enumerate(space[:num_places])]
+            switches = [(dimension, float(t in on)) for t, dimension in enumerate(stage["space"][:num_places])]
             scales = numbers[num_places:]
             return [*switches, *(scales[t] for t in on if scales)]
-        return numbers
+        return numbers + [(kept, kept["number"]) for kept in stage.get("kept", ())]
 
     def hypervolume(self) -> float:
         """Of the front's search values above the base's."""
@@ -209,6 +241,9 @@ def open_run(location: str | Path) -> Run:
 class Unwatched:
     """A watcher that shows nothing."""
 
+    def begin(self, stages: "Sequence[Stage]") -> None:
+        """Nothing to show."""
+
     def phase(self, title: str, total: int, done: int) -> None:
         """Nothing to show."""
 
@@ -227,6 +262,7 @@ def search(
 
     Raises: RunError if the folder holds another campaign's run, or another process drives it.
     """
+    from evomerge.course import Course
     from evomerge.driver import Driver
     from evomerge.plan import make_plan
     from evomerge.scorer import Scorer
@@ -253,9 +289,10 @@ def search(
             ledger = run.ledger
         else:
             ledger = Ledger.create(folder, dumped, _facts(plan, scorer))
-        Driver(plan, ledger, InlinePool(scorer), scorer.materializer.hashes, watcher or Unwatched()).run(
-            stages, campaign.seed
-        )
+        watcher = watcher or Unwatched()
+        watcher.begin(stages)
+        course = Course(campaign, plan, [stage.changes for stage in stages])
+        Driver(plan, ledger, InlinePool(scorer), scorer.materializer.hashes, watcher).run(stages, course, campaign.seed)
         ledger.close()
     return open_run(folder)
 
@@ -285,23 +322,14 @@ def _facts(plan: "Plan", scorer: "Scorer") -> dict[str, Any]:
     """What readers of a run need and the campaign file does not say."""
     from evomerge.plan import decisions
 
-    facts = {
+    return {
         "objectives": [asdict(objective) for objective in plan.objectives],
-        "space": [asdict(dimension) for dimension in plan.space.dimensions],
         "hashes": scorer.materializer.hashes,
         "decisions": decisions(plan.experts.values(), plan.dtype),
         "items": plan.evaluator.digest,
         "sources": {split: all_sources(plan.objectives, plan.sources(split)) for split in ("search", "test")},
+        "stages": [],
     }
-    if isinstance(plan.space, Choice) and len(plan.operators) > 1:
-        facts["choice"] = {
-            branch.operator: {
-                "columns": branch.columns_d.tolist(),
-                "space": [asdict(dimension) for dimension in branch.space.dimensions],
-            }
-            for branch in plan.space.branches
-        }
-    return facts
 
 
 def _require_same_meaning(run: Run, campaign: Campaign) -> None:

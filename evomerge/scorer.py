@@ -62,6 +62,10 @@ class Scorer:
             except Exception as error:  # a user's evaluator, data or judge raises whatever it likes
                 raise DataError(f"task {task} cannot be scored: {_in_one_line(error)}") from error
 
+    def configure(self, plan: Plan) -> None:
+        """Read the points of candidates by the space of this plan, which differs in nothing else."""
+        self.plan = self._descender.plan = plan
+
     def score(self, subject: Candidate | Recipe, split: Split, items: TaskItems | None = None) -> Measurement:
         """Build the merge and score it on items of a split (default: all of them); a descent comes first.
 

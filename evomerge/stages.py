@@ -1,9 +1,10 @@
 """The chain of searches within a campaign."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from evomerge.assemble import PROPOSERS
-from evomerge.campaign import Campaign
+from evomerge.campaign import Campaign, SpaceChanges
+from evomerge.course import Course
 from evomerge.errors import CampaignError
 from evomerge.plan import Plan
 from evomerge.proposers.adamerging import AdaMerging, AdaMergingOptions
@@ -19,13 +20,18 @@ AUTO_FRONT = 4  # candidates of the gradient front, beside one for each objectiv
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """One search: a proposer, its options, and how many candidates it may have scored."""
+    """One search: a proposer, its options, how many candidates it may have scored, and in what space.
+
+    changes: how its space differs from the campaign's. num_dimensions: as far as it is known before the search. reason:
+    why ``search: auto`` chose it.
+    """
 
     proposer: str
     options: Options
     num_evaluations: int
+    changes: SpaceChanges = field(default_factory=SpaceChanges)
+    num_dimensions: int = 0
     reason: str = ""
-    """Why ``search: auto`` chose it."""
 
 
 def make_stages(campaign: Campaign, plan: Plan) -> list[Stage]:
@@ -33,10 +39,17 @@ def make_stages(campaign: Campaign, plan: Plan) -> list[Stage]:
 
     A larger budget lengthens that stage and leaves the others as they were, so that a finished run can be extended.
     Raises: CampaignError if the stages ask for more than the budget, need gradients that the operator has not, or
-    cannot be built: a package is missing, or an option does not fit the objectives.
+    cannot be built: a package is missing, an option does not fit the objectives, or a space is none. Spaces that derive
+    from trials are tried with each stage's start in place of its best trial.
     """
-    if campaign.search == "auto":
-        return _auto(campaign, plan)
+    stages = _auto(campaign, plan) if isinstance(campaign.search, str) else _listed(campaign)
+    course = Course(campaign, plan, [stage.changes for stage in stages])
+    return [_tried(stage, number, course, campaign.seed) for number, stage in enumerate(stages)]
+
+
+def _listed(campaign: Campaign) -> list[Stage]:
+    """Return the stages of the file."""
+    assert not isinstance(campaign.search, str)
     left = campaign.budget.evaluations - sum(stage.evaluations or 0 for stage in campaign.search)
     open_ended = [number for number, stage in enumerate(campaign.search) if stage.evaluations is None]
     if len(open_ended) > 1:
@@ -48,35 +61,44 @@ def make_stages(campaign: Campaign, plan: Plan) -> list[Stage]:
             f"search: the stages take {campaign.budget.evaluations - left} evaluations and leave {left} of "
             f"budget.evaluations = {campaign.budget.evaluations}; raise the budget or lower a stage"
         )
+    return [
+        Stage(
+            proposer=stage.proposer,
+            options=campaign.stage_options(number),
+            num_evaluations=left if stage.evaluations is None else stage.evaluations,
+            changes=stage.changes,
+        )
+        for number, stage in enumerate(campaign.search)
+    ]
+
+
+def _tried(stage: Stage, number: int, course: Course, seed: int) -> Stage:
+    """Return the stage with its number of dimensions, once its space and its proposer have been built."""
+    try:
+        plan = course.leg(number, []).plan
+    except CampaignError as error:
+        if stage.changes == SpaceChanges():
+            raise
+        raise CampaignError(f"search[{number}]: {error}") from error
+    if PROPOSERS[stage.proposer].needs_gradients and plan.rigid:
+        raise CampaignError(
+            f"search[{number}].proposer: {stage.proposer} needs gradients, which {plan.rigid} does not "
+            "give; use task_arithmetic or linear, or another proposer"
+        )
+    if isinstance(stage.options, DescentOptions) and stage.options.named_loss not in plan.evaluator.losses:
+        raise CampaignError(
+            f"search[{number}]: {stage.proposer} descends the loss {stage.options.named_loss!r}; these evaluators have "
+            f"{', '.join(sorted(plan.evaluator.losses)) or 'none'}; take another loss or proposer"
+        )
     problem = Problem(
         dimensions=plan.space.dimensions,
         num_objectives=len(plan.steering),
-        seed=(campaign.seed,),
+        seed=(seed,),
         tasks=tuple(plan.splits),
         experts=tuple(plan.experts),
     )
-    stages = []
-    for number, stage in enumerate(campaign.search):
-        if PROPOSERS[stage.proposer].needs_gradients and plan.rigid:
-            raise CampaignError(
-                f"search[{number}].proposer: {stage.proposer} needs gradients, which {plan.rigid} does not "
-                "give; use task_arithmetic or linear, or another proposer"
-            )
-        options = campaign.stage_options(number)
-        if isinstance(options, DescentOptions) and options.named_loss not in plan.evaluator.losses:
-            raise CampaignError(
-                f"search[{number}]: {stage.proposer} descends the loss {options.named_loss!r}; these evaluators have "
-                f"{', '.join(sorted(plan.evaluator.losses)) or 'none'}; take another loss or proposer"
-            )
-        PROPOSERS[stage.proposer](problem, options)  # type: ignore[call-arg]
-        stages.append(
-            Stage(
-                proposer=stage.proposer,
-                options=options,
-                num_evaluations=left if stage.evaluations is None else stage.evaluations,
-            )
-        )
-    return stages
+    PROPOSERS[stage.proposer](problem, stage.options)  # type: ignore[call-arg]
+    return replace(stage, num_dimensions=len(plan.space))
 
 
 def stage_cost(plan: Plan, stage: Stage) -> float:

@@ -5,6 +5,9 @@ class Silent:
         self.phases: list[tuple[str, int, int]] = []
         self.num_advances = 0
 
+    def begin(self, stages: list[object]) -> None:
+        self.stages = stages
+
     def phase(self, title: str, total: int, done: int) -> None:
         self.phases.append((title, total, done))
 

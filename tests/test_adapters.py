@@ -11,6 +11,7 @@ from test_cli import evomerge
 from tiny_adapters import products, random_factors, write_adapter
 
 from evomerge.campaign import Campaign
+from evomerge.course import Course
 from evomerge.errors import CheckpointError, InputError
 from evomerge.export import export_trial
 from evomerge.families.family import FamilySummary
@@ -108,6 +109,31 @@ class TestCampaign:
             asked = campaign(mixed=mixed, operator={"name": operator}, space={"groups": "model"}, search=SOBOL)
             run = search(asked, tmp_path / operator)
             assert not [trial.failure for trial in run.trials if trial.failure]
+
+    def test_evo_merging_denoises_and_then_scales(self, campaign: Callable[..., Campaign], tmp_path: Path) -> None:
+        """First the kept fractions at equal coefficients, then the coefficients at the best fractions."""
+        ranged = {"low": 0.0, "high": 1.0, "start": 1.0}
+        evolve = {"proposer": "cma_es", "population": 4, "penalty": 0.05}
+        stages = [
+            {**evolve, "evaluations": 4, "space": {"coefficient": 0.5}, "operator": {"density": ranged}},
+            {**evolve, "operator": {"density": "best"}},
+        ]
+        space = {"groups": "model", "coefficient": {"low": -1.5, "high": 1.5, "start": 0.5}}
+        operator = {"name": "lora", "combination": "evo_merging", "density": 1.0}
+        asked = campaign(mixed=False, operator=operator, space=space, search=stages, budget={"evaluations": 8})
+        run = search(asked, tmp_path / "run")
+        assert not [trial.failure for trial in run.trials if trial.failure]
+        course = Course(run.campaign, make_plan(run.campaign), run.changes)
+        ancestor = run.trials[course.leg(1, run.trials).ancestor or 0]
+        assert ancestor.stage == 0
+        for trial in run.trials:
+            values = course.recipe(trial).values
+            if trial.stage == 0:
+                assert values["coefficient"] == ((0.5,), (0.5,))
+            else:
+                assert values["density"] == course.recipe(ancestor).values["density"]
+        assert len({course.recipe(trial).values["coefficient"] for trial in run.trials[4:]}) == 4
+        export_trial(run, max(run.front, key=lambda trial: trial.stage), tmp_path / "out", quiet)
 
     def test_lora_takes_adapters_only(self, campaign: Callable[..., Campaign], tmp_path: Path) -> None:
         with pytest.raises(InputError, match="full checkpoint.*task_arithmetic"):

@@ -26,6 +26,12 @@ def several(*sections: dict[str, Any]) -> dict[str, Any]:
     return {"kind": "several", "evaluators": [EVALUATION | section for section in sections]}
 
 
+def two(second: dict[str, Any], first: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    """A campaign of two stages."""
+    stages = [{"proposer": "sobol", "evaluations": 1, **(first or {})}, {"proposer": "sobol", **second}]
+    return {"search": stages, **changes}
+
+
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"nmae": "x"}, r"nmae: unknown key; did you mean 'name'\?"),
     ({"folder": "x"}, "folder: unknown key"),
@@ -122,6 +128,28 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"search": [{"proposer": "tpe"}, {"proposer": "tpe"}]}, r"search\[1\]: only one stage may go without evaluations"),
     ({"search": [{"proposer": "tpe", "evaluations": 99}]}, "search: the stages take 99 evaluations"),
     ({"search": [{"proposer": "adamerging"}], "operator": {"name": "ties"}, "space": {}}, "adamerging needs gradients, which ties"),
+    ({"space": {"coefficient": "best"}}, "space.coefficient: best is what earlier stages have found, and there are none"),
+    ({"space": {"exceptions": {"*/after": "best"}}}, r"space.exceptions.\*/after: best is what earlier stages"),
+    ({"space": {"coefficient": "bset"}}, "space.coefficient: .*found 'bset'"),
+    ({"operator": {"name": "ties", "density": "best"}, "space": {}}, "operator.density: best is what earlier stages"),
+    ({"operator": {"name": "ties", "density": {"exceptions": {"*": "best"}}}, "space": {}}, r"operator.density.exceptions.\*: best is what"),
+    (two({"space": {"gruops": "model"}}), r"search\[1\].space.gruops: unknown key; did you mean 'groups'\?"),
+    (two({"space": {"coefficient": {"hihg": 1}}}), r"search\[1\].space.coefficient.hihg: unknown key; did you mean 'high'\?"),
+    (two({"space": {"coefficient": 0.3}}), r"search\[1\]: space: nothing is searched"),
+    (two({"space": {"coefficient": {"low": 2.0, "high": 1.0}}}), r"search\[1\]: space: coefficient: expected low <= start <= high"),
+    (two({"space": {"groups": "model"}}, space={"groups": "module", "exceptions": {"*/*.mlp": 0.3}}), r"search\[1\]: space: coefficient: no expert/group matches '\*/\*.mlp'"),
+    (two({}, first={"space": {"coefficient": "best"}}), r"search\[0\]: space.coefficient: best is what earlier stages"),
+    (two({"operator": {"density": 0.5}}), r"search\[1\]: operator.density: unknown key"),
+    (two({"operator": {"densty": 0.5}}, operator={"name": "ties"}, space={}), r"search\[1\]: operator.densty: unknown key; did you mean 'density'\?"),
+    (two({"operator": {"normalize": False}}, operator={"name": "ties"}, space={}), r"search\[1\]: operator.normalize: an option is the same in all stages"),
+    (two({"operator": {"density": 0.5}}, operator=[{"name": "ties"}, {"name": "linear"}], space={}), r"search\[1\]: operator.name: expected one of ties, linear.*found None"),
+    (two({"operator": {"name": "tys", "density": 0.5}}, operator={"name": "ties"}, space={}), r"search\[1\]: operator.name: expected one of ties, .*found 'tys'"),
+    (two({"keep_experts": 0}), r"search\[1\].keep_experts: .*greater than or equal to 1, found 0"),
+    (two({"keep_experts": 3}), r"search\[1\]: keep_experts: expected fewer than the 3 experts, found 3"),
+    (two({}, first={"keep_experts": 1}), r"search\[0\]: keep_experts: earlier stages say which experts matter, and there are none"),
+    (two({"keep_experts": 1}, operator=[{"name": "linear"}, {"name": "model_stock"}], space={"groups": "model"}), r"search\[1\]: keep_experts: .*model_stock has none"),
+    (two({"proposer": "adamerging", "operator": {"scale": {}}}, operator={"name": "ties"}, space={}), r"search\[1\].proposer: adamerging needs gradients"),
+    (two({"proposer": "lorahub", "budget": 151, "space": {"groups": "model"}}), "search: lorahub.budget: expected at most 150"),
     ({"budget": {"evaluations": 0}}, "budget.evaluations: .*found 0"),
     ({"budget": {"evaluations": "many"}}, "budget.evaluations: expected a valid integer, found 'many'"),
     ({"workers": "rya"}, "workers.kind: expected 'inline', found 'rya'"),
@@ -341,6 +369,8 @@ def test_operators_without_coefficients(
     plan = make_plan(make_campaign(operator=alone, space={"groups": "layer"}))
     assert [dimension.name for dimension in plan.space.dimensions] == [f"t {group}" for group in plan.groups]
     assert make_plan(make_campaign(operator=alone, space={"preset": "per-layer"})).space.dimensions
+    silent = make_campaign(operator=alone, space={"groups": "layer"})  # as a run's ledger gives it back
+    assert make_plan(Campaign.model_validate(silent.model_dump(mode="json"), strict=False)).space.dimensions
     with pytest.raises(CampaignError, match="space.coefficient: there is no coefficient in coefficientless; give"):
         make_plan(make_campaign(operator=alone))
     plan = make_plan(

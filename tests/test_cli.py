@@ -44,6 +44,9 @@ def run_folder(digits4: FamilySummary, tmp_path_factory: pytest.TempPathFactory)
     done = evomerge("search", "campaign.yaml", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "on the front, scores on test items" in done.stdout
+    assert re.search(
+        r"^search   gradient_front 6 in 16 dimensions .*surrogate 19 in 16 dimensions", done.stdout, re.MULTILINE
+    )
     assert "next     evomerge report runs/digits4" in done.stdout
     return folder / "runs" / "digits4"
 
@@ -90,6 +93,7 @@ def test_check_says_what_will_happen(digits4: FamilySummary) -> None:
     for fact in (
         "4 experts (rot90, invert, parity, mod5)",
         "32 dimensions over 8 groups",
+        "surrogate 52 in 32 dimensions",
         "104 tensors",
         "rot90 0.3, invert 0.3, parity 0.3, mod5 0.3",
         "MB",

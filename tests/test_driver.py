@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from silent_watcher import Interrupt, Interrupting, Silent
 from sqlalchemy import Engine, event
 
 from evomerge.campaign import Campaign, read_campaign
+from evomerge.course import Course
 from evomerge.errors import EvoMergeError, RunError
 from evomerge.evaluators.classification import ClassificationEvaluator
+from evomerge.export import export_trial
 from evomerge.families.family import FamilySummary
 from evomerge.ledger.ledger import FILE_NAME
 from evomerge.plan import make_plan
@@ -36,6 +39,13 @@ CHAIN = [
     {"proposer": "nsga2", "evaluations": 25, "population": 8},
     {"proposer": "tpe", "evaluations": 14, "num_startup": 4},
     {"proposer": "cma_es"},
+]
+
+
+LADDER = [  # each with a space of its own
+    {"proposer": "surrogate", "evaluations": 5, "num_startup": 3, "space": {"groups": "model"}},
+    {"proposer": "adamerging", "evaluations": 2, "loss": "ce", "steps": 2, "space": {"groups": "tensor"}},
+    {"proposer": "cma_es", "population": 4, "keep_experts": 2, "space": {"exceptions": {"*/after": "best"}}},
 ]
 
 
@@ -80,6 +90,48 @@ def test_an_interrupted_run_resumes_to_the_same_story(
     assert story(run) == story(uninterrupted)
     assert run.tested.keys() == uninterrupted.tested.keys()
     assert run.ledger.num_test_touches() == 1
+
+
+def test_a_ladder_of_spaces_resumes_to_the_same_story_and_exports_every_stage(
+    make_campaign: Callable[..., Campaign], tmp_path: Path
+) -> None:
+    """Interrupted within each stage and between two of them; extended; what is exported is what was tested."""
+    campaign = make_campaign(search=LADDER, budget={"evaluations": 12})
+    whole = search(campaign, tmp_path / "whole", watcher=Silent())
+    for further in (3, 2, 1, 3):
+        with pytest.raises(Interrupt):
+            search(campaign, tmp_path / "run", watcher=Interrupting(further))
+    search(campaign, tmp_path / "run", watcher=Silent())
+    longer = campaign.model_copy(update={"budget": budget(16)})
+    run = search(longer, tmp_path / "run", watcher=Silent())
+    assert story(run)[:12] == story(whole)
+    assert run.facts["stages"] == whole.facts["stages"]
+    num_experts, (coarse, fine, last) = 3, run.facts["stages"]
+    assert len(coarse["space"]) == num_experts
+    assert len(fine["space"]) > len(last["space"]) > num_experts
+    assert f"stage 2 searched {len(fine['space'])} numbers and started from trial {fine['ancestor']}" in run.lineage
+    print_front(run)
+    write_report(run, tmp_path / "report.html")
+    assert f"in {run.dimensions} dimensions" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    fingerprints = [row[0] for row in sqlite3.connect(run.ledger.path).execute("select fingerprint from trials")]
+    course = Course(run.campaign, make_plan(run.campaign), run.changes)
+    course.leg(2, run.trials)
+    for stage in range(3):
+        trial = next((t for t in run.front if t.stage == stage), None) or next(
+            t for t in run.trials if t.stage == stage
+        )
+        assert course.recipe(trial).fingerprint(run.facts["hashes"]) == fingerprints[trial.number]
+        assert len({kept["expert"] for kept, _ in run.numbers_of(trial)}) == (2 if stage == 2 else 3)
+    tested = max(run.front, key=lambda trial: trial.stage)
+    export_trial(run, tested, tmp_path / "out", lambda _: None)
+
+
+def test_a_run_from_before_stages_had_spaces_is_shown(uninterrupted: Run) -> None:
+    facts = {key: value for key, value in uninterrupted.facts.items() if key != "stages"}
+    older = replace(uninterrupted, facts={**facts, "space": uninterrupted.facts["stages"][0]["space"]})
+    assert older.changes == uninterrupted.changes
+    assert (older.dimensions, older.lineage) == (uninterrupted.dimensions, [])
+    assert older.numbers_of(older.trials[-1]) == uninterrupted.numbers_of(uninterrupted.trials[-1])
 
 
 def test_kill_9_at_any_moment_loses_no_recorded_trial(uninterrupted: Run, small_digits: Any, tmp_path: Path) -> None:
@@ -322,6 +374,19 @@ def test_descents_lower_the_loss_they_descend(make_campaign: Callable[..., Campa
     assert losses[-1] < losses[0]
     assert run.trials[1].candidate.point == arrivals[0].point
     assert all(trial.measurement.cost > 1 for trial in run.trials if trial.measurement)
+
+
+def test_a_descent_moves_the_numbers_of_its_own_stage(make_campaign: Callable[..., Campaign], tmp_path: Path) -> None:
+    descent = {"proposer": "adamerging", "loss": "ce", "steps": 5, "learning_rate": 0.02}
+    stages = [{**descent, "evaluations": 1, "space": {"groups": "model"}}, descent]
+    run = search(make_campaign(search=stages, budget={"evaluations": 2}), tmp_path / "run", watcher=Silent())
+    assert [trial.failure for trial in run.trials] == [None, None]
+    coarse, fine = run.trials
+    num_experts = len(run.campaign.experts)
+    assert (len(coarse.point), len(fine.point)) == (num_experts, len(run.facts["stages"][1]["space"]))
+    assert len(fine.point) > num_experts
+    assert set(fine.candidate.point) == set(coarse.point)  # it begins where the stage before has ended
+    assert fine.point != fine.candidate.point
 
 
 def test_slopes_on_a_descents_way_are_those_of_the_loss(make_campaign: Callable[..., Campaign], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import yaml
 
 from evomerge.assemble import OPERATORS, PROPOSERS
 from evomerge.campaign import presets_folder, read_campaign
+from evomerge.course import Course
 from evomerge.evaluators.language import LanguageEvaluator, LanguageOptions
 from evomerge.families.family import FAMILIES, FamilySummary
 from evomerge.plan import make_plan
@@ -37,7 +38,7 @@ def checkout(tmp_path: Path, digits4: FamilySummary, monkeypatch: pytest.MonkeyP
 
 
 def test_the_campaign_and_its_stages_are_read(checkout: Path) -> None:
-    campaign, objectives, choice, starts, stages, *_ = blocks("yaml")
+    campaign, objectives, choice, starts, stages, ladder, *_ = blocks("yaml")
     path = checkout / "campaign.yaml"
     path.write_text(campaign)
     plan = make_plan(read_campaign(path))
@@ -60,6 +61,20 @@ def test_the_campaign_and_its_stages_are_read(checkout: Path) -> None:
     )
     read = read_campaign(path)
     assert [stage.proposer for stage in make_stages(read, plan)] == ["adamerging", "cma_es"]
+    path.write_text(yaml.safe_dump(yaml.safe_load(campaign) | yaml.safe_load(ladder), sort_keys=False))
+    read = read_campaign(path)
+    assert [stage.num_dimensions for stage in make_stages(read, make_plan(read))] == [2, 2 * 8, 104]
+
+
+def test_evo_merging_is_read(checkout: Path) -> None:
+    path = checkout / "campaign.yaml"
+    chain = next(block for block in blocks("yaml") if "evo_merging" in block)
+    path.write_text(yaml.safe_dump(yaml.safe_load(blocks("yaml")[0]) | yaml.safe_load(chain), sort_keys=False))
+    read = read_campaign(path)
+    assert [stage.num_dimensions for stage in make_stages(read, make_plan(read))] == [2, 2]
+    course = Course(read, make_plan(read), [stage.changes for stage in make_stages(read, make_plan(read))])
+    parameters = [{dimension.parameter for dimension in course.leg(n, []).plan.space.dimensions} for n in (0, 1)]
+    assert parameters == [{"density"}, {"coefficient"}]
 
 
 def test_the_recipe_is_read(checkout: Path) -> None:

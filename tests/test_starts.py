@@ -139,7 +139,7 @@ def test_a_search_begins_at_the_shares_and_a_resumed_one_goes_on_as_it_would_hav
     rule = {"by": "mean_square", "total": 0.8}
     whole, short = run(6, "whole", **rule), run(3, "resumed", **rule)
     expected = expected_shares(loaded(short.campaign), task_vectors, 2)
-    found = {f"coefficient {d['expert']}/{d['group']}": d["start"] for d in short.facts["space"]}
+    found = {f"coefficient {d['expert']}/{d['group']}": d["start"] for d in short.facts["stages"][0]["space"]}
     assert found == pytest.approx({name: 0.8 * number for name, number in expected.items()}, rel=1e-5)
     resumed = run(6, "resumed", **rule)
     assert [trial.point for trial in resumed.trials] == [trial.point for trial in whole.trials]

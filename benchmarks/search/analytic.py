@@ -172,7 +172,8 @@ class Analytic:
         own_KD = np.repeat(np.eye(self.num_experts), self.num_layers, axis=1)
         references = {"base": self.values(np.zeros(self.num_dimensions))}
         references |= {f"expert:expert{k}": self.values(own_D) for k, own_D in enumerate(own_KD)}
-        return Opened(self.plan(seed), _Scorer(self, seed), references, np.min([*references.values()], axis=0))
+        reference_M = np.min([*references.values()], axis=0)
+        return Opened(self.campaign("auto", 1, seed), self.plan(seed), _Scorer(self, seed), references, reference_M)
 
 
 class _NoLosses:
@@ -183,6 +184,9 @@ class _NoLosses:
 class _Scorer:
     problem: Analytic
     seed: int
+
+    def configure(self, plan: Plan) -> None:
+        """There is one space."""
 
     def score(self, subject: Candidate, split: Split) -> Measurement:
         """Score a point; its noise on search items is its own, and the same whenever it is scored."""

@@ -69,7 +69,7 @@ class FamilyProblem:
         }
         tested = {name: maximized(scorer.score(recipe, "test"), plan.objectives) for name, recipe in inputs.items()}
         searched = {name: scorer.score(recipe, "search") for name, recipe in inputs.items()}
-        return Opened(plan, scorer, tested, worst_of_inputs(searched, plan.objectives))
+        return Opened(self._campaign, plan, scorer, tested, worst_of_inputs(searched, plan.objectives))
 
 
 def _varied(campaign: Campaign, variant: str) -> Campaign:

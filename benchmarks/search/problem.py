@@ -16,6 +16,9 @@ from evomerge.records import Candidate, Floats, Measurement, Split
 class Scores(Protocol):
     """Scores a candidate on a split's items, as ``evomerge.scorer.Scorer`` does."""
 
+    def configure(self, plan: Plan) -> None:
+        """Read the points of candidates by the space of this plan."""
+
     def score(self, subject: Candidate, split: Split) -> Measurement:
         """Raises: CandidateError if the candidate fails."""
 
@@ -25,9 +28,10 @@ class Opened:
     """A problem with one seed's splits, ready to score.
 
     references: model -> maximized values (M,) on test items; reference_M: the worst of base and experts on search
-    items.
+    items. campaign: whose space the stages' own spaces are changes of.
     """
 
+    campaign: Campaign
     plan: Plan
     scorer: Scores
     references: Mapping[str, Floats]

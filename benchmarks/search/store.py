@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.search.problem import Problem
 from benchmarks.search.trace import Step, Trace
+from evomerge.campaign import SpaceChanges
 from evomerge.records import digest
 from evomerge.stages import Stage
 
@@ -51,7 +52,11 @@ class Task:
         return Trace([Step(**step) for step in record["steps"]], record["references"])
 
     def _identity(self) -> dict[str, Any]:
-        stages = [[stage.proposer, stage.options.model_dump(), stage.num_evaluations] for stage in self.stages]
+        stages = [
+            [stage.proposer, stage.options.model_dump(), stage.num_evaluations]
+            + ([stage.changes.model_dump(mode="json")] if stage.changes != SpaceChanges() else [])
+            for stage in self.stages
+        ]
         return {
             "format": FORMAT,
             "problem": {"name": self.problem.name, **self.problem.identity},

@@ -16,6 +16,7 @@ import numpy as np
 
 from benchmarks.search.problem import Opened, Scores
 from evomerge.assemble import PROPOSERS
+from evomerge.course import Course
 from evomerge.errors import CandidateError
 from evomerge.front.front import maximized, observe
 from evomerge.front.pareto import non_dominated
@@ -83,14 +84,20 @@ def run(opened: Opened, stages: Sequence[Stage], seed: int, budget: float, tick:
 def _steps(opened: Opened, stages: Sequence[Stage], seed: int) -> Iterator[Step]:
     objectives, trials = opened.plan.objectives, list[Trial]()
     front_NM = np.zeros((0, len(opened.plan.steering)))
+    course = Course(opened.campaign, opened.plan, [stage.changes for stage in stages])
     for number, stage in enumerate(stages):
         started = time.perf_counter()
+        leg = course.leg(number, trials)
+        opened.scorer.configure(leg.plan)
         problem = Problem(
-            dimensions=opened.plan.space.dimensions,
+            dimensions=leg.plan.space.dimensions,
             num_objectives=front_NM.shape[1],
+            tasks=tuple(opened.plan.splits),
+            experts=tuple(opened.plan.experts),
             reference_M=opened.reference_M,
             seed=(seed, number),
-            history=tuple(observe(trial, objectives) for trial in trials),
+            history=leg.history,
+            best=leg.best,
         )
         proposer = PROPOSERS[stage.proposer](problem, stage.options)  # type: ignore[call-arg]
         for index in range(stage.num_evaluations):

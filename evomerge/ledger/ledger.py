@@ -97,7 +97,7 @@ class Ledger:
         return campaign
 
     def facts(self) -> dict[str, Any]:
-        """Return the facts that the run was created with."""
+        """Return the facts that the run was created with, and those of the stages that have begun, under ``stages``."""
         facts: dict[str, Any] = self._json(tables.run.c.facts)
         return facts
 
@@ -105,6 +105,15 @@ class Ledger:
         """Note a campaign that differs in its budget or workers."""
         with self._transaction() as connection:
             connection.execute(update(tables.run).values(campaign=json.dumps(campaign)))
+
+    def begin_stage(self, number: int, facts: Mapping[str, Any]) -> None:
+        """Commit what readers need to know of a stage (JSON) before its first trial is issued; once is enough."""
+        with self._transaction() as connection:
+            held = json.loads(connection.execute(select(tables.run.c.facts)).scalar_one())
+            stages = held.setdefault("stages", [])
+            if len(stages) <= number:
+                stages.append(facts)
+                connection.execute(update(tables.run).values(facts=json.dumps(held)))
 
     def issue(self, stage: int, index: int, candidate: Candidate) -> Trial:
         """Commit a candidate before it is submitted, with the number of results known by now."""

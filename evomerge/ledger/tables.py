@@ -13,7 +13,7 @@ run = Table(  # one row: what this run is
     Column("schema_version", Integer, nullable=False),
     Column("created", Float, nullable=False),  # Unix seconds
     Column("campaign", String, nullable=False),  # JSON: the campaign as last run
-    Column("facts", String, nullable=False),  # JSON: objectives, dimensions and checkpoint hashes that it led to
+    Column("facts", String, nullable=False),  # JSON: objectives, dimensions, checkpoint hashes, stages that have begun
     Column("test_touches", String, nullable=False),  # JSON: number of finished trials at each use of the test items
 )
 

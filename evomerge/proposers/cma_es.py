@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from evomerge.proposers.generations import Generations
 from evomerge.proposers.proposer import Problem, Weights, not_installed, objective_weights
-from evomerge.records import Floats, Options
+from evomerge.records import Floats, Observation, Options
 
 DIAGONAL_BEYOND = 100
 
@@ -26,7 +26,8 @@ class CmaEsOptions(Options):
     """sigma: first step size in units of the box; population: candidates a generation (default: pycma's).
 
     separable: a diagonal covariance (default: beyond 100 dimensions); lr_adapt: adapted learning rates, for noisy
-    values; weights: of the objectives in the mean (default: equal).
+    values; weights: of the objectives in the mean (default: equal); penalty: on the mean absolute value of the numbers
+    that are searched, in their own units, as Evo-Merging has it (arxiv.org/abs/2509.12951).
     """
 
     sigma: float = Field(default=0.15, gt=0)
@@ -34,6 +35,7 @@ class CmaEsOptions(Options):
     separable: bool | None = None
     lr_adapt: bool = False
     weights: Weights | None = None
+    penalty: float = Field(default=0.0, ge=0)
 
     @model_validator(mode="after")
     def _adapts_a_full_covariance(self) -> Self:
@@ -53,9 +55,15 @@ class CmaEs(Generations):
     needs_gradients: ClassVar[bool] = False
 
     def __init__(self, problem: Problem, options: CmaEsOptions) -> None:
+        self._penalty = options.penalty
         weights_M = objective_weights(options.weights, problem.num_objectives, self.name)
         start_D = np.clip(problem.best_point, 0.01, 0.99)
         super().__init__(problem, (_LraCmaEs if options.lr_adapt else _PyCma)(start_D, options), weights_M)
+
+    def merit(self, observation: Observation) -> float:
+        """The weighted mean less violations, less the penalty."""
+        size = np.abs(self.problem.numbers(observation.point)).mean()
+        return super().merit(observation) - self._penalty * float(size)
 
 
 class _PyCma:

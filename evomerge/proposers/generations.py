@@ -43,7 +43,7 @@ class Generations:
 
     def tell(self, observation: Observation) -> None:
         """Take a result; the last of a generation moves the distribution."""
-        self._told[observation.index] = rank(observation, self._weights_M)
+        self._told[observation.index] = self.merit(observation)
         if len(self._told) < len(self._points):
             return
         values = np.array([self._told[self._first_index + i] for i in range(len(self._points))])
@@ -54,6 +54,10 @@ class Generations:
         self._generation += 1
         self._first_index += len(self._points)
         self._points = self.distribution.ask(self.problem.rng(self._generation))
+
+    def merit(self, observation: Observation) -> float:
+        """What is maximized: the (weighted) mean of the objectives, less violations; -inf of a failed candidate."""
+        return rank(observation, self._weights_M)
 
     def recall(self, candidate: Candidate) -> None:  # noqa: ARG002
         """The generation is sampled from its index: only the position moves."""

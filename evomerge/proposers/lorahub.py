@@ -84,12 +84,8 @@ class LoraHub:
 
     def _coefficients(self, point_D: Floats) -> Floats:
         """The experts' coefficients among the numbers, in their own units; 0 if none is searched."""
-        numbers = [
-            dimension.low + x * (dimension.high - dimension.low)
-            for dimension, x in zip(self.problem.dimensions, point_D, strict=True)
-            if dimension.parameter == "coefficient"
-        ]
-        return np.array(numbers or [0.0])
+        is_coefficient_D = [dimension.parameter == "coefficient" for dimension in self.problem.dimensions]
+        return self.problem.numbers(point_D)[is_coefficient_D] if any(is_coefficient_D) else np.zeros(1)
 
     def _make(self) -> Any:
         try:

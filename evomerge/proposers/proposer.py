@@ -35,7 +35,8 @@ class Problem:
 
     dimensions say what each coordinate is, and its range; tasks and experts are those of the campaign, by name;
     reference_M is where hypervolume begins, the worst that base and experts have in each objective; history are the
-    results of earlier stages, in the order in which they came.
+    results of earlier stages whose recipes the space holds, in the order in which they came. best is the best of all
+    their results, at the point nearest to its recipe, which the space need not hold.
     """
 
     dimensions: tuple[Dimension, ...]
@@ -45,6 +46,7 @@ class Problem:
     experts: tuple[str, ...] = ()
     reference_M: Floats | None = None
     history: tuple[Observation, ...] = ()
+    best: Observation | None = None
 
     @property
     def num_dimensions(self) -> int:
@@ -53,14 +55,23 @@ class Problem:
 
     @property
     def start(self) -> Floats:
-        """Where the space starts, shape (D,)."""
+        """Where the stage starts, (D,): nearest to the best recipe of those before, else where the space starts."""
+        if self.best is not None:
+            return self.best.point
         return np.array([dimension.start_coordinate for dimension in self.dimensions])
 
     @property
     def best_point(self) -> Floats:
         """Where a search begins: the best mean of the earlier results, else the space's start."""
-        best = max(self.history, key=rank, default=None)
+        known = self.history if self.best is None else (self.best, *self.history)
+        best = max(known, key=rank, default=None)
         return self.start if best is None else best.point
+
+    @property
+    def best_is_scored(self) -> bool:
+        """Whether the best point's own recipe has been scored: there is no need to ask for it again."""
+        best_D = self.best_point
+        return any(np.array_equal(observation.point, best_D) for observation in self.history)
 
     @property
     def owners(self) -> list[str | None]:
@@ -83,13 +94,20 @@ class Problem:
             for d, level in zip(self.dimensions, levels, strict=True)
         )
 
+    def numbers(self, point_D: Floats) -> Floats:
+        """Return what a point's coordinates stand for, each in its own units."""
+        low_D = np.array([dimension.low for dimension in self.dimensions])
+        high_D = np.array([dimension.high for dimension in self.dimensions])
+        numbers_D: Floats = low_D + point_D * (high_D - low_D)
+        return numbers_D
+
     def startup_point(self, index: int) -> Point:
         """Return the ``index``-th candidate before there is anything to learn from: the best point, then a cloud.
 
         Uniform in the whole box would be far worse: with several experts at once, most of the box drowns them all.
         """
         center_D = self.best_point
-        spread = SPREAD if index > 0 or self.history else 0.0
+        spread = SPREAD if index > 0 or self.best_is_scored else 0.0
         cloud_D = center_D + spread * self.rng(index).standard_normal(len(center_D))
         return tuple(float(x) for x in np.clip(cloud_D, 0.0, 1.0))
 

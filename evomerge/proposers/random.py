@@ -1,4 +1,4 @@
-"""Random: the start, then points drawn uniformly from the whole box. It ignores results.
+"""Random: the start, unless it is scored, then points drawn uniformly from the whole box. It ignores results.
 
 The baseline that a search has to beat. Reference: Bergstra and Bengio 2012, random search for hyper-parameter
 optimization, JMLR 13.
@@ -36,5 +36,6 @@ class Random:
         self._num_asked += 1
 
     def _point(self, index: int) -> tuple[float, ...]:
-        point_D = self.problem.start if index == 0 else self.problem.rng(index).random(self.problem.num_dimensions)
+        is_start = index == 0 and not self.problem.best_is_scored
+        point_D = self.problem.start if is_start else self.problem.rng(index).random(self.problem.num_dimensions)
         return tuple(float(x) for x in point_D)

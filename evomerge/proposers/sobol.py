@@ -1,6 +1,6 @@
-"""Sobol: the start, then a scrambled low-discrepancy sequence over the whole box. It ignores results.
+"""Sobol: the start, unless it is scored, then a scrambled low-discrepancy sequence over the whole box.
 
-Reference: Owen 1998, scrambling Sobol' and Niederreiter-Xing points.
+It ignores results. Reference: Owen 1998, scrambling Sobol' and Niederreiter-Xing points.
 """
 
 from collections.abc import Sequence
@@ -37,5 +37,6 @@ class Sobol:
 
     def _next(self) -> tuple[float, ...]:
         self._num_asked += 1
-        point_D = self.problem.start if self._num_asked == 1 else self._sequence.random(1)[0]
+        is_start = self._num_asked == 1 and not self.problem.best_is_scored
+        point_D = self.problem.start if is_start else self._sequence.random(1)[0]
         return tuple(float(x) for x in point_D)

@@ -96,7 +96,7 @@ class Surrogate:
         How much of each expert there is matters most, and few candidates can tell it; layers come after.
         """
         center_D = self.problem.best_point
-        if self._num_asked == 0 and not self.problem.history:
+        if self._num_asked == 0 and not self.problem.best_is_scored:
             return tuple(float(x) for x in center_D)
         rng = self.problem.rng(self._num_asked)
         owners = [(dimension.parameter, dimension.expert) for dimension in self.problem.dimensions]

@@ -77,14 +77,16 @@ def _lead(run: Run) -> str:
     return (
         f"{len(run.campaign.experts)} experts ({experts}) merged by "
         f"{html.escape(' or '.join(run.campaign.operator_names))} in "
-        f"{len(run.facts['space'])} dimensions. {len(run.trials)} candidates{failed}, {run.cost:.0f} full-evaluation "
+        f"{run.dimensions} dimensions. {len(run.trials)} candidates{failed}, {run.cost:.0f} full-evaluation "
         f"equivalents, {len(run.front)} models on the front. Candidates were chosen on search items; {_touches(run)}. "
         "± and bars are one standard error, small ranges 95 % intervals."
     )
 
 
 def _claims(run: Run) -> list[str]:
-    sentences = [f"<li>{html.escape(claim[0].upper() + claim[1:])}.</li>" for claim in claims(run)]
+    sentences = [
+        f"<li>{html.escape(sentence[0].upper() + sentence[1:])}.</li>" for sentence in (*run.lineage, *claims(run))
+    ]
     return ["<h2>What the items say</h2>", f"<ul>{''.join(sentences)}</ul>"] if sentences else []
 
 

@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 from evomerge.assemble import OPERATORS
-from evomerge.campaign import Campaign
+from evomerge.campaign import Campaign, SpaceChanges
 from evomerge.check import CheckReport
 from evomerge.claims import claims
 from evomerge.errors import EvoMergeError, RunError
@@ -111,11 +111,15 @@ class SearchProgress:
     ) -> None:
         self._progress.stop()
 
+    def begin(self, stages: Sequence[Stage]) -> None:
+        """Say what will be searched."""
+        self._loading.stop()
+        say(f"search   {_chain(stages)}")
+
     def phase(self, title: str, total: int, done: int) -> None:
         """Begin a bar; what an earlier process did counts as done."""
         if not self.has_begun:
             self.has_begun = True
-            self._loading.stop()
             self._progress.start()
         self._task = self._progress.add_task(title, total=total, completed=done, note="", visible=done < total)
         if title == "search":
@@ -235,11 +239,12 @@ def print_check(file: Path, report: CheckReport) -> None:
         "model",
         f"{plan.num_parameters / 1e6:,.2f} M parameters in {len(plan.tensors)} tensors, {plan.dtype}",
     )
-    dimensions = _some([dimension.name for dimension in plan.space.dimensions])
-    table.add_row("space", f"{len(plan.space)} dimensions over {len(plan.groups)} groups ({dimensions})")
-    if starts := _starts(plan.space.dimensions):
-        table.add_row("start", starts)
-    table.add_row("search", ", then ".join(map(_stage, report.stages)))
+    if any(stage.changes == SpaceChanges() for stage in report.stages):
+        dimensions = _some([dimension.name for dimension in plan.space.dimensions])
+        table.add_row("space", f"{len(plan.space)} dimensions over {len(plan.groups)} groups ({dimensions})")
+        if starts := _starts(plan.space.dimensions):
+            table.add_row("start", starts)
+    table.add_row("search", _chain(report.stages))
     table.add_row(
         "memory", f"{plan.size_bytes / 1e6:,.1f} MB for base, experts and the merged model; activations come on top"
     )
@@ -356,9 +361,13 @@ def sum_seconds(seconds: Mapping[str, float]) -> float:
     return seconds.get("total", sum(seconds.values()))
 
 
-def _stage(stage: Stage) -> str:
-    reason = f" ({stage.reason})" if stage.reason else ""
-    return f"{stage.proposer} {stage.num_evaluations}{reason}"
+def _chain(stages: Sequence[Stage]) -> str:
+    """Name the stages, each with its evaluations and dimensions, and why it was chosen."""
+    return ", then ".join(
+        f"{stage.proposer} {stage.num_evaluations} in {stage.num_dimensions} dimensions"
+        + (f" ({stage.reason})" if stage.reason else "")
+        for stage in stages
+    )
 
 
 def _duration(seconds: float) -> str:
@@ -380,8 +389,8 @@ def _print_notes(run: Run, num_hidden: int, *, compact: bool) -> None:
     if num_hidden:
         say(f"{num_hidden} more on the front: {COMMAND} front {run.folder} --all")
     say(f"hypervolume {run.hypervolume():.4g} above the base, on search items; by those the table is sorted")
-    for claim in claims(run):
-        console.print(f"· {claim}")
+    for sentence in (*run.lineage, *claims(run)):
+        console.print(f"· {sentence}")
     if run.tested and run.has_one_metric:
         say(f"over scalar: paired difference of the mean to {run.best_scalar}, the best single coefficient")
     failed = [trial for trial in run.trials if trial.failure]

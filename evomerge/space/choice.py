@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from evomerge.errors import CampaignError
 from evomerge.records import Floats, Items
 from evomerge.space.space import Dimension, Sizes, Space
 
@@ -36,7 +35,6 @@ class Choice:
     of the first. Coefficients that bear the same name are one coordinate, scaled into each operator's own range; it
     starts, and ``dimensions`` shows it, as the first operator has it. Every other number is one operator's own, and is
     named after it, such as ``ties.density``.
-    Raises: CampaignError if there is no dimension at all.
     """
 
     def __init__(self, spaces: Mapping[str, Space]) -> None:
@@ -56,8 +54,6 @@ class Choice:
                     dimensions.append(dimension)
                 columns.append(column)
             branches.append(Branch(operator=operator, space=space, columns_d=np.array(columns, dtype=np.int64)))
-        if not dimensions:
-            raise CampaignError("space: nothing is searched; give at least one number a range {low: ..., high: ...}")
         self.branches, self.dimensions = tuple(branches), tuple(dimensions)
 
     def __len__(self) -> int:
@@ -83,6 +79,16 @@ class Choice:
     def branch(self, point_D: Sequence[float] | Floats) -> Branch:
         """Return the branch of the operator that a point chooses."""
         return self.branches[chosen(point_D, len(self.branches))]
+
+    def nearest(self, operator: str, values: Mapping[str, Floats], sizes_G: Floats) -> Floats:
+        """Return the point (D,) that chooses an operator and comes closest to values of its, as ``Space.nearest`` does.
+
+        The numbers that the operator does not read stay at their start.
+        """
+        place = [branch.operator for branch in self.branches].index(operator)
+        point_D, branch = self.starts[place], self.branches[place]
+        point_D[branch.columns_d] = branch.space.nearest(values, sizes_G)
+        return point_D
 
 
 def chosen(point_D: Sequence[float] | Floats, num_operators: int) -> int:

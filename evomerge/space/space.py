@@ -35,20 +35,28 @@ class Range:
 Sizes = Callable[[Measure], Floats]
 """A measure of task vectors -> its sums over the entries of every group, (K, G)."""
 
-Setting = Range | float | tuple[float, ...]
-"""A searched range, a fixed number, or fixed numbers that are interpolated over depth."""
+Setting = Range | float | tuple[float, ...] | Floats
+"""A searched range, a fixed number, fixed numbers interpolated over depth, or (K, G) numbers of an earlier stage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Searched:
     """How one parameter takes part: its setting for every expert and group, and exceptions by "expert/group" pattern.
 
-    The first exception that matches wins. The numbers of a range are an expert's own.
+    The first exception that matches wins. The numbers of a range are an expert's own. left_out: experts that take no
+    part, whatever else is said of them, and the number that they have instead.
     """
 
     spec: ParameterSpec
     setting: Setting
     exceptions: Mapping[str, Setting] = field(default_factory=dict)
+    left_out: Mapping[str, float] = field(default_factory=dict)
+
+    def of(self, expert: str | None, pattern: str | None) -> Setting:
+        """Return the setting of an expert where an exception's pattern matches, or none."""
+        if expert is not None and expert in self.left_out:
+            return self.left_out[expert]
+        return self.setting if pattern is None else self.exceptions[pattern]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +87,16 @@ class Dimension:
         return (self.start - self.low) / (self.high - self.low)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """A number that is not searched because an earlier stage has found it."""
+
+    parameter: str
+    expert: str | None
+    group: str | None
+    number: float
+
+
 @dataclass(frozen=True, slots=True)
 class _LinearMap:
     """A parameter's numbers (K, G) = fixed + A numbers: A (K*G, D) by its entries, kept to the operator's range."""
@@ -101,6 +119,22 @@ class _LinearMap:
         # Rounding must not carry an interpolated number out of the range in which the operator is defined.
         return np.clip(self.fixed_KG + moved.reshape(self.fixed_KG.shape), self.spec.minimum, self.spec.maximum)
 
+    def solve(self, values_KG: Floats, sizes_G: Floats, numbers_D: Floats) -> None:
+        """Move the parameter's numbers to where its values come closest to those given, by least squares over elements.
+
+        What the values do not determine, such as one of two knots around a single group, moves as little as possible.
+        """
+        wanted_R = (values_KG - self.fixed_KG).ravel()
+        is_own_E = (np.bincount(self.rows_E)[self.rows_E] == 1) & (np.bincount(self.columns_E)[self.columns_E] == 1)
+        numbers_D[self.columns_E[is_own_E]] = wanted_R[self.rows_E[is_own_E]]  # their weights are 1
+        rows_R, at_R = np.unique(self.rows_E[~is_own_E], return_inverse=True)
+        columns_C, at_C = np.unique(self.columns_E[~is_own_E], return_inverse=True)
+        map_RC = np.zeros((len(rows_R), len(columns_C)))
+        map_RC[at_R, at_C] = self.weights_E[~is_own_E]
+        missing_R = wanted_R[rows_R] - map_RC @ numbers_D[columns_C]
+        roots_R = np.sqrt(sizes_G[rows_R % len(sizes_G)])
+        numbers_D[columns_C] += np.linalg.lstsq(roots_R[:, None] * map_RC, roots_R * missing_R)[0]
+
     def pull_back(self, gradient_KG: Floats, num_dimensions: int) -> Floats:
         moved_E = self.weights_E * gradient_KG.ravel()[self.rows_E]
         return np.asarray(np.bincount(self.columns_E, moved_E, minlength=num_dimensions), dtype=np.float64)
@@ -116,8 +150,9 @@ class Space:
     def __init__(self, experts: Sequence[str], groups: Groups, depths: Depths, parameters: Sequence[Searched]) -> None:
         self.experts, self.groups, self._depths = tuple(experts), tuple(groups), depths
         dimensions: list[Dimension] = []
-        self._maps = {parameter.spec.name: self._lay_out(parameter, dimensions) for parameter in parameters}
-        self.dimensions = tuple(dimensions)
+        kept: list[Kept] = []
+        self._maps = {parameter.spec.name: self._lay_out(parameter, dimensions, kept) for parameter in parameters}
+        self.dimensions, self.kept = tuple(dimensions), tuple(kept)
         self._low_D = np.array([dimension.low for dimension in dimensions])
         self.spans_D: Floats = np.array([dimension.high - dimension.low for dimension in dimensions])
 
@@ -130,6 +165,16 @@ class Space:
             raise ValueError(f"point: expected {len(self)} coordinates, got shape {np.shape(point_D)}")
         numbers_D = self._low_D + np.asarray(point_D, dtype=np.float64) * self.spans_D
         return {name: linear.values(numbers_D) for name, linear in self._maps.items()}
+
+    def nearest(self, values: Mapping[str, Floats], sizes_G: Floats) -> Floats:
+        """Return the point (D,) whose values come closest to those given (least squares over elements), in the box.
+
+        What lies outside is moved to the bounds. sizes_G: how many elements each group has.
+        """
+        numbers_D = np.array([dimension.start for dimension in self.dimensions])
+        for name, linear in self._maps.items():
+            linear.solve(values[name], sizes_G, numbers_D)
+        return np.asarray(np.clip((numbers_D - self._low_D) / self.spans_D, 0.0, 1.0))
 
     def pull_back(self, gradients: Mapping[str, Floats]) -> Floats:
         """Return the gradient (D,) in the searched numbers' own units, from gradients in the (K, G) numbers."""
@@ -162,8 +207,8 @@ class Space:
         share = float(shares(sizes_K, options)[self.experts.index(dimension.expert)])
         return replace(dimension, start=min(max(share, dimension.low), dimension.high), shares=None)
 
-    def _lay_out(self, parameter: Searched, dimensions: list[Dimension]) -> _LinearMap:
-        """Append the parameter's dimensions and say how its numbers follow from them."""
+    def _lay_out(self, parameter: Searched, dimensions: list[Dimension], kept: list[Kept]) -> _LinearMap:
+        """Append the parameter's dimensions and what it keeps, and say how its numbers follow from the dimensions."""
         spec, where = parameter.spec, f"space: {parameter.spec.name}"
         for setting in (parameter.setting, *parameter.exceptions.values()):
             check_setting(spec, setting, where)
@@ -176,7 +221,12 @@ class Space:
             for g, group in enumerate(self.groups):
                 pattern = first_match(parameter.exceptions, f"{expert or '*'}/{group}")
                 used.add(pattern)
-                setting = parameter.setting if pattern is None else parameter.exceptions[pattern]
+                setting = parameter.of(expert, pattern)
+                if isinstance(setting, np.ndarray):
+                    fixed_KG[k, g] = setting[k, g]
+                    place = group if len(self.groups) > 1 else None
+                    kept.append(Kept(parameter=spec.name, expert=expert, group=place, number=float(setting[k, g])))
+                    continue
                 if not isinstance(setting, Range):
                     fixed_KG[k, g] = at_depth(setting, group, self._depths, where)
                     continue
@@ -186,12 +236,15 @@ class Space:
                 for n, weight in enumerate(knot_weights(setting.knots or 1, group, self._depths, where)):
                     if weight:
                         entries.append((k * len(self.groups) + g, first_of[pattern] + n, weight))
-        if unused := [pattern for pattern in parameter.exceptions if pattern not in used]:
-            known = [f"{expert or '*'}/{group}" for expert in rows for group in self.groups]
-            raise CampaignError(f"{where}: no expert/group matches {unused[0]!r}{did_you_mean(unused[0], known)}")
+        self._require_matches([pattern for pattern in parameter.exceptions if pattern not in used], rows, where)
         if idle := set(range(begin, len(dimensions))) - {column for _, column, _ in entries}:
             raise CampaignError(f"{where}: no group lies near the knot {dimensions[min(idle)].name!r}; use fewer knots")
         return _LinearMap.of(spec, fixed_KG, entries)
+
+    def _require_matches(self, unused: Sequence[str], rows: Sequence[str | None], where: str) -> None:
+        if unused:
+            known = [f"{expert or '*'}/{group}" for expert in rows for group in self.groups]
+            raise CampaignError(f"{where}: no expert/group matches {unused[0]!r}{did_you_mean(unused[0], known)}")
 
     def _dimensions(
         self, spec: ParameterSpec, setting: Range, expert: str | None, group: str, pattern: str | None
@@ -228,6 +281,8 @@ def check_setting(spec: ParameterSpec, setting: Setting, where: str) -> None:
             numbers: tuple[float, ...] = (setting.low, setting.high, setting.start)
         case tuple():
             numbers = setting
+        case np.ndarray():
+            numbers = tuple(setting.ravel().tolist())
         case _:
             numbers = (setting,)
     for number in numbers:

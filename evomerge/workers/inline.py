@@ -5,7 +5,7 @@ A pool runs any scorer: an object with ``score(subject, split, items) -> Measure
 
 from collections import deque
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from evomerge.errors import CandidateError
 from evomerge.records import Candidate, Measurement, Recipe, Split, TaskItems
@@ -16,6 +16,9 @@ Outcome = Measurement | CandidateError
 
 class Scorer(Protocol):
     """Owns a resident model and scores what it is given. Raises: CandidateError for a candidate that fails."""
+
+    def configure(self, plan: Any) -> None:
+        """Read the points of candidates by the space of this plan from now on."""
 
     def score(self, subject: Subject, split: Split, items: TaskItems | None = None) -> Measurement:
         """Build the merge and score it on items of a split; None is all of them."""
@@ -34,6 +37,10 @@ class InlinePool:
     def num_free(self) -> int:
         """How many subjects can be submitted without waiting for a result."""
         return self.num_slots - len(self._queue)
+
+    def configure(self, plan: Any) -> None:
+        """Begin a stage: the points of candidates are of this plan's space; nothing is under way."""
+        self.scorer.configure(plan)
 
     def submit(self, key: int, subject: Subject, split: Split, items: TaskItems | None = None) -> None:
         """Hand a subject to the worker, with the items to score (all of the split); ``key`` comes back."""

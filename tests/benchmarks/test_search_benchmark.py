@@ -15,9 +15,11 @@ from benchmarks.search.picture import _apart
 from benchmarks.search.problem import Scores
 from benchmarks.search.searchers import PEERS, read_searchers
 from benchmarks.search.trace import Step, Trace, run
+from evomerge.campaign import StageSection
 from evomerge.errors import CampaignError
 from evomerge.families.family import FamilySummary
 from evomerge.front.pareto import hypervolume, non_dominated
+from evomerge.plan import Plan
 from evomerge.records import Candidate, Measurement, Split
 
 STAGES = "[{proposer: sobol, evaluations: 4}, {proposer: cma_es, population: 5}]"
@@ -102,6 +104,9 @@ class Costly:
     inner: Scores
     cost: float
 
+    def configure(self, plan: Plan) -> None:
+        self.inner.configure(plan)
+
     def score(self, subject: Candidate, split: Split) -> Measurement:
         return replace(self.inner.score(subject, split), cost=self.cost)
 
@@ -177,9 +182,9 @@ def test_searchers_are_read_from_names_files_and_text(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("search:\n- {proposer: nsga2, population: 8}\n")
     found = read_searchers(f"auto, tpe,two={STAGES},mine={tmp_path / 'mine.yaml'},{','.join(PEERS)}")
     assert list(found) == ["auto", "tpe", "two", "mine", *PEERS]
-    assert [stage.model_dump() for stage in found["two"]] == [  # type: ignore[union-attr]
-        {"proposer": "sobol", "evaluations": 4, "options": {}},
-        {"proposer": "cma_es", "evaluations": None, "options": {"population": 5}},
+    assert found["two"] == [
+        StageSection(proposer="sobol", evaluations=4),
+        StageSection(proposer="cma_es", options={"population": 5}),
     ]
     make_tasks(ANALYTIC["convex"], found, [0], 20)  # options that a proposer does not know are refused here
 
@@ -249,6 +254,20 @@ def test_variants_of_a_family(digits4: FamilySummary, tmp_path: Path, monkeypatc
     assert loaded.steps[1].search == found.steps[1].search
     with pytest.raises(CampaignError, match="digits4:sideways: expected a number of objectives up to 4"):
         read_problems("digits4:sideways")
+
+
+def test_stages_with_spaces_of_their_own_are_other_searchers(digits4: FamilySummary, tmp_path: Path) -> None:
+    """One coefficient an expert, then one an expert and layer: the second stage begins near the best of the first."""
+    (problem,) = read_problems("digits4:2")
+    ladder = "[{proposer: sobol, evaluations: 3, space: {groups: model}}, {proposer: cma_es, sigma: 0.000001}]"
+    plain, laddered = make_tasks(
+        problem, read_searchers(f"plain={ladder.replace('model', 'layer')},x={ladder}"), [0], 4
+    )
+    assert plain.path(tmp_path) != laddered.path(tmp_path)
+    assert [stage.num_dimensions for stage in laddered.stages] == [4, 32]
+    steps = run(problem.open(0), laddered.stages, 0, 4, lambda _: None).steps
+    best = max((step.search for step in steps[:3] if step.search), key=sum)
+    assert steps[3].search == pytest.approx(best, abs=0.01)
 
 
 def test_labels_are_pushed_apart_and_keep_their_order() -> None:

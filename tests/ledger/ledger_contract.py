@@ -174,6 +174,14 @@ class LedgerContract:
         assert (ledger.campaign(), ledger.facts()) == ({"campaign": other}, {"facts": other})
         ledger.close()
 
+    def test_a_stage_is_noted_once_beside_the_other_facts(self, tmp_path: Path) -> None:
+        ledger = self.create(tmp_path, {}, {"items": "abc"})
+        for number, facts in ((0, {"space": [1]}), (1, {"space": [2]}), (0, {"space": [3]})):
+            ledger.begin_stage(number, facts)
+        ledger = self.reopened(ledger, tmp_path)
+        assert ledger.facts() == {"items": "abc", "stages": [{"space": [1]}, {"space": [2]}]}
+        ledger.close()
+
     def test_an_empty_ledger_holds_nothing(self, ledger: Ledger) -> None:
         assert ledger.trials() == []
         assert ledger.measurements("search") == {}

@@ -13,6 +13,7 @@ from trimmed_contract import draws
 
 from evomerge.kernels.masked import Trims, block_keys, kept_entries
 from evomerge.kernels.sources import Sources
+from evomerge.kernels.tiles import Vote
 from evomerge.operators.masks import (
     ALL_ENTRIES,
     QUANTILES,
@@ -41,7 +42,7 @@ def kept(vector: Tensor, density: float) -> Tensor:
     sources = sources_of(vector)
     counts_KS = num_kept(torch.tensor([[density]], dtype=torch.float64), sizes(sources))
     trims = Trims("magnitude", torch.ones_like(counts_KS), *thresholds(magnitude_tables(sources), counts_KS))
-    [entries] = kept_entries(sources, trims)
+    [entries] = kept_entries(sources, trims, Vote())
     return entries.buffer_P[: len(vector)] != 0
 
 

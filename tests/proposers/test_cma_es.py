@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
@@ -110,6 +111,20 @@ def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_adapted_rates_need_a_full_covariance() -> None:
     with pytest.raises(ValidationError, match="lr_adapt needs a full covariance"):
         CmaEsOptions(lr_adapt=True, separable=True)
+
+
+def test_the_penalty_is_on_the_mean_size_of_the_numbers_in_their_own_units() -> None:
+    """Of -sum (x - t)^2 - p mean |x| each number is best at t - sign(t) p / 2D, or at 0 where that changes its sign."""
+    dimensions = tuple(replace(dimension, low=-1.5, high=1.5) for dimension in box(0.3, 3))
+    target_D = np.array([0.8, -0.6, 0.05])
+    signed = Problem(dimensions=dimensions, num_objectives=1, seed=(0, 0))
+    proposer = CmaEs(signed, CmaEsOptions(penalty=0.6))
+    for index in range(7 * 60):
+        (candidate,) = proposer.ask(1, [])
+        point_D = np.array(candidate.point)
+        value = -(((3 * point_D - 1.5) - target_D) ** 2).sum()
+        proposer.tell(Observation(index=index, point=point_D, values_M=np.array([value])))
+    np.testing.assert_allclose(signed.numbers(point_D), [0.7, -0.5, 0.0], atol=0.01)
 
 
 class TestWeights:

@@ -13,6 +13,7 @@ from evomerge.proposers.gp import Gp
 from evomerge.proposers.gradient_front import GradientFront
 from evomerge.proposers.nsga2 import Nsga2
 from evomerge.proposers.proposer import Problem
+from evomerge.proposers.random import Random
 from evomerge.proposers.sobol import Sobol
 from evomerge.proposers.surrogate import Surrogate, SurrogateOptions
 from evomerge.proposers.tpe import Tpe
@@ -67,6 +68,46 @@ class TestCmaEs(ProposerContract):
         )
         points = np.array([c.point for c in CmaEs(self.problem(history=history), CmaEsOptions(sigma=1e-3)).ask(4, [])])
         assert np.abs(points - best).max() < 0.02
+
+
+class TestProblem:
+    def observation(self, value: float | None, *point: float) -> Observation:
+        values_M = None if value is None else np.array([value, value])
+        return Observation(index=0, point=np.array(point), values_M=values_M)
+
+    def problem(self, *history: Observation, best: Observation | None = None) -> Problem:
+        return Problem(dimensions=box(0.25, 2), num_objectives=2, seed=(0, 0), history=history, best=best)
+
+    def test_a_first_stage_starts_where_its_space_does(self) -> None:
+        first = self.problem()
+        assert first.start.tolist() == first.best_point.tolist() == [0.25, 0.25]
+        assert not first.best_is_scored
+        assert first.startup_point(0) == (0.25, 0.25)
+
+    def test_a_best_recipe_beside_the_space_is_scored_first(self) -> None:
+        """The space does not hold it, so that the point nearest to it has no scores of its own."""
+        best = self.observation(0.9, 0.5, 0.6)
+        later = self.problem(self.observation(0.2, 0.1, 0.1), best=best)
+        assert later.start.tolist() == later.best_point.tolist() == [0.5, 0.6]
+        assert not later.best_is_scored
+        assert later.startup_point(0) == (0.5, 0.6)
+        for proposer_type in (Sobol, Random, AdaMerging, Surrogate):
+            (candidate,) = proposer_type(later, proposer_type.options_type()).ask(1, [])  # type: ignore[call-arg]
+            assert candidate.point == (0.5, 0.6)
+
+    def test_a_best_recipe_of_the_space_is_not_scored_again(self) -> None:
+        best = self.observation(0.9, 0.5, 0.6)
+        later = self.problem(self.observation(0.2, 0.1, 0.1), best, best=best)
+        assert later.best_is_scored
+        assert later.best_point.tolist() == [0.5, 0.6]
+        for proposer_type in (Sobol, Random, Surrogate):
+            (candidate,) = proposer_type(later, proposer_type.options_type()).ask(1, [])  # type: ignore[call-arg]
+            assert candidate.point != (0.5, 0.6)
+
+    def test_what_is_found_later_and_better_is_the_best_point(self) -> None:
+        later = self.problem(self.observation(0.95, 0.1, 0.1), best=self.observation(0.9, 0.5, 0.6))
+        assert later.best_point.tolist() == [0.1, 0.1]
+        assert later.start.tolist() == [0.5, 0.6]
 
 
 class TestTpe(ProposerContract):

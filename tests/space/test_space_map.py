@@ -134,6 +134,61 @@ def test_pull_back_equals_finite_differences(held: Space, seed: int) -> None:
         assert gradient[d] == pytest.approx((f(up) - f(down)) / (2 * step), abs=1e-6)
 
 
+@given(spaces(most_knots=4), st.integers(0, 2**31))
+def test_the_nearest_point_to_values_of_the_space_has_these_values(held: Space, seed: int) -> None:
+    values = held.values(np.random.default_rng(seed).random(len(held)))
+    sizes = np.random.default_rng(seed).integers(1, 100, len(held.groups)).astype(float)
+    again = held.values(held.nearest(values, sizes))
+    for name, matrix in values.items():
+        np.testing.assert_allclose(again[name], matrix, rtol=0, atol=1e-9)
+
+
+def test_the_nearest_point_is_the_mean_over_elements_within_the_range() -> None:
+    held = space(Searched(spec=COEFFICIENT, setting=replace(ONE, low=0.0, high=1.0)))
+    wanted = np.array([[0.1, 0.2, 0.3, 0.4], [0.0, 2.0, 2.0, 2.0], [-1.0, 0.0, 0.0, 0.0]])
+    point = held.nearest({"coefficient": wanted}, np.array([1.0, 2.0, 3.0, 4.0]))
+    np.testing.assert_allclose(point, [0.3, 1.0, 0.0], atol=1e-12)
+
+
+def test_the_nearest_line_over_depth_is_the_least_squares_line() -> None:
+    knots = deep(searched(replace(SEARCHED, low=-9.0, high=9.0, knots=2)))
+    rng = np.random.default_rng(0)
+    wanted, sizes = rng.normal(size=(3, 14)), rng.integers(1, 9, 14).astype(float)
+    held = knots.values(knots.nearest({"coefficient": wanted}, sizes))["coefficient"]
+    depths = np.array(list(DEEP_DEPTHS.values()))
+    for line, row in zip(held, wanted, strict=True):
+        slope, offset = np.polyfit(depths, row, 1, w=np.sqrt(sizes))
+        np.testing.assert_allclose(line, offset + slope * depths, atol=1e-9)
+
+
+def test_numbers_that_values_do_not_determine_move_as_little_as_possible() -> None:
+    """Three knots over two groups at a quarter and three quarters of the depth."""
+    groups = {"early": ("a",), "late": ("b",)}
+    held = Space(EXPERTS[:1], groups, {"early": 0.25, "late": 0.75}, [searched(replace(SEARCHED, start=0.5, knots=3))])
+    point = held.nearest({"coefficient": np.full((1, 2), 0.5)}, np.ones(2))
+    np.testing.assert_allclose(point, start_of(held), atol=1e-12)
+    moved = held.values(held.nearest({"coefficient": np.array([[0.4, 0.7]])}, np.ones(2)))
+    np.testing.assert_allclose(moved["coefficient"], [[0.4, 0.7]], atol=1e-12)
+
+
+def test_numbers_of_an_earlier_stage_are_kept_where_they_are_asked_for() -> None:
+    found = np.arange(12.0).reshape(3, 4) / 10
+    held = space(searched(found, chat__layer1=SEARCHED))
+    assert [dimension.name for dimension in held.dimensions] == ["coefficient chat/layer1"]
+    expected = found.copy()
+    expected[1, 2] = 1.2
+    assert (held.values([1.0])["coefficient"] == expected).all()
+    assert len(held.kept) == 11
+    assert [kept.number for kept in held.kept if (kept.expert, kept.group) == ("chat", "layer0")] == [0.5]
+
+
+def test_experts_that_are_left_out_have_their_number_whatever_else_is_said() -> None:
+    parameter = replace(searched(SEARCHED, chat__layer1=0.7, math__before=0.5), left_out={"chat": 0.0})
+    held = space(parameter)
+    assert {dimension.expert for dimension in held.dimensions} == {"math", "code"}
+    assert (held.values(np.ones(len(held)))["coefficient"][1] == 0.0).all()
+
+
 def test_one_number_a_group_for_every_expert() -> None:
     held = space(searched())
     assert [dimension.name for dimension in held.dimensions] == [
