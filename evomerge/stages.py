@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from evomerge.assemble import PROPOSERS
-from evomerge.campaign import Campaign, SpaceChanges
+from evomerge.campaign import Campaign, SpaceChanges, StageSpaceSection
 from evomerge.course import Course
 from evomerge.errors import CampaignError
 from evomerge.plan import Plan
@@ -15,6 +15,8 @@ from evomerge.proposers.surrogate import Surrogate, SurrogateOptions
 from evomerge.records import Options
 
 AUTO_LEGS = 6  # of a descent of one objective
+COARSE = SpaceChanges(space=StageSpaceSection(groups="model"))
+AUTO_COARSE = 20  # candidates in the coarse space
 AUTO_FRONT = 4  # candidates of the gradient front, beside one for each objective
 
 
@@ -113,7 +115,8 @@ def stage_cost(plan: Plan, stage: Stage) -> float:
 def _auto(campaign: Campaign, plan: Plan) -> list[Stage]:
     """Descend to a whole front where there are gradients, and go on with surrogates of what was scored.
 
-    The first stage is the same for every budget that it fits into, so that a larger budget only lengthens the search.
+    Without gradients, begin in a coarse space: one number for the whole model in place of one a group. The first stage
+    is the same for every budget that it fits into, so that a larger budget only lengthens the search.
     """
     budget, stages = campaign.budget.evaluations, []
     num_steering = len(plan.steering)
@@ -131,7 +134,28 @@ def _auto(campaign: Campaign, plan: Plan) -> list[Stage]:
             )
         )
         budget -= num_evaluations
+    elif _is_coarser(campaign, plan):
+        num_evaluations = min(budget, AUTO_COARSE)
+        stages.append(
+            Stage(
+                proposer=Surrogate.name,
+                options=SurrogateOptions(),
+                num_evaluations=num_evaluations,
+                changes=COARSE,
+                reason="there are no gradients: find first how much of each expert there should be",
+            )
+        )
+        budget -= num_evaluations
     if budget:
         reason = f"{num_steering} objectives, {len(plan.space)} dimensions: model what was scored"
         stages.append(Stage(proposer=Surrogate.name, options=SurrogateOptions(), num_evaluations=budget, reason=reason))
     return stages
+
+
+def _is_coarser(campaign: Campaign, plan: Plan) -> bool:
+    """Whether one number for the whole model can stand for those of the groups, and there are fewer of them."""
+    try:
+        coarse = Course(campaign, plan, [COARSE]).leg(0, []).plan
+    except CampaignError:  # numbers over depth, or exceptions for single groups
+        return False
+    return len(coarse.space) < len(plan.space)

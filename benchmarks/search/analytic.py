@@ -19,6 +19,7 @@ Shape letters: D dimensions, M objectives, F points of a front, W weights.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -30,9 +31,10 @@ from evomerge.materialize.checkpoint import Checkpoint
 from evomerge.materialize.residence import Place
 from evomerge.operators.linear import TaskArithmetic
 from evomerge.plan import Plan
-from evomerge.records import Candidate, Floats, Measurement, Objective, Score, Split
+from evomerge.records import Candidate, Floats, Measurement, Objective, Score, Split, TensorInfo
 from evomerge.space.choice import COEFFICIENT, Choice
 from evomerge.space.groups import Groups
+from evomerge.space.regroup import by_tensor
 from evomerge.space.space import Range, Searched, Space
 
 START = 0.3
@@ -149,9 +151,9 @@ class Analytic:
         spec = next(spec for spec in operator.parameters if spec.name == COEFFICIENT)
         searched = Searched(spec=spec, setting=Range(low=0.0, high=1.0, start=START))
         return Plan(
-            base=cast(Checkpoint, None),
+            base=cast(Checkpoint, SimpleNamespace(folder="")),
             experts={},
-            tensors=(),
+            tensors=tuple(TensorInfo(name, (1,)) for name in groups),
             dtype="float32",
             place=Place(device="cpu", residence="resident"),
             operators={operator.name: operator},
@@ -173,24 +175,27 @@ class Analytic:
         references = {"base": self.values(np.zeros(self.num_dimensions))}
         references |= {f"expert:expert{k}": self.values(own_D) for k, own_D in enumerate(own_KD)}
         reference_M = np.min([*references.values()], axis=0)
-        return Opened(self.campaign("auto", 1, seed), self.plan(seed), _Scorer(self, seed), references, reference_M)
+        plan = self.plan(seed)
+        return Opened(self.campaign("auto", 1, seed), plan, _Scorer(self, seed, plan), references, reference_M)
 
 
 class _NoLosses:
     losses: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Scorer:
     problem: Analytic
     seed: int
+    plan: Plan
 
     def configure(self, plan: Plan) -> None:
-        """There is one space."""
+        """Read points by this plan's space."""
+        self.plan = plan
 
     def score(self, subject: Candidate, split: Split) -> Measurement:
         """Score a point; its noise on search items is its own, and the same whenever it is scored."""
-        point_D = np.array(subject.point)
+        point_D = by_tensor(self.plan.recipe(subject.point), self.plan.tensors)[COEFFICIENT].ravel()
         values_M, stderr = self.problem.values(point_D), 0.0
         if split == "search" and self.problem.noise:
             stderr = self.problem.noise
