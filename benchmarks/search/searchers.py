@@ -63,7 +63,7 @@ def _sections(label: str, stages: list[dict[str, Any]]) -> list[StageSection]:
     """Gather what is no key of a stage under its options, as a campaign's reader does, and check the names."""
     sections = []
     for number, stage in enumerate(stages):
-        own = {key: value for key, value in stage.items() if key in StageSection.model_fields}
+        own = {key: value for key, value in stage.items() if key in StageSection.model_fields and key != "options"}
         options = {key: value for key, value in stage.items() if key not in own}
         section = parse(StageSection, {**own, "options": options}, f"{label}[{number}]")
         if section.proposer not in PROPOSERS:

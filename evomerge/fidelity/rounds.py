@@ -76,8 +76,8 @@ def make_rounds(
     """Cut the items of every task into nested sets of about these shares (ascending, below 1) of the sources, then all.
 
     sources and difficulty are of all items of a task, ascending. The items of a source stay together. A share that
-    would add no source to a task is left out, as is one that would leave none; no set is of one source, which says
-    nothing about others.
+    would add fewer than two sources to a task is left out, as is one that would leave fewer: what a round adds is scored
+    by itself, and one source says nothing about others.
     """
     codes = {task: source_codes(sources[task]) for task in items}
     orders = {
@@ -87,7 +87,7 @@ def make_rounds(
     cuts: list[dict[str, int]] = [dict.fromkeys(items, 0)]
     for share in shares:
         cut = {task: max(2, int(np.ceil(share * len(orders[task]) - 1e-9))) for task in items}
-        if all(cuts[-1][task] < cut[task] < len(orders[task]) for task in items):
+        if all(cuts[-1][task] + 2 <= cut[task] <= len(orders[task]) - 2 for task in items):
             cuts.append(cut)
     cuts.append({task: len(orders[task]) for task in items})
     added = tuple(

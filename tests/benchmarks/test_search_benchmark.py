@@ -205,6 +205,12 @@ def test_a_searcher_that_is_none_is_named(text: str, message: str) -> None:
         read_searchers(text)
 
 
+def test_options_beside_their_stage_are_not_left_out_silently() -> None:
+    found = read_searchers("mine=[{proposer: cma_es, options: {population: 5}}]")
+    with pytest.raises(CampaignError, match="options"):
+        make_tasks(ANALYTIC["convex"], found, [0], 20)
+
+
 def test_a_finished_run_is_not_run_again_and_every_searcher_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

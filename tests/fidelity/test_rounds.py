@@ -24,7 +24,7 @@ def test_every_item_comes_once_and_sources_stay_together(num_sources: int, repea
     source_of = dict(zip(items["a"].tolist(), sources["a"], strict=True))
     homes = [{source_of[item] for item in round_["a"].tolist()} for round_ in rounds.added]
     assert sum(map(len, homes)) == num_sources
-    assert len(homes[0]) >= 2
+    assert min(map(len, homes)) >= 2  # a round is scored by itself, and one source has no standard error
     assert (items["a"][rounds.positions["a"]] == scored).all()
 
 
