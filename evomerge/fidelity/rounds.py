@@ -76,8 +76,8 @@ def make_rounds(
     """Cut the items of every task into nested sets of about these shares (ascending, below 1) of the sources, then all.
 
     sources and difficulty are of all items of a task, ascending. The items of a source stay together. A share that
-    would add fewer than two sources to a task is left out, as is one that would leave fewer: what a round adds is scored
-    by itself, and one source says nothing about others.
+    would add fewer than two sources to a task is left out, as is one that would leave fewer: what a round adds is
+    scored by itself, and one source says nothing about others.
     """
     codes = {task: source_codes(sources[task]) for task in items}
     orders = {
