@@ -21,6 +21,7 @@ from evomerge.space.space import Dimension
 
 LABELLED = "ce"  # the loss of the labels
 NUM_SLOPES = 12
+MAX_NUMBERS = 50_000  # of all gradients that one descent leaves in the record: half a megabyte
 
 
 class Descender:
@@ -176,8 +177,9 @@ class PlanSlope:
 
 
 def _slopes(way: Sequence[tuple[Floats, ...]]) -> Slopes:
-    """Return the means of at most NUM_SLOPES parts of the way, in six digits."""
-    parts = np.array_split(np.arange(len(way)), min(NUM_SLOPES, len(way)))
+    """Return the means of at most NUM_SLOPES parts of the way, in six digits; of fewer where numbers are many."""
+    num_parts = min(NUM_SLOPES, len(way), max(1, MAX_NUMBERS // way[0][2].size))
+    parts = np.array_split(np.arange(len(way)), num_parts)
     points, losses, gradients = (
         tuple(float(f"{x:.6g}") for part in parts for x in np.mean([way[step][what] for step in part], axis=0).ravel())
         for what in range(3)

@@ -9,7 +9,7 @@ import torch
 
 from evomerge.assemble import PROPOSERS
 from evomerge.campaign import Campaign
-from evomerge.descend import PlanSlope, Teachers
+from evomerge.descend import PlanSlope, Teachers, _slopes
 from evomerge.errors import CampaignError
 from evomerge.evaluators.evaluator import divergence
 from evomerge.front.front import observe
@@ -161,3 +161,13 @@ def test_a_loss_that_the_evaluators_do_not_have_is_refused_before_the_search(
     monkeypatch.setattr(ClassificationEvaluator, "losses", frozenset({"ce"}))
     with pytest.raises(CampaignError, match=r"search\[0\]: expert_merging descends the loss 'kl'.*have ce; take"):
         planned(make_campaign, "expert_merging")
+
+
+def test_slopes_of_many_numbers_are_few() -> None:
+    """Of 60 steps in 20,000 dimensions, two parts are kept: the means of either half, whose points lie in its middle."""
+    way = [(np.full(20_000, float(step)), np.array([1.0]), np.ones((1, 20_000))) for step in range(60)]
+    slopes = _slopes(way)
+    points_BD = np.reshape(slopes.points, (-1, 20_000))
+    assert points_BD[:, 0].tolist() == [14.5, 44.5]
+    assert (len(slopes.losses), len(slopes.gradients)) == (2, 40_000)
+    assert len(_slopes([(point[:4], loss, gradient[:, :4]) for point, loss, gradient in way]).losses) == 12
