@@ -47,14 +47,14 @@ class Descender:
             batches = slope.batches(rng, descent.batch_size)
             numbers_d, weights_T = rule.look(rng)
             loss_T, gradient_Td = slope.task_losses(numbers_d, batches)
-            way.append(slope.in_the_box(numbers_d, loss_T, gradient_Td))
+            if descent.loss == LABELLED:
+                way.append(slope.in_the_box(numbers_d, loss_T, gradient_Td))
             weights_T = np.ones(len(loss_T)) if weights_T is None else weights_T
             losses.append(float(weights_T @ loss_T))
             rule.step(weights_T @ gradient_Td, step)
         point = tuple(slope.point(rule.numbers_d).tolist())
         num_search_items = sum(len(splits["search"]) for splits in self.plan.splits.values())
-        slopes = _slopes(way) if descent.loss == LABELLED else None
-        arrival = Arrival(point=point, losses=tuple(losses), slopes=slopes, **rule.state())
+        arrival = Arrival(point=point, losses=tuple(losses), slopes=_slopes(way) if way else None, **rule.state())
         return arrival, slope.num_forwards / num_search_items
 
 
