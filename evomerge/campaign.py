@@ -19,6 +19,8 @@ from evomerge.operators.passthrough import Passthrough
 from evomerge.records import Options, Split
 from evomerge.space.shares import ShareOptions
 from evomerge.strict import parse, read_yaml
+from evomerge.workers.inline import InlineOptions
+from evomerge.workers.ray_pool import RayOptions
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
@@ -212,10 +214,32 @@ class BudgetSection(Options):
     evaluations: int = Field(ge=1)
 
 
-class WorkersSection(Options):
-    """Where candidates are scored."""
+WORKERS: dict[Any, type[Options]] = {"inline": InlineOptions, "ray": RayOptions}
 
-    kind: Literal["inline"] = "inline"
+
+def _workers_kind(given: Any) -> str:
+    return WORKERS[given["kind"] if isinstance(given, Mapping) else given.kind].__name__
+
+
+WorkersSection = Annotated[
+    Annotated[InlineOptions, Tag(InlineOptions.__name__)] | Annotated[RayOptions, Tag(RayOptions.__name__)],
+    Discriminator(_workers_kind),
+]
+"""Where candidates are scored."""
+
+
+def workers_section(given: Any) -> Any:
+    """Return the section that a short form stands for: ``inline``, ``ray``, ``ray:8``, ``ray:auto``.
+
+    Raises: ValueError for what is none.
+    """
+    if isinstance(given, str):
+        name, _, count = given.partition(":")
+        given = {"kind": name, **({"count": int(count) if count.isdecimal() else count} if count else {})}
+    kind = given.get("kind") if isinstance(given, Mapping) else getattr(given, "kind", None)
+    if kind not in WORKERS:
+        raise ValueError(f"unknown kind {kind!r}{did_you_mean(str(kind), WORKERS)}")
+    return given
 
 
 class StageSection(SpaceChanges):
@@ -245,7 +269,7 @@ class Campaign(Options):
     fidelity: RaceOptions | None = None
     search: Literal["auto"] | list[StageSection] = "auto"
     budget: BudgetSection
-    workers: WorkersSection = WorkersSection()
+    workers: WorkersSection = InlineOptions()
     device: str = "auto"
     residence: Literal["auto", "resident", "int8", "host"] = "auto"
     seed: int = Field(default=0, ge=0)
@@ -261,8 +285,8 @@ class Campaign(Options):
     @field_validator("workers", mode="before")
     @classmethod
     def _by_kind(cls, given: Any) -> Any:
-        """``workers: inline`` is short for ``workers: {kind: inline}``."""
-        return {"kind": given} if isinstance(given, str) else given
+        """``workers: ray:8`` is short for ``workers: {kind: ray, count: 8}``."""
+        return workers_section(given)
 
     @property
     def operators(self) -> dict[str, dict[str, Any]]:
@@ -336,10 +360,10 @@ class Campaign(Options):
         return self.model_dump(mode="json", exclude=exclude)
 
 
-def read_campaign(path: str | Path) -> Campaign:
-    """Read and check a campaign file. Raises: CampaignError that names the key."""
+def read_campaign(path: str | Path, workers: str | None = None) -> Campaign:
+    """Read and check a campaign file; workers: in place of the file's. Raises: CampaignError that names the key."""
     path = Path(path)
-    data = read_yaml(path)
+    data = read_yaml(path) | ({"workers": workers} if workers else {})
     try:
         data = {**data, "search": _stages(data.get("search", "auto"))}
         if isinstance(data.get("space"), Mapping) and "preset" in data["space"]:

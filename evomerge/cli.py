@@ -44,13 +44,16 @@ def check(file: CampaignFile) -> None:
 def search(
     file: CampaignFile,
     run: Annotated[Path | None, typer.Option(help="Folder of the run (default: runs/NAME).")] = None,
+    workers: Annotated[
+        str | None, typer.Option(help="inline, ray:8 or ray:auto (default: what the file says).")
+    ] = None,
 ) -> None:
     """Run a campaign; the same command resumes it after an interruption, or extends it when the budget grew."""
     from evomerge.campaign import read_campaign
     from evomerge.report.terminal import Loading, print_finished
     from evomerge.report.terminal import search as search_shown
 
-    campaign = read_campaign(file)
+    campaign = read_campaign(file, workers=workers)
     folder = run or Path("runs") / campaign.name
     try:
         with Loading() as loading:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from evomerge.assemble import PROPOSERS
 from evomerge.course import Course, Leg
+from evomerge.draining import Draining
 from evomerge.errors import EvoMergeError
 from evomerge.evidence.summary import Summarizer, all_sources
 from evomerge.front.front import front_of, observe, worst_of_inputs
@@ -19,7 +20,7 @@ from evomerge.racing import RacingPool, finished_models, make_race
 from evomerge.records import Measurement, Recipe, Split, Trial, in_order
 from evomerge.references import best_scalar, reference_recipes
 from evomerge.stages import Stage
-from evomerge.workers.inline import InlinePool
+from evomerge.workers.pool import Pool, Result
 
 
 class Watcher(Protocol):
@@ -34,14 +35,21 @@ class Watcher(Protocol):
     def advance(self, trial: Trial | None) -> None:
         """One evaluation finished; a search trial is handed over."""
 
+    def note(self, line: str) -> None:
+        """Something that a person should know: what is being loaded, a worker that died."""
+
 
 class Driver:
-    """Runs the stages of one plan, along their course, against one ledger."""
+    """Runs the stages of one plan, along their course, against one ledger.
+
+    Once ``draining`` is true, nothing new is begun; what is under way is recorded, and KeyboardInterrupt is raised.
+    """
 
     def __init__(
-        self, plan: Plan, ledger: Ledger, pool: InlinePool, hashes: Mapping[str, str], watcher: Watcher
+        self, plan: Plan, ledger: Ledger, pool: Pool, hashes: Mapping[str, str], watcher: Watcher, draining: Draining
     ) -> None:
-        self.plan, self.ledger, self.pool, self.hashes, self.watcher = plan, ledger, pool, hashes, watcher
+        self.plan, self.ledger, self.pool, self.hashes = plan, ledger, pool, hashes
+        self.watcher, self.draining = watcher, draining
 
     def run(self, stages: Sequence[Stage], course: Course, seed: int) -> None:
         """Score the references, run every stage, and score the front once on the test items."""
@@ -53,7 +61,7 @@ class Driver:
         self._summarizer = Summarizer(self.plan.objectives, sources, recorded)
         measured = self._summarizer.add_to_all(recorded)
         self._reference_M = worst_of_inputs(measured, self.plan.objectives)
-        pool: InlinePool | RacingPool = self.pool
+        pool = self.pool
         if self.plan.fidelity:
             race = make_race(self.plan, self.plan.fidelity, {name: measured[name] for name in references}, seed)
             pool = RacingPool(self.pool, race, self._summarizer, finished_models(measured, self._trials(), references))
@@ -63,17 +71,17 @@ class Driver:
             self._run_stage(number, stage, seed, pool)
         self._score_front(references)
 
-    def _run_stage(self, number: int, stage: Stage, seed: int, pool: InlinePool | RacingPool) -> None:
+    def _run_stage(self, number: int, stage: Stage, seed: int, pool: Pool) -> None:
         trials = self._trials()
         leg = self._course.leg(number, trials)
         self.ledger.begin_stage(number, leg.facts())
-        self.pool.configure(leg.plan)
+        pool.configure(leg.plan.stage_space)
         proposer, pending = self._rebuild(number, stage, seed, leg, trials)
         for trial in pending.values():
             pool.submit(trial.number, trial.candidate, "search")
         num_issued = sum(trial.stage == number for trial in trials)
         while True:
-            while room := min(pool.num_free, stage.num_evaluations - num_issued):
+            while room := 0 if self.draining else min(pool.num_free, stage.num_evaluations - num_issued):
                 asked = proposer.ask(room, [trial.candidate for trial in pending.values()])
                 if not asked:
                     break
@@ -83,9 +91,9 @@ class Driver:
                     pending[trial.number] = trial
                     num_issued += 1
             if not pending:
-                return
-            key, outcome = next(pool.results())
-            trial = self._record(pending.pop(key), outcome)
+                return self._stop_if_asked()
+            result = next(pool.results())
+            trial = self._record(pending.pop(result.key), result)
             proposer.tell(observe(trial, self.plan.objectives))
             self.watcher.advance(trial)
 
@@ -113,7 +121,12 @@ class Driver:
             proposer.tell(observe(trial, self.plan.objectives))
         return proposer, {trial.number: trial for trial in trials if trial.stage == number and trial.order is None}
 
-    def _record(self, trial: Trial, outcome: Measurement | EvoMergeError) -> Trial:
+    def _stop_if_asked(self) -> None:
+        if self.draining:
+            raise KeyboardInterrupt
+
+    def _record(self, trial: Trial, result: Result) -> Trial:
+        outcome = result.outcome
         if not isinstance(outcome, Measurement):
             return self.ledger.record(trial, str(outcome), None)
         recipe = self._course.recipe(replace(trial, measurement=outcome))
@@ -142,9 +155,17 @@ class Driver:
         held = self.ledger.measurements(split)
         missing = [name for name in subjects if name not in held]
         self.watcher.phase(title, len(subjects), len(subjects) - len(missing))
-        for name in missing:
-            self.pool.submit(0, subjects[name], split)
-            _, outcome = next(self.pool.results())
+        left, under_way = list(missing), 0
+        while True:
+            while left and self.pool.num_free and not self.draining:
+                name = left.pop(0)
+                self.pool.submit(missing.index(name), subjects[name], split)
+                under_way += 1
+            if not under_way:
+                return self._stop_if_asked()
+            result = next(self.pool.results())
+            under_way -= 1
+            name, outcome = missing[result.key], result.outcome
             if not isinstance(outcome, Measurement):
                 raise EvoMergeError(f"{name} cannot be scored on the {split} items: {outcome}")
             self.ledger.measure(name, outcome)

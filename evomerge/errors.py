@@ -44,7 +44,14 @@ class RunError(InputError):
 
 
 class CandidateError(EvoMergeError):
-    """One candidate could not be scored; the reason is recorded in its trial."""
+    """One candidate could not be scored; the reason is recorded in its trial.
+
+    kind is one or two words for it: ``failed``, ``out of memory``, ``timed out``, ``killed workers``.
+    """
+
+    def __init__(self, message: str, kind: str = "failed") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

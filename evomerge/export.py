@@ -57,7 +57,7 @@ def export_trial(run: Run, trial: Trial, out: Path, loading: Loading) -> None:
         place=plan.place,
         progress=loading,
     )
-    require_same_inputs(run, plan, materializer.hashes)
+    require_same_inputs(run, materializer.hashes, plan.evaluator.digest)
     materializer.build(plan.operators[recipe.operator], recipe)
     tested = run.tested.get(f"trial:{trial.number}")
     if tested and tested.weights != materializer.weights_hash():

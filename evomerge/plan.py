@@ -1,15 +1,14 @@
 """The plan: a checked campaign put together, everything but the weights.
 
-Where the experts decide the space's starts, ``with_starts`` puts them in once the weights are there; before that, the
-plan holds the operators' defaults in their place.
+What only a worker finds out, once it has the weights and has scored a few items, comes in by ``with_findings``: the
+starts that the experts decide (before that, the operators' defaults stand in their place), and which losses there are.
 
 Shape letters: K experts, G groups, S tensors.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,12 +55,38 @@ from evomerge.strict import parse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """What a worker tells of its plan, once it has the weights and has rehearsed the evaluation.
+
+    hashes: a checkpoint's folder -> SHA-256 of its tensors. items: the evaluator's digest. sums: each measure that
+    starts derive from -> its sums over every task vector's tensors, (K, S). losses: names of the differentiable losses
+    that there are.
+    """
+
+    hashes: Mapping[str, str]
+    items: str
+    sums: Mapping[Measure, Floats]
+    losses: frozenset[str]
+
+    def agrees(self, other: "Findings") -> bool:
+        """Whether both read the same checkpoints and items."""
+        return (self.hashes, self.items) == (other.hashes, other.items)
+
+
+class StageSpace(NamedTuple):
+    """By what a stage's points are read."""
+
+    groups: Groups
+    space: Choice | DataFlow
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """A checked campaign: everything but the weights. operators and objectives are in the order of the file.
 
     A stage's own plan differs from the campaign's in groups and space (``with_space``).
-    item_sources: task -> the source of each item, by which errors are clustered. sums: a measure -> its sums over every
-    task vector's tensors, (K, S), once the weights are there.
+    item_sources: task -> the source of each item, by which errors are clustered. losses: the evaluator's, or those that
+    were found (``Findings``), as are sums.
     """
 
     base: Checkpoint
@@ -77,7 +102,8 @@ class Plan:
     splits: TaskSplits
     item_sources: Mapping[str, Sequence[int | str]]
     fidelity: RaceOptions | None
-    sums: Callable[[Measure], Floats] | None = None
+    losses: frozenset[str]
+    sums: Mapping[Measure, Floats] | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -125,25 +151,36 @@ class Plan:
                 return operator.name
         return None
 
-    def with_starts(self, sources: Sources) -> "Plan":
-        """Return the plan with the starts that are the experts' shares, by their task vectors."""
+    @property
+    def stage_space(self) -> StageSpace:
+        """All in which a stage's plan differs from the campaign's."""
+        return StageSpace(self.groups, self.space)
 
-        @cache
-        def sums(measure: Measure) -> Floats:
-            return np.asarray(sources.absolute_sums(EXPONENTS[measure]).numpy())
+    def within(self, stage_space: StageSpace) -> "Plan":
+        """Return the plan with the space of a stage."""
+        return replace(self, groups=stage_space.groups, space=stage_space.space)
 
-        return replace(self, sums=sums).started()
+    def measured_sums(self, sources: Sources) -> dict[Measure, Floats]:
+        """Return the sums (K, S) of each measure that starts derive from; one pass over the weights for each."""
+        if isinstance(self.space, DataFlow):
+            return {}
+        shares = [dimension.shares for branch in self.space.branches for dimension in branch.space.dimensions]
+        asked = {options.by for options in shares if options and isinstance(options.by, str)}
+        return {measure: np.asarray(sources.absolute_sums(EXPONENTS[measure]).numpy()) for measure in asked}
+
+    def with_findings(self, findings: Findings) -> "Plan":
+        """Return the plan with what a worker found, and so with the starts that are the experts' shares."""
+        return replace(self, sums=findings.sums, losses=findings.losses).started()
 
     def started(self) -> "Plan":
-        """Return the plan with these starts in its space, if the weights have been there."""
+        """Return the plan with these starts in its space, if they have been found."""
         if self.sums is None or isinstance(self.space, DataFlow):
             return self
         sums, place = self.sums, {tensor.name: s for s, tensor in enumerate(self.tensors)}
         columns = [[place[name] for name in names] for names in self.groups.values()]
 
         def sizes(measure: Measure) -> Floats:
-            sums_KS = sums(measure)
-            return np.stack([sums_KS[:, of_group].sum(axis=1) for of_group in columns], axis=1)
+            return np.stack([sums[measure][:, of_group].sum(axis=1) for of_group in columns], axis=1)
 
         return replace(self, space=self.space.with_starts(sizes))
 
@@ -222,6 +259,7 @@ def make_plan(campaign: Campaign) -> Plan:
         splits=split_items(evaluator.sources, campaign.split.shares(), campaign.seed),
         item_sources=grouped(evaluator.sources) if aggregated else evaluator.sources,
         fidelity=campaign.fidelity,
+        losses=evaluator.losses,
     )
 
 

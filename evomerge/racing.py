@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from evomerge.evidence.summary import Summarizer
 from evomerge.fidelity.race import Race, RaceOptions
 from evomerge.plan import Plan
-from evomerge.records import Candidate, Measurement, Split, Trial, in_order
-from evomerge.workers.inline import InlinePool, Outcome, Subject
+from evomerge.records import Candidate, Measurement, Split, TaskItems, Trial, in_order
+from evomerge.workers.pool import Pool, Result, Subject
 
 
 def make_race(plan: Plan, options: RaceOptions, references: Mapping[str, Measurement], seed: int) -> Race:
@@ -43,9 +44,7 @@ class RacingPool:
     in which they came; what completes the race joins them under ``trial:<key>``.
     """
 
-    def __init__(
-        self, pool: InlinePool, race: Race, summarizer: Summarizer, finished: Mapping[str, Measurement]
-    ) -> None:
+    def __init__(self, pool: Pool, race: Race, summarizer: Summarizer, finished: Mapping[str, Measurement]) -> None:
         self._pool, self._race, self._summarizer = pool, race, summarizer
         self._finished = dict(finished)
         self._running: dict[int, _Runner] = {}
@@ -55,28 +54,34 @@ class RacingPool:
         """How many candidates can be submitted without waiting for a result."""
         return self._pool.num_free
 
-    def submit(self, key: int, subject: Subject, split: Split) -> None:
-        """Send a candidate into the first round."""
+    def configure(self, stage_space: Any) -> None:
+        """Begin a stage."""
+        self._pool.configure(stage_space)
+
+    def submit(self, key: int, subject: Subject, split: Split, items: TaskItems | None = None) -> None:
+        """Send a candidate into the first round; its items are the race's."""
+        assert items is None
         self._running[key] = _Runner(subject)
         self._pool.submit(key, subject, split, self._race.next_items())
 
-    def results(self) -> Iterator[tuple[int, Outcome]]:
-        """Yield (key, outcome) of candidates that failed, were stopped or have run all rounds, until none is left."""
-        for key, outcome in self._pool.results():
+    def results(self) -> Iterator[Result]:
+        """Yield results of candidates that failed, were stopped or have run all rounds, until none is left."""
+        for result in self._pool.results():
+            key, outcome = result.key, result.outcome
             runner = self._running.pop(key)
             if not isinstance(outcome, Measurement):
-                yield key, outcome
+                yield result
                 continue
             measurement = self._race.joined(runner.measurement, outcome) if runner.measurement else outcome
             items = self._race.next_items(measurement)
             if items is None:
                 self._finished[f"trial:{key}"] = self._summarizer.add(measurement)
-                yield key, measurement
+                yield replace(result, outcome=measurement)
                 continue
             estimate = self._race.estimate(measurement, self._finished)
             reason = self._race.verdict(self._summarizer.add(estimate), self._finished)
             if reason is not None:
-                yield key, replace(estimate, stopped=reason)
+                yield replace(result, outcome=replace(estimate, stopped=reason))
                 continue
             # A descent is done once: the later rounds score where it ended.
             subject = Candidate(point=measurement.arrival.point) if measurement.arrival else runner.subject

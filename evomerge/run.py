@@ -1,6 +1,6 @@
 """A run: one campaign's folder, opened, started or resumed, and picked from."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -23,8 +23,7 @@ from evomerge.space.data_flow import layers_on
 
 if TYPE_CHECKING:
     from evomerge.driver import Watcher
-    from evomerge.plan import Plan
-    from evomerge.scorer import Scorer
+    from evomerge.plan import Findings, Plan
     from evomerge.stages import Stage
 
 
@@ -250,24 +249,26 @@ class Unwatched:
     def advance(self, trial: Trial | None) -> None:
         """Nothing to show."""
 
+    def note(self, line: str) -> None:
+        """Nothing to show."""
+
 
 def search(
     campaign: Campaign,
     folder: str | Path,
     *,
     watcher: "Watcher | None" = None,
-    loading: Callable[[str], None] = lambda _: None,
 ) -> Run:
     """Start the campaign's run in ``folder``, resume it, or find it finished; return it finished.
 
     Raises: RunError if the folder holds another campaign's run, or another process drives it.
     """
     from evomerge.course import Course
+    from evomerge.draining import Draining
     from evomerge.driver import Driver
     from evomerge.plan import make_plan
-    from evomerge.scorer import Scorer
+    from evomerge.pools import open_pool
     from evomerge.stages import make_stages
-    from evomerge.workers.inline import InlinePool
 
     folder = Path(folder)
     with _driving(folder):
@@ -279,20 +280,21 @@ def search(
                 return run
         plan = make_plan(campaign)
         make_stages(campaign, plan)  # mistakes come to light before the weights are loaded
-        scorer = Scorer(plan, loading)
-        plan = scorer.plan
-        stages = make_stages(campaign, plan)  # with what the rehearsal showed of the evaluator
-        dumped = campaign.model_dump(mode="json")
-        if started:
-            require_same_inputs(run, plan, scorer.materializer.hashes)
-            run.ledger.update_campaign(dumped)
-            ledger = run.ledger
-        else:
-            ledger = Ledger.create(folder, dumped, _facts(plan, scorer))
         watcher = watcher or Unwatched()
-        watcher.begin(stages)
-        course = Course(campaign, plan, [stage.changes for stage in stages])
-        Driver(plan, ledger, InlinePool(scorer), scorer.materializer.hashes, watcher).run(stages, course, campaign.seed)
+        with open_pool(campaign, plan, watcher.note) as (pool, findings):
+            plan = plan.with_findings(findings)
+            stages = make_stages(campaign, plan)  # with what the workers have found out
+            dumped = campaign.model_dump(mode="json")
+            if started:
+                require_same_inputs(run, findings.hashes, findings.items)
+                run.ledger.update_campaign(dumped)
+                ledger = run.ledger
+            else:
+                ledger = Ledger.create(folder, dumped, _facts(plan, findings))
+            watcher.begin(stages)
+            course = Course(campaign, plan, [stage.changes for stage in stages])
+            with Draining(watcher.note) as draining:
+                Driver(plan, ledger, pool, findings.hashes, watcher, draining).run(stages, course, campaign.seed)
         ledger.close()
     return open_run(folder)
 
@@ -318,15 +320,15 @@ def _driving(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _facts(plan: "Plan", scorer: "Scorer") -> dict[str, Any]:
+def _facts(plan: "Plan", findings: "Findings") -> dict[str, Any]:
     """What readers of a run need and the campaign file does not say."""
     from evomerge.plan import decisions
 
     return {
         "objectives": [asdict(objective) for objective in plan.objectives],
-        "hashes": scorer.materializer.hashes,
+        "hashes": findings.hashes,
         "decisions": decisions(plan.experts.values(), plan.dtype),
-        "items": plan.evaluator.digest,
+        "items": findings.items,
         "sources": {split: all_sources(plan.objectives, plan.sources(split)) for split in ("search", "test")},
         "stages": [],
     }
@@ -347,10 +349,10 @@ def _require_same_meaning(run: Run, campaign: Campaign) -> None:
         )
 
 
-def require_same_inputs(run: Run, plan: "Plan", hashes: Mapping[str, str]) -> None:
+def require_same_inputs(run: Run, hashes: Mapping[str, str], items: str) -> None:
     """Raise RunError if checkpoints or items are no longer those that the run began with."""
     changed = [folder for folder, found in hashes.items() if run.facts["hashes"].get(folder) != found]
-    if plan.evaluator.digest != run.facts["items"]:
+    if items != run.facts["items"]:
         changed.append(str(run.campaign.evaluation.get("data", "the evaluation's items")))
     if changed:
         raise RunError(

@@ -1,8 +1,9 @@
 """The scorer: owns the resident model; subject -> recipe -> merged model -> measurement."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,9 +13,10 @@ from evomerge.errors import CandidateError, DataError, EvoMergeError
 from evomerge.evaluators.evaluator import LOSS, ItemScores, companion_of
 from evomerge.evidence.scores import score_of
 from evomerge.materialize.materializer import Materializer
+from evomerge.materialize.sharing import Bytes, Shared
 from evomerge.operators.linear import TaskArithmetic
 from evomerge.operators.operator import Operator
-from evomerge.plan import Plan
+from evomerge.plan import Findings, Plan, StageSpace
 from evomerge.records import (
     Candidate,
     Items,
@@ -28,17 +30,27 @@ from evomerge.records import (
 
 
 class Scorer:
-    """Scores candidates and recipes of one plan, whose starts it decides where the experts do.
+    """Scores candidates and recipes of one plan; ``plan`` has its findings.
 
+    shared: base and experts as another worker of this machine has read them.
     Raises: InputError if the experts do not suit an operator.
     """
 
-    def __init__(self, plan: Plan, progress: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self, plan: Plan, progress: Callable[[str], None] = lambda _: None, shared: Shared | None = None
+    ) -> None:
         self.materializer = Materializer(
-            plan.base, list(plan.experts.values()), dtype=plan.dtype, place=plan.place, progress=progress
+            plan.base,
+            list(plan.experts.values()),
+            dtype=plan.dtype,
+            place=plan.place,
+            progress=progress,
+            shared=shared,
         )
         progress("and deciding where the search starts")
-        self.plan = plan = plan.with_starts(self.materializer.sources)
+        sums, hashes = plan.measured_sums(self.materializer.sources), self.materializer.hashes
+        self.findings = Findings(hashes=hashes, items=plan.evaluator.digest, sums=sums, losses=plan.losses)
+        self.plan = plan = plan.with_findings(self.findings)
         self._descender = Descender(plan, self.materializer)
         self._operators: dict[str, Operator] = {TaskArithmetic.name: TaskArithmetic(), **plan.operators}
         self._num_search_items = sum(len(splits["search"]) for splits in plan.splits.values())
@@ -50,6 +62,8 @@ class Scorer:
                 self.materializer.build(self._operators[recipe.operator], recipe)
         progress("and rehearsing the evaluation")
         self._rehearse()
+        self.findings = replace(self.findings, losses=plan.evaluator.losses)
+        self.plan = replace(plan, losses=plan.evaluator.losses)
 
     def _rehearse(self) -> None:
         """Score two items of every task: what does not fit the model is found now, not as a failure of candidates."""
@@ -62,9 +76,17 @@ class Scorer:
             except Exception as error:  # a user's evaluator, data or judge raises whatever it likes
                 raise DataError(f"task {task} cannot be scored: {_in_one_line(error)}") from error
 
-    def configure(self, plan: Plan) -> None:
-        """Read the points of candidates by the space of this plan, which differs in nothing else."""
-        self.plan = self._descender.plan = plan
+    def buffers(self) -> list[Bytes]:
+        """Return base and experts for other workers of this machine; nothing if a GPU holds them."""
+        return self.materializer.buffers()
+
+    def adopt(self, buffers: Sequence[Bytes]) -> None:
+        """Read base and experts from memory that workers share, and give up those of its own."""
+        self.materializer.adopt(Shared(self.findings.hashes, buffers))
+
+    def configure(self, stage_space: StageSpace) -> None:
+        """Read the points of candidates by the space of a stage."""
+        self.plan = self._descender.plan = self.plan.within(stage_space)
 
     def score(self, subject: Candidate | Recipe, split: Split, items: TaskItems | None = None) -> Measurement:
         """Build the merge and score it on items of a split (default: all of them); a descent comes first.

@@ -87,10 +87,10 @@ def _tried(stage: Stage, number: int, course: Course, seed: int) -> Stage:
             f"search[{number}].proposer: {stage.proposer} needs gradients, which {plan.rigid} does not "
             "give; use task_arithmetic or linear, or another proposer"
         )
-    if isinstance(stage.options, DescentOptions) and stage.options.named_loss not in plan.evaluator.losses:
+    if isinstance(stage.options, DescentOptions) and stage.options.named_loss not in plan.losses:
         raise CampaignError(
             f"search[{number}]: {stage.proposer} descends the loss {stage.options.named_loss!r}; these evaluators have "
-            f"{', '.join(sorted(plan.evaluator.losses)) or 'none'}; take another loss or proposer"
+            f"{', '.join(sorted(plan.losses)) or 'none'}; take another loss or proposer"
         )
     problem = Problem(
         dimensions=plan.space.dimensions,
@@ -120,7 +120,7 @@ def _auto(campaign: Campaign, plan: Plan) -> list[Stage]:
     """
     budget, stages = campaign.budget.evaluations, []
     num_steering = len(plan.steering)
-    if plan.rigid is None and campaign.split.adapt > 0 and "ce" in plan.evaluator.losses:
+    if plan.rigid is None and campaign.split.adapt > 0 and "ce" in plan.losses:
         one = num_steering == 1
         options = AdaMergingOptions(loss="ce", steps=25, learning_rate=1e-2) if one else GradientFrontOptions()
         num_evaluations = min(budget, AUTO_LEGS if one else AUTO_FRONT + num_steering)

@@ -94,7 +94,9 @@ def _deepest(error: ValidationError) -> tuple[Any, list[Any]]:
 def _is_union_branch(step: Any) -> bool:
     """Pydantic puts the name of the tried alternative into the path; a user did not write it."""
     return isinstance(step, str) and (
-        step.endswith(("Section", "Options")) or "[" in step or step in ("float", "str", "constrained-str", "int")
+        step.endswith(("Section", "Options"))
+        or "[" in step
+        or step in ("float", "str", "int", "constrained-str", "constrained-int")
     )
 
 

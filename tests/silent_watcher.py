@@ -4,6 +4,7 @@ class Silent:
     def __init__(self) -> None:
         self.phases: list[tuple[str, int, int]] = []
         self.num_advances = 0
+        self.notes: list[str] = []
 
     def begin(self, stages: list[object]) -> None:
         self.stages = stages
@@ -13,6 +14,9 @@ class Silent:
 
     def advance(self, trial: object) -> None:
         self.num_advances += 1
+
+    def note(self, line: str) -> None:
+        self.notes.append(line)
 
 
 class Interrupt(Exception):

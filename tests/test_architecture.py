@@ -23,6 +23,8 @@ LAYERS = (
         "references",
         "racing",
         "driver",
+        "draining",
+        "pools",
         "recipe_file",
     },
     {"interop"},

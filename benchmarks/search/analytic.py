@@ -30,7 +30,7 @@ from evomerge.campaign import BudgetSection, Campaign, ObjectiveSection
 from evomerge.materialize.checkpoint import Checkpoint
 from evomerge.materialize.residence import Place
 from evomerge.operators.linear import TaskArithmetic
-from evomerge.plan import Plan
+from evomerge.plan import Plan, StageSpace
 from evomerge.records import Candidate, Floats, Measurement, Objective, Score, Split, TensorInfo
 from evomerge.space.choice import COEFFICIENT, Choice
 from evomerge.space.groups import Groups
@@ -189,9 +189,9 @@ class _Scorer:
     seed: int
     plan: Plan
 
-    def configure(self, plan: Plan) -> None:
-        """Read points by this plan's space."""
-        self.plan = plan
+    def configure(self, stage_space: StageSpace) -> None:
+        """Read points by a stage's space."""
+        self.plan = self.plan.within(stage_space)
 
     def score(self, subject: Candidate, split: Split) -> Measurement:
         """Score a point; its noise on search items is its own, and the same whenever it is scored."""

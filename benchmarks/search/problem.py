@@ -9,15 +9,15 @@ from typing import Any, Protocol
 
 from benchmarks.search.searchers import Section
 from evomerge.campaign import Campaign
-from evomerge.plan import Plan
+from evomerge.plan import Plan, StageSpace
 from evomerge.records import Candidate, Floats, Measurement, Split
 
 
 class Scores(Protocol):
     """Scores a candidate on a split's items, as ``evomerge.scorer.Scorer`` does."""
 
-    def configure(self, plan: Plan) -> None:
-        """Read the points of candidates by the space of this plan."""
+    def configure(self, stage_space: StageSpace) -> None:
+        """Read the points of candidates by the space of a stage."""
 
     def score(self, subject: Candidate, split: Split) -> Measurement:
         """Raises: CandidateError if the candidate fails."""

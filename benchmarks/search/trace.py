@@ -88,7 +88,7 @@ def _steps(opened: Opened, stages: Sequence[Stage], seed: int) -> Iterator[Step]
     for number, stage in enumerate(stages):
         started = time.perf_counter()
         leg = course.leg(number, trials)
-        opened.scorer.configure(leg.plan)
+        opened.scorer.configure(leg.plan.stage_space)
         problem = Problem(
             dimensions=leg.plan.space.dimensions,
             num_objectives=front_NM.shape[1],

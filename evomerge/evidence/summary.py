@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
 from evomerge.errors import EvoMergeError
 from evomerge.evidence.scores import cluster_error, source_codes
@@ -55,18 +56,34 @@ class Summarizer:
             value, weights_P[np.arange(len(parts)) != active] = float(values_P[active]), 0.0
         else:
             value, weights_P = float(values_P.mean()), weights_P / len(parts)
-        num_items = sum(len(part.items) for part in parts)
-        deviations = [
-            weight / len(part.items) * (part.items - part.items.mean(dtype=np.float64))
-            for weight, part in zip(weights_P, parts, strict=True)
-        ]
-        residuals_N = np.concatenate(deviations)
+        residuals_N = _residuals([part.items for part in parts], weights_P)
         if measurement.stopped:
             stderr = float(np.sqrt(sum((w * part.stderr) ** 2 for w, part in zip(weights_P, parts, strict=True))))
         else:
             stderr = cluster_error(residuals_N, source_codes(sources_of(summary, self._sources)))
-        items_N = value + num_items * residuals_N
-        return Score(value=value, stderr=stderr, items=items_N.astype(np.float32))
+        items_N = value + len(residuals_N) * residuals_N
+        return Score(value=value, stderr=stderr, items=items_N.astype(np.float32), companion=_mean_companion(parts))
+
+
+def _residuals(parts: Sequence[npt.NDArray[np.float32]], weights_P: Floats) -> Floats:
+    """Return by how much each item moves the weighted sum of the parts' means from what it is."""
+    return np.concatenate(
+        [
+            weight / len(items) * (items - items.mean(dtype=np.float64))
+            for weight, items in zip(weights_P, parts, strict=True)
+        ]
+    )
+
+
+def _mean_companion(parts: Sequence[Score]) -> npt.NDArray[np.float32] | None:
+    """Return the smooth companion of a summary: the mean of its parts' losses, which is what descents follow."""
+    companions = [part.companion for part in parts if part.companion is not None]
+    if len(companions) < len(parts):
+        return None
+    residuals_N = _residuals(companions, np.full(len(parts), 1 / len(parts)))
+    loss = np.mean([companion.mean(dtype=np.float64) for companion in companions])
+    smooth: npt.NDArray[np.float32] = (loss + len(residuals_N) * residuals_N).astype(np.float32)
+    return smooth
 
 
 def sources_of(objective: Objective, sources: Sources) -> Sequence[int | str]:

@@ -23,6 +23,7 @@ from evomerge.materialize.checkpoint import Checkpoint
 from evomerge.materialize.paths import Paths, path_of
 from evomerge.materialize.residence import ON_THE_CPU, Place, to_int8
 from evomerge.materialize.resident import DTYPES, ResidentModel, load_model, merged_tensors, tensor_index
+from evomerge.materialize.sharing import Bytes, Shared, base_of, buffers_of, sources_of
 from evomerge.materialize.vocabulary import vocabulary_tensors
 from evomerge.operators.operator import LinearOperator, Operator
 from evomerge.records import Floats, Recipe
@@ -33,11 +34,12 @@ class Materializer:
 
     base and experts are flat buffers of ``dtype``: (K + 2) times the model's size in all, but see ``residence.py``.
     Adapters are held as their factors; the first operator that does not read factors makes a buffer of each, too.
-    hashes maps each checkpoint's folder to the SHA-256 of its tensors.
+    hashes maps each checkpoint's folder to the SHA-256 of its tensors. shared: base and experts as another process of
+    this machine has read them; what was sound there is not looked at again.
     Raises: CheckpointError if a checkpoint holds a NaN or an infinity; InputError if the device has too little memory.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (named at every call)
         self,
         base: Checkpoint,
         experts: Sequence[Checkpoint | Adapter],
@@ -46,6 +48,7 @@ class Materializer:
         output: Output = LIKE_THE_BASE,
         place: Place = ON_THE_CPU,
         progress: Callable[[str], None] = lambda _: None,
+        shared: Shared | None = None,
     ) -> None:
         progress(base.name)
         self.hashes: dict[str, str] = {}
@@ -60,21 +63,15 @@ class Materializer:
         self._merged_P = self.out_P
         if self.residence == "host":
             self._merged_P = self.out_P.to("cpu", copy=True).pin_memory()  # shipped from there at the bus's full speed
-        self.base_P = self._merged_P.clone()
-        if out_dtype != dtype:
-            self.base_P = self._flat(merged_tensors(self._load_base(base, dtype))).to(self.base_P.device)
-        self._require_finite(base, self.base_P)
-        self.hashes.setdefault(str(base.folder), sha256(self.base_P))
-        held: list[Expert] = []
-        for k, expert in enumerate(experts):
-            progress(expert.name)
-            held.append(
-                self._load_adapter(expert) if isinstance(expert, Adapter) else self._load_dense(k, expert, dtype)
-            )
-        self.sources = Sources(self.layout, self.base_P, tuple(held))
+        self._checkpoints: tuple[Checkpoint | Adapter, ...] = (base, *experts)
+        if shared is None:
+            self.sources = self._load(dtype, out_dtype, progress)
+        else:
+            self.base_P = base_of(shared, DTYPES[dtype]).to(self._merged_P.device)
+            self.hashes |= shared.hashes
+            self.adopt(shared)
         self._densified: Sources | None = None
         self._built: tuple[Operator, Recipe, Mapping[str, Tensor]] | None = None
-        self._checkpoints = (base, *experts)
         self._paths: Paths | None = None
         self.module = self.resident.module
         self._directions: tuple[Operator, Any, Sources] | None = None  # of the operator and state of a descent
@@ -154,6 +151,18 @@ class Materializer:
                 found.append((number, gradients))
         return found
 
+    def buffers(self) -> list[Bytes]:
+        """Return base and experts for other processes of this machine; nothing if a GPU holds them."""
+        return buffers_of(self.sources)
+
+    def adopt(self, shared: Shared) -> None:
+        """Read base and experts from shared memory; a copy of this process's own goes."""
+        adapters = [self._load_adapter(held) if isinstance(held, Adapter) else None for held in self._checkpoints[1:]]
+        if self.base_P.device.type == "cpu":
+            self.base_P = base_of(shared, self.base_P.dtype)
+        int8 = self.residence == "int8"
+        self.sources = sources_of(shared, self.layout, self.base_P, adapters, int8=int8)
+
     @property
     def kernels(self) -> str:
         """How merges are computed, in words."""
@@ -217,6 +226,23 @@ class Materializer:
         checkpoints = [checkpoint for checkpoint in self._checkpoints if isinstance(checkpoint, Checkpoint)]
         views = [self.layout.views(expert.buffer_P) for expert in self.sources.experts if isinstance(expert, Dense)]
         return Paths(self.resident.module, checkpoints, views, self.out_P)
+
+    def _load(self, dtype: str, out_dtype: str, progress: Callable[[str], None]) -> Sources:
+        """Read base and experts from their files."""
+        base, *experts = self._checkpoints
+        assert isinstance(base, Checkpoint)
+        self.base_P = self._merged_P.clone()
+        if out_dtype != dtype:
+            self.base_P = self._flat(merged_tensors(self._load_base(base, dtype))).to(self.base_P.device)
+        self._require_finite(base, self.base_P)
+        self.hashes.setdefault(str(base.folder), sha256(self.base_P))
+        held: list[Expert] = []
+        for k, expert in enumerate(experts):
+            progress(expert.name)
+            held.append(
+                self._load_adapter(expert) if isinstance(expert, Adapter) else self._load_dense(k, expert, dtype)
+            )
+        return Sources(self.layout, self.base_P, tuple(held))
 
     def _load_adapter(self, adapter: Adapter) -> LowRank:
         factors = load_adapter(adapter, self.layout, self.base_P)

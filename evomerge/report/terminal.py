@@ -135,6 +135,13 @@ class SearchProgress:
             self._note()
         self._progress.advance(self._task)
 
+    def note(self, line: str) -> None:
+        """Say what is being loaded, or print a line above the bars."""
+        if self.has_begun:
+            self._progress.console.print(line, soft_wrap=True)
+        else:
+            self._loading(line)
+
     def _note(self) -> None:
         scored = [trial.measurement for trial in self._trials if trial.measurement]
         measured = [measurement for measurement in scored if not measurement.stopped]
@@ -190,7 +197,7 @@ def search(campaign: Campaign, folder: Path, loading: Loading) -> tuple[bool, Ru
     """Run a campaign behind progress bars; return whether it had been finished before, and the run."""
     progress = SearchProgress(folder, loading)
     with progress:
-        run = run_search(campaign, folder, watcher=progress, loading=loading)
+        run = run_search(campaign, folder, watcher=progress)
     return not progress.has_begun, run
 
 

@@ -19,7 +19,7 @@ from evomerge.campaign import StageSection
 from evomerge.errors import CampaignError
 from evomerge.families.family import FamilySummary
 from evomerge.front.pareto import hypervolume, non_dominated
-from evomerge.plan import Plan
+from evomerge.plan import StageSpace
 from evomerge.records import Candidate, Measurement, Split
 
 STAGES = "[{proposer: sobol, evaluations: 4}, {proposer: cma_es, population: 5}]"
@@ -104,8 +104,8 @@ class Costly:
     inner: Scores
     cost: float
 
-    def configure(self, plan: Plan) -> None:
-        self.inner.configure(plan)
+    def configure(self, stage_space: StageSpace) -> None:
+        self.inner.configure(stage_space)
 
     def score(self, subject: Candidate, split: Split) -> Measurement:
         return replace(self.inner.score(subject, split), cost=self.cost)

@@ -106,3 +106,30 @@ def test_without_summaries_nothing_is_added() -> None:
     sources = apart(2, 2)
     given_ = measured(np.ones(2), np.zeros(2), sources)
     assert Summarizer([A, B], sources, {}).add(given_) is given_
+
+
+@given(st.integers(2, 20), st.integers(2, 20), st.integers(0, 2**31))
+def test_the_companion_of_a_summary_is_the_mean_of_its_parts_losses(num_a: int, num_b: int, seed: int) -> None:
+    """Whatever the metric's summary, and with the error of independent parts: descents follow the same."""
+    rng = np.random.default_rng(seed)
+    sources = apart(num_a, num_b)
+    hits = measured(rng.random(num_a), rng.random(num_b), sources)
+    losses = {"a": rng.exponential(1.0, num_a).astype(np.float32), "b": rng.exponential(9.0, num_b).astype(np.float32)}
+    smooth = {name: replace(score, companion=losses[name]) for name, score in hits.scores.items()}
+    of = Summarizer([A, B, MEAN, WORST], sources, {}).add(replace(hits, scores=smooth)).scores
+    for name in ("all", "least"):
+        companion = of[name].companion
+        assert companion is not None
+        assert companion.mean(dtype=np.float64) == pytest.approx(
+            (losses["a"].mean() + losses["b"].mean()) / 2, rel=1e-4
+        )
+        apart_ = sum(losses[x].var() / n for x, n in (("a", num_a), ("b", num_b))) ** 0.5 / 2
+        assert companion.std(dtype=np.float64) / len(companion) ** 0.5 == pytest.approx(apart_, rel=1e-3, abs=1e-6)
+
+
+def test_one_part_without_losses_leaves_the_summary_without() -> None:
+    sources = apart(3, 2)
+    hits = measured(np.ones(3), np.ones(2), sources)
+    smooth = {**hits.scores, "a": replace(hits.scores["a"], companion=np.ones(3, np.float32))}
+    of = Summarizer([A, B, MEAN], sources, {}).add(replace(hits, scores=smooth)).scores
+    assert of["all"].companion is None

@@ -1,0 +1,98 @@
+"""What every pool must do, with a scorer that says what it was asked."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evomerge.errors import CandidateError, EvoMergeError
+from evomerge.records import Candidate, Measurement, Split, TaskItems
+from evomerge.workers.pool import Pool
+
+
+class EchoFindings:
+    def agrees(self, other: Any) -> bool:
+        return isinstance(other, EchoFindings)
+
+
+class Echo:
+    """A real scorer of nothing: its measurement's cost says which candidate it saw, its seconds which items.
+
+    Its stage adds to the cost.
+    """
+
+    def __init__(self) -> None:
+        self.findings, self.stage = EchoFindings(), 0.0
+
+    def buffers(self) -> Sequence[Any]:
+        return []
+
+    def adopt(self, buffers: Sequence[Any]) -> None:
+        raise AssertionError("nothing was lent")
+
+    def configure(self, stage_space: Any) -> None:
+        self.stage = stage_space
+
+    def score(self, subject: Any, split: Split, items: TaskItems | None = None) -> Measurement:
+        if subject.point[0] < 0:
+            raise CandidateError("negative")
+        if subject.point[0] > 100:
+            raise EvoMergeError("ours")
+        seconds = {task: float(len(of_task)) for task, of_task in (items or {}).items()}
+        return Measurement(split=split, scores={}, cost=subject.point[0] + self.stage, seconds=seconds)
+
+
+class PoolContract:
+    def make(self) -> Pool:
+        """A pool whose workers echo."""
+        raise NotImplementedError
+
+    def test_every_subject_comes_back_once_under_its_key(self) -> None:
+        pool = self.make()
+        for key in range(5):
+            pool.submit(key, Candidate(point=(float(key),)), "search")
+        results = list(pool.results())
+        assert {result.key: result.outcome.cost for result in results} == {key: float(key) for key in range(5)}
+        assert all(result.outcome.split == "search" for result in results)
+        assert not list(pool.results())
+
+    def test_the_items_asked_for_reach_the_scorer(self) -> None:
+        pool = self.make()
+        pool.submit(0, Candidate(point=(1.0,)), "search", {"a": np.arange(3)})
+        pool.submit(1, Candidate(point=(1.0,)), "search")
+        outcomes = {result.key: result.outcome for result in pool.results()}
+        assert outcomes[0].seconds == {"a": 3.0}
+        assert outcomes[1].seconds == {}
+
+    def test_a_stage_reaches_every_worker(self) -> None:
+        pool = self.make()
+        for stage in (10.0, 20.0):
+            pool.configure(stage)
+            for key in range(6):
+                pool.submit(key, Candidate(point=(float(key),)), "search")
+            assert {result.key: result.outcome.cost for result in pool.results()} == {k: k + stage for k in range(6)}
+
+    def test_a_failed_candidate_is_an_outcome_and_the_others_go_on(self) -> None:
+        pool = self.make()
+        for key, x in enumerate((1.0, -1.0, 2.0)):
+            pool.submit(key, Candidate(point=(x,)), "search")
+        results = {result.key: result for result in pool.results()}
+        assert isinstance(results[1].outcome, CandidateError)
+        assert results[1].fate["kind"] == "failed"
+        assert results[2].outcome.cost == 2.0
+
+    def test_a_failure_of_ours_is_not_hidden(self) -> None:
+        pool = self.make()
+        pool.submit(0, Candidate(point=(101.0,)), "search")
+        with pytest.raises(EvoMergeError, match="ours"):
+            list(pool.results())
+
+    def test_free_slots_are_counted(self) -> None:
+        pool = self.make()
+        free = pool.num_free
+        assert free >= 1
+        pool.submit(0, Candidate(point=(1.0,)), "search")
+        assert pool.num_free == free - 1
+        next(iter(pool.results()))
+        assert pool.num_free == free
