@@ -129,6 +129,7 @@ class _Job:
     split: Split
     items: TaskItems | None
     submitted: float
+    attempts: int = 0
     deaths: list[str] = field(default_factory=list)
 
 
@@ -209,13 +210,13 @@ class RayPool:
     def results(self) -> Iterator[Result]:
         """Yield results in the order in which they finish, until nothing is left."""
         while self._jobs or any(slot.job for slot in self._slots):
-            self._dispatch()
             yield from self._step(LOOK_S)
 
     def _dispatch(self) -> None:
         for slot in self._slots:
             if self._jobs and slot.where and slot.job is None:
                 slot.job = job = self._jobs.popleft()
+                job.attempts += 1
                 slot.ref = slot.actor.score.remote(self._stage, self._stage_refs, job.subject, job.split, job.items)
                 slot.deadline = time.monotonic() + (self._options.timeout_s or float("inf"))
 
@@ -231,6 +232,7 @@ class RayPool:
                 found += self._time_out(slot)
         if time.monotonic() - self._looked >= limit_s:
             self._look()
+        self._dispatch()
         return found
 
     def _settle(self, slot: _Slot) -> list[Result]:
@@ -241,7 +243,7 @@ class RayPool:
         except self._ray.exceptions.RayTaskError as error:
             raise EvoMergeError(f"a worker raised {_first_line(error.cause)}") from error
         except self._ray.exceptions.RayError as error:
-            return self._bury(slot, _first_line(error))
+            return self._bury(slot, self._reason(error))
         if slot.job is None:
             self._opened(slot, brought)
             return []
@@ -290,9 +292,15 @@ class RayPool:
             self._jobs.appendleft(job)
             return []
         error = CandidateError(
-            f"its worker died {len(job.deaths)} times; the last time on {slot.where}: {reason}", "killed workers"
+            f"its worker died {len(job.deaths)} times, the last time on {slot.where}: {reason}", "killed workers"
         )
         return [_result(job, slot, error)]
+
+    def _reason(self, error: Exception) -> str:
+        """Say in a few words why a worker is gone; Ray's own errors fill a screen."""
+        if isinstance(error, self._ray.exceptions.OutOfMemoryError):
+            return "its machine ran out of memory"
+        return "its machine was lost" if "node" in str(error).split("class_name")[0] else "its process ended"
 
     def _time_out(self, slot: _Slot) -> list[Result]:
         assert slot.job is not None
@@ -355,6 +363,7 @@ def _connect(options: RayOptions) -> tuple[Any, bool]:
         import ray
     except ImportError as error:
         raise CampaignError("workers: ray is not installed; pip install 'evomerge[ray]'") from error
+    ray._private.worker._worker_logs_enabled = False  # of a death it prints a screenful; ``notify`` says it in a line
     if ray.is_initialized():
         return ray, False
     asked: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": options.runtime_env}
@@ -382,7 +391,7 @@ def _room(resources: Mapping[str, float], cpus: float, gpus: float) -> float:
 
 
 def _result(job: _Job, slot: _Slot, outcome: Outcome) -> Result:
-    fate: dict[str, Any] = {"worker": slot.where, "attempts": len(job.deaths) + 1}
+    fate: dict[str, Any] = {"worker": slot.where, "attempts": job.attempts}
     if job.deaths:
         fate["deaths"] = job.deaths
     if isinstance(outcome, CandidateError):
