@@ -6,7 +6,7 @@ SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile  # the tests of a file 
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help setup demo test test-all lint format bench-overhead bench-materialize bench-digits bench-evaluate bench-coverage \
-        bench-racing bench-search bench-surrogates clean
+        bench-orderings bench-racing bench-search bench-surrogates clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -61,6 +61,9 @@ bench-coverage: setup  ## How often 95 % intervals hold the score over all items
 
 bench-evaluate: setup  ## Seconds a candidate beyond the forwards, beside lm-eval, and equality with its command line
 	@$(BIN)/python benchmarks/evaluate.py
+
+bench-orderings: setup  ## Orderings that papers report, and whether digits4 shows them, three seeds (ten minutes)
+	@$(BIN)/python -m benchmarks.orderings
 
 bench-racing: setup  ## What a race saves in items for the same hypervolume, over ten seeds
 	@$(BIN)/python benchmarks/racing.py

@@ -11,13 +11,12 @@ import torch
 
 from evomerge.descent_rules import RULES, Anchors
 from evomerge.errors import CandidateError
-from evomerge.evaluators.evaluator import Predictor, divergence
 from evomerge.materialize.materializer import Materializer
-from evomerge.operators.linear import TaskArithmetic
 from evomerge.plan import Plan
 from evomerge.records import BACKWARD_COST, Arrival, Candidate, Descent, Floats, Items, Slopes, TaskItems
 from evomerge.space.choice import Choice
 from evomerge.space.space import Dimension
+from evomerge.teachers import Teachers
 
 LABELLED = "ce"  # the loss of the labels
 NUM_SLOPES = 12
@@ -58,35 +57,6 @@ class Descender:
         return arrival, slope.num_forwards / num_search_items
 
 
-class Teachers:
-    """Experts' own predictions on adapt items, for losses named ``kl:<expert>``; each is made once, and kept."""
-
-    def __init__(self, plan: Plan, materializer: Materializer) -> None:
-        self._plan, self._materializer = plan, materializer
-        self._operator = TaskArithmetic()
-        self._held: dict[tuple[str, str, int], torch.Tensor] = {}
-
-    def prepare(self, expert: str, task: str, items: Items) -> None:
-        """Have the expert predict the items; the resident model may be that expert afterwards."""
-        missing = [item for item in items.tolist() if (expert, task, item) not in self._held]
-        if missing:
-            recipe = self._plan.task_arithmetic([float(name == expert) for name in self._plan.experts])
-            self._materializer.build(self._operator, recipe)
-            with torch.no_grad():
-                predicted = self._logits(task, np.array(missing))
-            self._held |= {(expert, task, item): rows.cpu() for item, rows in zip(missing, predicted, strict=True)}
-
-    def loss(self, expert: str, task: str, items: Items, temperature: float) -> torch.Tensor:
-        """Return the mean divergence of the resident model's predictions of the items from the expert's."""
-        taught = [self._held[expert, task, item] for item in items.tolist()]
-        return divergence(taught, self._logits(task, items), temperature)
-
-    def _logits(self, task: str, items: Items) -> list[torch.Tensor]:
-        evaluator = self._plan.evaluator
-        assert isinstance(evaluator, Predictor)
-        return evaluator.logits(self._materializer.module, task, items)
-
-
 class PlanSlope:
     """The loss of a plan's merges on batches of the adapt items, and its gradient in the numbers of the operator's own.
 
@@ -98,7 +68,7 @@ class PlanSlope:
         descent = candidate.descent
         assert descent is not None
         self._plan, self._materializer, self._teachers = plan, materializer, teachers
-        self._start_D, self._temperature = np.array(candidate.point), descent.temperature
+        self._start_D, self._descent = np.array(candidate.point), descent
         assert isinstance(plan.space, Choice)  # a stage by gradients needs operators that have some
         self._branch = plan.space.branch(candidate.point)
         self._operator = plan.operators[self._branch.operator]
@@ -113,7 +83,7 @@ class PlanSlope:
         self.num_forwards = 0.0
         for task, name in self._losses.items():
             if expert := _teacher(name):
-                teachers.prepare(expert, task, self._samples[task])
+                teachers.prepare(expert, task, self._samples[task], descent.layers)
                 # Counted with the first leg, so that a run that resumes counts what an uninterrupted one does.
                 self.num_forwards += 0 if descent.steps_before else len(self._samples[task])
 
@@ -159,7 +129,7 @@ class PlanSlope:
     def _loss(self, task: str, items: Items) -> torch.Tensor:
         name, model = self._losses[task], self._materializer.module
         if expert := _teacher(name):
-            return self._teachers.loss(expert, task, items, self._temperature)
+            return self._teachers.loss(expert, task, items, self._descent)
         return self._plan.evaluator.loss(model, task, items, name)
 
     def _draw_samples(self, descent: Descent) -> dict[str, Items]:

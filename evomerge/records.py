@@ -126,6 +126,7 @@ class Descent:
     coefficients (see ``descend.py``), and what the numbers below mean to it. The learning rate falls to ``final_rate``
     of it: linearly, or along a cosine within the first ``period`` steps, and again within twice as many, and so on.
     samples: draw batches from so many adapt items a task, the same for all descents of a stage, instead of from all.
+    layers: transformer blocks whose hidden states a loss ``kl:<expert>`` compares too, ``alignment`` their weight.
     seed: of the stage, and last the number of the descent. What follows steps_before is what the descents before have
     left: first_moment and second_moment are Adam's, () before the first step; raw are the numbers that the rule moves,
     where the point does not tell them. anchors: for the descent of a whole front, the points of M models, one for each
@@ -146,6 +147,8 @@ class Descent:
     clip: float | None = None
     penalty: float = 0.0
     temperature: float = 1.0
+    layers: tuple[int, ...] = ()
+    alignment: float = 1.0
     steps_before: int = 0
     first_moment: tuple[float, ...] = ()
     second_moment: tuple[float, ...] = ()

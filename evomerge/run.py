@@ -77,10 +77,11 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the budget is spent and the front scored on the test items."""
-        num_finished = sum(trial.order is not None for trial in self.trials)
-        members = {f"trial:{trial.number}" for trial in self.front}
-        return num_finished >= self.campaign.budget.evaluations and bool(self.tested) and members <= self.tested.keys()
+        """Whether no stage has anything left to ask within the budget, and the front is scored on the test items.
+
+        A search may end with budget left: a grid has its last point, or the stages take less than the whole.
+        """
+        return bool(self.facts.get("finished", 0) >= self.campaign.budget.evaluations)
 
     @property
     def stopped(self) -> list[Trial]:
@@ -276,7 +277,7 @@ def search(
         if started:
             run = open_run(folder)
             _require_same_meaning(run, campaign)
-            if run.is_finished and campaign.budget.evaluations <= len(run.trials):
+            if run.is_finished and campaign.budget.evaluations <= run.campaign.budget.evaluations:
                 return run
         plan = make_plan(campaign)
         make_stages(campaign, plan)  # mistakes come to light before the weights are loaded
@@ -295,6 +296,7 @@ def search(
             course = Course(campaign, plan, [stage.changes for stage in stages])
             with Draining(watcher.note) as draining:
                 Driver(plan, ledger, pool, findings.hashes, watcher, draining).run(stages, course, campaign.seed)
+            ledger.finish(campaign.budget.evaluations)
         ledger.close()
     return open_run(folder)
 

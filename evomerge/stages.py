@@ -8,11 +8,13 @@ from evomerge.course import Course
 from evomerge.errors import CampaignError
 from evomerge.plan import Plan
 from evomerge.proposers.adamerging import AdaMerging, AdaMergingOptions
+from evomerge.proposers.expert_merging import ExpertMergingOptions
 from evomerge.proposers.gradient_front import GradientFront, GradientFrontOptions
 from evomerge.proposers.legs import DescentOptions
 from evomerge.proposers.proposer import Problem
 from evomerge.proposers.surrogate import Surrogate, SurrogateOptions
 from evomerge.records import Options
+from evomerge.space.groups import block_modules
 
 AUTO_LEGS = 6  # of a descent of one objective
 COARSE = SpaceChanges(space=StageSpaceSection(groups="model"))
@@ -92,6 +94,13 @@ def _tried(stage: Stage, number: int, course: Course, seed: int) -> Stage:
             f"search[{number}]: {stage.proposer} descends the loss {stage.options.named_loss!r}; these evaluators have "
             f"{', '.join(sorted(plan.losses)) or 'none'}; take another loss or proposer"
         )
+    if isinstance(stage.options, ExpertMergingOptions):
+        blocks = block_modules(tensor.name for tensor in plan.tensors)
+        if unknown := set(stage.options.layers) - blocks.keys():
+            known = f"0 to {max(blocks)}" if blocks else "none"
+            raise CampaignError(
+                f"search[{number}].layers: expected transformer blocks of the model, {known}, found {min(unknown)}"
+            )
     problem = Problem(
         dimensions=plan.space.dimensions,
         num_objectives=len(plan.steering),

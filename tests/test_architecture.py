@@ -18,6 +18,7 @@ LAYERS = (
         "plan",
         "scorer",
         "descend",
+        "teachers",
         "course",
         "stages",
         "references",

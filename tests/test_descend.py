@@ -1,25 +1,29 @@
 """Descents on real merges: their gradients against dense ones, what teachers say, what they cost, and legs that resume."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from evomerge.assemble import PROPOSERS
 from evomerge.campaign import Campaign
-from evomerge.descend import PlanSlope, Teachers, _slopes
+from evomerge.descend import PlanSlope, _slopes
 from evomerge.errors import CampaignError
 from evomerge.evaluators.evaluator import divergence
 from evomerge.front.front import observe
 from evomerge.materialize.checkpoint import Checkpoint
 from evomerge.materialize.resident import load_model, merged_tensors
+from evomerge.operators.linear import TaskArithmetic
 from evomerge.plan import Plan, make_plan
 from evomerge.proposers.proposer import Problem, Proposer
 from evomerge.records import Candidate, Descent, Measurement, Trial
 from evomerge.scorer import Scorer
 from evomerge.stages import Stage, make_stages, stage_cost
+from evomerge.teachers import Teachers
 
 OPERATORS = {"adamerging": {"name": "ties_paper", "normalize": False}, "atlas": {"name": "partitioned", "classes": 2}}
 METHODS: dict[str, dict[str, Any]] = {
@@ -29,6 +33,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fw_merging soft": {"variant": "soft", "batch_size": 6, "weight_steps": 3, "weight_batch_size": 4},
     "self_positioning": {"batch_size": 4},
     "expert_merging": {"experts": {"rot90": "rot90", "parity": "noise"}, "samples": 3, "batch_size": 2},
+    "expert_merging aligned": {"experts": {"rot90": "noise"}, "samples": 3, "batch_size": 2, "layers": [1]},
 }
 WIDE = {"groups": "layer", "coefficient": {"low": -0.2, "high": 1.2, "start": 0.3}}
 
@@ -151,6 +156,62 @@ def test_an_expert_merged_alone_predicts_what_it_teaches(make_campaign: Callable
         float(divergence(logits["rot90"], logits["parity"], 2.0).detach()), rel=1e-4
     )
     assert alone("parity") > 0
+
+
+def test_hidden_states_are_compared_layer_by_layer(make_campaign: Callable[..., Campaign]) -> None:
+    """Against what the checkpoints give out when transformers is asked for all hidden states of a batch."""
+    plan, _ = planned(make_campaign, "expert_merging")
+    descent = Descent(
+        loss={"rot90": "kl:rot90"}, steps=1, learning_rate=1.0, batch_size=4, seed=(0, 0), layers=(0, 1), alignment=1e4
+    )
+    materializer, items = Scorer(plan).materializer, plan.splits["rot90"]["adapt"][:4]
+    teachers = Teachers(plan, materializer)
+    teachers.prepare("rot90", "rot90", items, descent.layers)
+
+    def loss(expert: str, descent: Descent) -> float:
+        recipe = plan.task_arithmetic([float(name == expert) for name in plan.experts])
+        materializer.build(TaskArithmetic(), recipe)
+        return float(teachers.loss("rot90", "rot90", items, descent))
+
+    def hidden(expert: str) -> torch.Tensor:
+        data = load_file(f"{plan.base.folder}/../data/rot90.safetensors")
+        model, pixel_values = load_model(plan.experts[expert], "float32"), data["pixel_values"][items]  # type: ignore[arg-type]
+        _, *of_blocks = model(pixel_values=pixel_values, output_hidden_states=True).hidden_states
+        return torch.stack(list(of_blocks))
+
+    teachers.prepare("rot90", "rot90", items, ())
+    predictions_alone = loss("parity", replace(descent, layers=()))
+    distance = float((hidden("parity") - hidden("rot90")).square().mean().detach())
+    assert 1e4 * distance > predictions_alone
+    assert loss("parity", descent) == pytest.approx(predictions_alone + 1e4 * distance, rel=1e-4)
+    assert loss("rot90", descent) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_gradient_follows_the_hidden_states(make_campaign: Callable[..., Campaign]) -> None:
+    """Against differences of the loss itself."""
+    plan, _ = planned(make_campaign, "expert_merging")
+    descent = Descent(
+        loss={"rot90": "kl:noise"}, steps=1, learning_rate=1.0, batch_size=4, seed=(0, 0), layers=(1,), alignment=1e4
+    )
+    start = Candidate(point=tuple(plan.space.start.tolist()), descent=descent)
+    materializer = Scorer(plan).materializer
+    slope = PlanSlope(plan, materializer, Teachers(plan, materializer), start)
+    numbers_d, batches = slope.start_d, slope.batches(np.random.default_rng(0), 4)
+    gradient_d = slope.task_losses(numbers_d, batches)[1][0]
+    for d in np.abs(gradient_d).argsort()[-3:]:
+        ends = [
+            slope.task_losses(numbers_d + sign * 0.02 * np.eye(len(numbers_d))[d], batches)[0][0] for sign in (1, -1)
+        ]
+        assert (ends[0] - ends[1]) / 0.04 == pytest.approx(gradient_d[d], rel=0.02)
+
+
+def test_a_layer_that_is_not_there_is_refused_before_the_search(make_campaign: Callable[..., Campaign]) -> None:
+    stage = {"proposer": "expert_merging", "experts": {"rot90": "rot90"}, "layers": [1, 7]}
+    campaign = make_campaign(search=[stage], space=WIDE)
+    with pytest.raises(
+        CampaignError, match=r"search\[0\].layers: expected transformer blocks of the model, 0 to 1, found 7"
+    ):
+        make_stages(campaign, make_plan(campaign))
 
 
 def test_a_loss_that_the_evaluators_do_not_have_is_refused_before_the_search(

@@ -29,7 +29,7 @@ from evomerge.ledger.ledger import FILE_NAME
 from evomerge.plan import make_plan
 from evomerge.records import Trial
 from evomerge.report.html import write_report
-from evomerge.report.terminal import print_front
+from evomerge.report.terminal import print_finished, print_front
 from evomerge.run import Run, open_run, search
 from evomerge.stages import make_stages
 
@@ -187,6 +187,38 @@ def test_a_finished_campaign_does_nothing(uninterrupted: Run, watcher: Silent) -
     assert watcher.phases == []
     assert story(run) == story(uninterrupted)
     assert (run.folder / FILE_NAME).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("stages", "num_trials"),
+    [([{"proposer": "grid", "levels": 2}], 2**3), ([{"proposer": "sobol", "evaluations": 4}], 4)],
+    ids=["a proposer with nothing left to ask", "stages that leave some of the budget"],
+)
+def test_a_search_that_ends_before_its_budget_is_finished(
+    make_campaign: Callable[..., Campaign],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    stages: list[dict[str, Any]],
+    num_trials: int,
+) -> None:
+    """Until its budget grows: then it looks again whether there is something to ask."""
+    campaign = make_campaign(space={"groups": "model"}, search=stages, budget={"evaluations": 12})
+    with pytest.raises(Interrupt):
+        search(campaign, tmp_path / "run", watcher=Interrupting(after=num_trials))
+    assert not open_run(tmp_path / "run").is_finished, "the front has no test scores yet"
+    run = search(campaign, tmp_path / "run", watcher=Silent())
+    assert len(run.trials) == num_trials
+    assert run.is_finished
+    again = Silent()
+    assert search(campaign, tmp_path / "run", watcher=again).is_finished
+    assert again.phases == []
+    print_finished(run, Path("campaign.yaml"), was_finished=True)
+    printed = capsys.readouterr().out
+    assert f"ended after {num_trials} of 12 evaluations: it had nothing left to ask" in printed
+    assert "raise budget.evaluations" not in printed
+    larger = campaign.model_copy(update={"budget": budget(20)})
+    assert search(larger, tmp_path / "run", watcher=again).is_finished
+    assert again.phases
 
 
 def test_a_larger_budget_extends_and_discloses_the_second_touch(

@@ -97,7 +97,10 @@ class Ledger:
         return campaign
 
     def facts(self) -> dict[str, Any]:
-        """Return the facts that the run was created with, and those of the stages that have begun, under ``stages``."""
+        """Return the facts that the run was created with, and what was noted since.
+
+        ``stages``: of each that has begun; ``finished``: the budget within which the search came to its end.
+        """
         facts: dict[str, Any] = self._json(tables.run.c.facts)
         return facts
 
@@ -114,6 +117,13 @@ class Ledger:
             if len(stages) <= number:
                 stages.append(facts)
                 connection.execute(update(tables.run).values(facts=json.dumps(held)))
+
+    def finish(self, num_evaluations: int) -> None:
+        """Note that the search has come to its end within a budget of so many, and the front's test scores are here."""
+        with self._transaction() as connection:
+            held = json.loads(connection.execute(select(tables.run.c.facts)).scalar_one())
+            facts = json.dumps({**held, "finished": num_evaluations})
+            connection.execute(update(tables.run).values(facts=facts))
 
     def issue(self, stage: int, index: int, candidate: Candidate) -> Trial:
         """Commit a candidate before it is submitted, with the number of results known by now."""

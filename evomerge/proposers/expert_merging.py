@@ -1,18 +1,19 @@
 """Expert Merging: without labels, the merged model learns to predict each task as the task's own expert does.
 
 The loss is the sum over tasks of T^2 KL(expert || merged), on a few adapt items of each, plus ``penalty`` times the
-mean of |c - start|. Each coefficient is a sigmoid's part of its range, the paper's that of [0, 1], so that none leaves
-it. The experts predict the few items once.
+mean of |c - start|; where ``layers`` are named, also ``alignment`` times the mean squared difference of the hidden
+states that they give out. Each coefficient is a sigmoid's part of its range, the paper's that of [0, 1], so that none
+leaves it. The experts answer the few items once.
 
 Reference: Expert Merging, 2025, arxiv.org/abs/2509.25712; the numbers are its official code's: 5 items a task, AdamW
 with rate 0.5, decay 1e-5 and gradients clipped to length 1, the rate on a cosine with restarts down to a tenth.
-Departures: every step sees items of all tasks (the code accumulates 8 items of one after the other), and hidden states
-are not compared (there, they are where layers are named). The paper leaves norms, embeddings, biases and heads at the
-start: fix them with ``space.exceptions``.
+Departures: every step sees items of all tasks (the code accumulates 8 items of one after the other). The paper leaves
+norms, embeddings, biases and heads at the start: fix them with ``space.exceptions``. Expert Merging++, which cuts the
+tensors that matter most into chunks with coefficients of their own, is not here.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 
@@ -31,7 +32,8 @@ class ExpertMergingOptions(DescentOptions):
     """experts: task -> the expert that teaches it; samples: adapt items a task, of which batches are drawn.
 
     steps: a trial's; learning_rate: of what the sigmoid is of; penalty: on how far coefficients go from the start;
-    temperature: that softens both predictions.
+    temperature: that softens both predictions. layers: numbers of transformer blocks, from 0, whose hidden states are
+    compared, an item at a time; alignment: their weight beside the predictions.
     """
 
     experts: dict[str, str] = Field(min_length=1)
@@ -41,6 +43,8 @@ class ExpertMergingOptions(DescentOptions):
     batch_size: int = Field(default=5, ge=1)
     penalty: float = Field(default=5.0, ge=0)
     temperature: float = Field(default=1.0, gt=0)
+    layers: list[Annotated[int, Field(ge=0)]] = []
+    alignment: float = Field(default=1.0, ge=0)
 
     @property
     def named_loss(self) -> str:
@@ -95,6 +99,8 @@ class ExpertMerging(Legs):
             batch_size=options.batch_size,
             penalty=options.penalty,
             temperature=options.temperature,
+            layers=tuple(options.layers),
+            alignment=options.alignment,
             seed=seed,
             weight_decay=WEIGHT_DECAY,
             clip=CLIP,

@@ -206,8 +206,12 @@ def print_finished(run: Run, file: Path, *, was_finished: bool) -> None:
     print_front(run)
     for decision in run.facts.get("decisions", ()):
         say(f"decided  {decision}")
+    num_trials, budget = len(run.trials), run.campaign.budget.evaluations
+    if num_trials < budget:
+        say(f"search   ended after {num_trials} of {budget} evaluations: it had nothing left to ask")
     if was_finished:
-        say(f"this campaign had finished: nothing was done; raise budget.evaluations in {file} to extend it")
+        remedy = f"; raise budget.evaluations in {file} to extend it" if num_trials == budget else ""
+        say(f"this campaign had finished: nothing was done{remedy}")
     say(f"run      {run.folder}")
     if not run.front:
         return

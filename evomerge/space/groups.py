@@ -57,6 +57,15 @@ def blocks(names: Iterable[str]) -> list[tuple[str, int] | None]:
     return [(match.string[: match.start()], int(match.group(1))) if match else None for match in matches]
 
 
+def block_modules(names: Iterable[str]) -> dict[int, list[str]]:
+    """Return number of a transformer block -> its module, by the names of tensors; with several towers, one in each."""
+    modules: dict[int, dict[str, None]] = {}
+    for name in names:
+        if match := BLOCK_NUMBER.search(name):
+            modules.setdefault(int(match.group(1)), {})[name[: match.end() - 1]] = None
+    return {number: list(of_block) for number, of_block in modules.items()}
+
+
 def _layers(names: Sequence[str]) -> list[str]:
     """Name the block of each tensor; blocks of several towers are told apart by their prefix."""
     found = blocks(names)

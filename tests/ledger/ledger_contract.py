@@ -42,6 +42,7 @@ descents = st.builds(
     period=st.none() | st.integers(1, 100),
     samples=st.none() | st.integers(1, 100),
     clip=st.none() | numbers,
+    layers=st.lists(st.integers(0, 100), max_size=3).map(tuple),
     steps_before=st.integers(0, 1000),
     first_moment=vectors,
     second_moment=vectors,
@@ -180,6 +181,15 @@ class LedgerContract:
             ledger.begin_stage(number, facts)
         ledger = self.reopened(ledger, tmp_path)
         assert ledger.facts() == {"items": "abc", "stages": [{"space": [1]}, {"space": [2]}]}
+        ledger.close()
+
+    def test_the_end_of_the_search_is_noted_beside_the_other_facts(self, tmp_path: Path) -> None:
+        ledger = self.create(tmp_path, {}, {"items": "abc"})
+        ledger.begin_stage(0, {})
+        for num_evaluations in (10, 20):
+            ledger.finish(num_evaluations)
+        ledger = self.reopened(ledger, tmp_path)
+        assert ledger.facts() == {"items": "abc", "stages": [{}], "finished": 20}
         ledger.close()
 
     def test_an_empty_ledger_holds_nothing(self, ledger: Ledger) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from evomerge.errors import CampaignError
 from evomerge.records import TensorIndex, TensorInfo
-from evomerge.space.groups import Groups, make_groups
+from evomerge.space.groups import Groups, block_modules, make_groups
 
 
 def index(*names: str) -> TensorIndex:
@@ -212,3 +212,11 @@ names = st.builds(
 )
 def test_any_names_are_partitioned(names: list[str], grouping: str | Mapping[str, str]) -> None:
     assert_partition(make_groups(index(*names), grouping), index(*names))
+
+
+def test_blocks_are_modules_of_each_tower() -> None:
+    names = ["encoder.block.0.q.weight", "encoder.block.1.q.weight", "decoder.block.1.q.weight", "decoder.block.1.norm"]
+    assert block_modules([*names, "shared.weight"]) == {
+        0: ["encoder.block.0"],
+        1: ["encoder.block.1", "decoder.block.1"],
+    }
