@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile  # the tests of a file share what they train
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test test-all lint format bench-overhead bench-materialize bench-digits bench-evaluate bench-coverage \
+.PHONY: help setup demo test test-ray test-all lint format bench-overhead bench-materialize bench-digits bench-evaluate bench-coverage \
         bench-orderings bench-racing bench-search bench-surrogates clean
 
 help:  ## Show the targets
@@ -37,6 +37,9 @@ demo: setup  ## Train experts, search, and export a merged model: about a minute
 
 test: setup  ## The default tests: CPU, no network
 	@$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m "not slow and not ray and not browser"
+
+test-ray: setup  ## Workers, nodes and drivers lost on a real Ray cluster of this machine (five minutes)
+	@$(BIN)/python -m pytest -q -m ray
 
 test-all: setup  ## Every test, slow ones included
 	@$(BIN)/python -m pytest -q $(SIDE_BY_SIDE)

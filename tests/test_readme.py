@@ -131,7 +131,9 @@ def test_its_make_targets_exist_and_its_picture_lies_there() -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert set(re.findall(r"^    make (\w+)", README, flags=re.MULTILINE)) <= set(targets)
     for path in re.findall(r"\]\(((?!http)[^)]+)\)", README):
-        assert (ROOT / path).is_file()
+        file, _, heading = path.partition("#")
+        assert (ROOT / (file or "README.md")).is_file()
+        assert not heading or f"\n## {heading.replace('-', ' ').capitalize()}\n" in README
 
 
 def test_the_demo_is_a_campaign_as_people_write_it() -> None:
