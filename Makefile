@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile  # the tests of a file share what they train
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test test-ray test-all lint format bench-overhead bench-materialize bench-digits bench-evaluate bench-coverage \
-        bench-orderings bench-racing bench-search bench-surrogates clean
+.PHONY: help setup demo test test-ray test-all lint format bench-overhead bench-materialize bench-digits bench-evaluate \
+        bench-coverage bench-ledger bench-orderings bench-racing bench-search bench-surrogates clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -67,6 +67,9 @@ bench-evaluate: setup  ## Seconds a candidate beyond the forwards, beside lm-eva
 
 bench-orderings: setup  ## Orderings that papers report, and whether digits4 shows them, three seeds (ten minutes)
 	@$(BIN)/python -m benchmarks.orderings
+
+bench-ledger: setup  ## Size and speed of a ledger of 10,000 trials (ten minutes)
+	@$(BIN)/python benchmarks/ledger.py
 
 bench-racing: setup  ## What a race saves in items for the same hypervolume, over ten seeds
 	@$(BIN)/python benchmarks/racing.py

@@ -18,12 +18,11 @@ from evomerge.fidelity.race import RaceOptions
 from evomerge.operators.passthrough import Passthrough
 from evomerge.records import Options, Split
 from evomerge.space.shares import ShareOptions
-from evomerge.strict import parse, read_yaml
+from evomerge.strict import NAME, parse, read_yaml
 from evomerge.workers.inline import InlineOptions
 from evomerge.workers.ray_pool import RayOptions
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-
+Name = Annotated[str, Field(pattern=NAME)]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 

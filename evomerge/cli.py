@@ -24,7 +24,7 @@ families_app = typer.Typer(
 app.add_typer(families_app, name="families")
 
 CampaignFile = Annotated[Path, typer.Argument(metavar="FILE", help="Campaign file (YAML).")]
-RunFolder = Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or its name under runs/.")]
+RunPlace = Annotated[str, typer.Argument(metavar="RUN", help="Run folder, its name under runs/, or URL#NAME.")]
 OutFolder = Annotated[Path, typer.Option("--out", help="New folder for the merged checkpoint.")]
 
 
@@ -43,21 +43,24 @@ def check(file: CampaignFile) -> None:
 @app.command()
 def search(
     file: CampaignFile,
-    run: Annotated[Path | None, typer.Option(help="Folder of the run (default: runs/NAME).")] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Folder, URL or URL#NAME of a database (default: runs/NAME of the campaign).")
+    ] = None,
     workers: Annotated[
         str | None, typer.Option(help="inline, ray:8 or ray:auto (default: what the file says).")
     ] = None,
 ) -> None:
     """Run a campaign; the same command resumes it after an interruption, or extends it when the budget grew."""
     from evomerge.campaign import read_campaign
+    from evomerge.ledger.location import locate
     from evomerge.report.terminal import Loading, print_finished
     from evomerge.report.terminal import search as search_shown
 
     campaign = read_campaign(file, workers=workers)
-    folder = run or Path("runs") / campaign.name
+    location = locate(run or Path("runs") / campaign.name).called(campaign.name)
     try:
         with Loading() as loading:
-            finished_before, result = search_shown(campaign, folder, loading)
+            finished_before, result = search_shown(campaign, location, loading)
     except KeyboardInterrupt as interrupt:
         typer.echo("evomerge: stopped; the same command goes on where this one ended", err=True)
         raise typer.Exit(130) from interrupt
@@ -66,7 +69,7 @@ def search(
 
 @app.command()
 def front(
-    run: RunFolder,
+    run: RunPlace,
     everything: Annotated[bool, typer.Option("--all", help="Show every model on the front.")] = False,
 ) -> None:
     """Show the front of a run beside base, experts, uniform average and best single coefficient."""
@@ -77,23 +80,41 @@ def front(
 
 
 @app.command()
+def runs(
+    place: Annotated[str, typer.Argument(metavar="[FOLDER|URL]", help="Folder with runs, or a database.")] = "runs",
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+) -> None:
+    """List the runs in a folder or a database: state, trials, front, hypervolume, when last written."""
+    from evomerge.ledger.location import locate
+    from evomerge.report.runs import print_runs, runs_as_json
+    from evomerge.runs import summarize_runs
+
+    location = locate(place)
+    summaries = summarize_runs(location)
+    if as_json:
+        typer.echo(runs_as_json(summaries))
+    else:
+        print_runs(summaries, location)
+
+
+@app.command()
 def report(
-    run: RunFolder,
-    out: Annotated[Path | None, typer.Option(help="HTML file (default: report.html in the run's folder).")] = None,
+    run: RunPlace,
+    out: Annotated[Path | None, typer.Option(help="HTML file (default: report.html in the run's own folder).")] = None,
 ) -> None:
     """Write a run's front, scores and coefficients to one HTML file that works offline."""
     from evomerge.report.html import write_report
     from evomerge.run import open_run
 
     opened = open_run(run)
-    path = out or opened.folder / "report.html"
+    path = out or opened.location.file("report.html")
     write_report(opened, path)
     typer.echo(f"report   {path}  ({path.stat().st_size / 1e6:.1f} MB, works offline)")
 
 
 @app.command()
 def export(
-    run: RunFolder,
+    run: RunPlace,
     out: OutFolder,
     trial: Annotated[int | None, typer.Option(help="Export this trial.")] = None,
     knee: Annotated[bool, typer.Option("--knee", help="Export the front's best balance.")] = False,

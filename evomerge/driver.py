@@ -128,16 +128,17 @@ class Driver:
     def _record(self, trial: Trial, result: Result) -> Trial:
         outcome = result.outcome
         if not isinstance(outcome, Measurement):
-            return self.ledger.record(trial, str(outcome), None)
+            return self.ledger.record(trial, str(outcome), None, result.fate)
         recipe = self._course.recipe(replace(trial, measurement=outcome))
-        return self._summarized(self.ledger.record(trial, outcome, recipe.fingerprint(self.hashes)))
+        fingerprint = recipe.fingerprint(self.hashes)
+        return self.ledger.record(trial, self._summarizer.add(outcome), fingerprint, result.fate)
 
     def _trials(self) -> list[Trial]:
-        """All trials, with the summaries among their scores."""
-        return [self._summarized(trial) for trial in self.ledger.trials()]
-
-    def _summarized(self, trial: Trial) -> Trial:
-        return replace(trial, measurement=self._summarizer.add(trial.measurement)) if trial.measurement else trial
+        """All trials, with the summaries among their scores, which earlier versions did not record."""
+        return [
+            replace(trial, measurement=self._summarizer.add(trial.measurement)) if trial.measurement else trial
+            for trial in self.ledger.trials()
+        ]
 
     def _score_front(self, references: Mapping[str, Recipe]) -> None:
         """Score the front's members and the references beside it on the test items."""

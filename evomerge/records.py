@@ -217,6 +217,14 @@ class Score:
     items: npt.NDArray[np.float32]
     companion: npt.NDArray[np.float32] | None = None
 
+    @property
+    def loss(self) -> tuple[float, float]:
+        """Mean of the companion and its standard error; NaN where there is none."""
+        if self.companion is None:
+            return float("nan"), float("nan")
+        deviation = float(self.companion.std(dtype=np.float64))
+        return float(self.companion.mean(dtype=np.float64)), deviation / len(self.companion) ** 0.5
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slopes:
@@ -267,10 +275,11 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """A candidate, or a reference model's recipe, with its fate: a measurement, a reason for failing, or neither yet.
+    """A candidate with its end: a measurement, a reason for failing, or neither yet.
 
     number counts all trials of a run, index those of its stage. known is how many results of the run the proposer had
-    been told when it proposed this one; order is this result's place in the sequence of results.
+    been told when it proposed this one; order is this result's place in the sequence of results. fate: how it came to
+    its end (JSON), {} if nothing is to be said.
     """
 
     number: int
@@ -281,6 +290,7 @@ class Trial:
     order: int | None = None
     measurement: Measurement | None = None
     failure: str | None = None
+    fate: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def point(self) -> tuple[float, ...]:

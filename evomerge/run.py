@@ -1,14 +1,13 @@
-"""A run: one campaign's folder, opened, started or resumed, and picked from."""
+"""A run: one campaign's record, opened, started or resumed, and picked from."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from evomerge.campaign import Campaign, DataFlowSection, SpaceChanges
 from evomerge.errors import RunError, did_you_mean
@@ -17,6 +16,7 @@ from evomerge.evidence.summary import Summarizer, all_sources
 from evomerge.front.front import front_hypervolume, front_of, maximized
 from evomerge.front.pick import knee, prefer
 from evomerge.ledger.ledger import Ledger
+from evomerge.ledger.location import Location, locate
 from evomerge.records import Measurement, Objective, Split, Trial
 from evomerge.space.choice import chosen
 from evomerge.space.data_flow import layers_on
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class Run:
     """What a run holds, read from its ledger; a campaign may be driving it meanwhile."""
 
-    folder: Path
+    location: Location
     campaign: Campaign
     objectives: tuple[Objective, ...]
     facts: Mapping[str, Any]
@@ -196,7 +196,7 @@ class Run:
             return self._trial(trial)
         if not self.front:
             raise RunError(
-                f"{self.folder}: no trial has finished within the floors and ceilings; there is no front yet"
+                f"{self.location}: no trial has finished within the floors and ceilings; there is no front yet"
             )
         values_NM = np.array(
             [maximized(member.measurement, self.objectives) for member in self.front if member.measurement]
@@ -217,25 +217,29 @@ class Run:
 
     def _trial(self, number: int) -> Trial:
         if not 0 <= number < len(self.trials):
-            raise RunError(f"{self.folder}: no trial {number}; there are trials 0 to {len(self.trials) - 1}")
+            raise RunError(f"{self.location}: no trial {number}; there are trials 0 to {len(self.trials) - 1}")
         found = self.trials[number]
         if found.measurement is None:
             raise RunError(f"trial {number} has no scores: {found.failure or 'it has not finished'}; pick another")
         return found
 
 
-def open_run(location: str | Path) -> Run:
-    """Open a run by its folder, or by its name under runs/. Raises: RunError."""
-    folder = Path(location)
-    if not Ledger.exists(folder) and Ledger.exists(Path("runs") / folder):
-        folder = Path("runs") / folder
-    ledger = Ledger.open(folder)
+def open_run(given: str | Path | Location) -> Run:
+    """Open a run by its folder, its name under runs/, or ``URL#NAME``. Raises: RunError."""
+    location = locate(given)
+    if location.folder is not None and not Ledger.exists(location):
+        named = locate(Path("runs") / location.folder)
+        location = named if Ledger.exists(named) else location
+    return _run_of(Ledger.open(location))
+
+
+def _run_of(ledger: Ledger) -> Run:
     facts = ledger.facts()
     objectives = tuple(
         Objective(**{**objective, "parts": tuple(objective["parts"])}) for objective in facts["objectives"]
     )
     campaign = Campaign.model_validate(ledger.campaign(), strict=False)
-    return Run(folder, campaign, objectives, facts, ledger)
+    return Run(ledger.location, campaign, objectives, facts, ledger)
 
 
 class Unwatched:
@@ -256,13 +260,14 @@ class Unwatched:
 
 def search(
     campaign: Campaign,
-    folder: str | Path,
+    location: str | Path | Location,
     *,
     watcher: "Watcher | None" = None,
 ) -> Run:
-    """Start the campaign's run in ``folder``, resume it, or find it finished; return it finished.
+    """Start the campaign's run at a location, resume it, or find it finished; return it finished.
 
-    Raises: RunError if the folder holds another campaign's run, or another process drives it.
+    location: a folder, or ``URL#NAME``; in a database, a run without a name has the campaign's. Raises: RunError if
+    another campaign's run is there, or another process drives it.
     """
     from evomerge.course import Course
     from evomerge.draining import Draining
@@ -271,14 +276,14 @@ def search(
     from evomerge.pools import open_pool
     from evomerge.stages import make_stages
 
-    folder = Path(folder)
-    with _driving(folder):
-        started = Ledger.exists(folder)
-        if started:
-            run = open_run(folder)
-            _require_same_meaning(run, campaign)
-            if run.is_finished and campaign.budget.evaluations <= run.campaign.budget.evaluations:
-                return run
+    location = locate(location).called(campaign.name)
+    Ledger.upgrade(location)
+    if Ledger.exists(location):
+        run = open_run(location)
+        _require_same_meaning(run, campaign)
+        if run.is_finished and campaign.budget.evaluations <= run.campaign.budget.evaluations:
+            return run
+    with closing(Ledger.drive(location, campaign.name)) as ledger:
         plan = make_plan(campaign)
         make_stages(campaign, plan)  # mistakes come to light before the weights are loaded
         watcher = watcher or Unwatched()
@@ -286,40 +291,19 @@ def search(
             plan = plan.with_findings(findings)
             stages = make_stages(campaign, plan)  # with what the workers have found out
             dumped = campaign.model_dump(mode="json")
-            if started:
+            if ledger.has_begun:
+                run = _run_of(ledger)
+                _require_same_meaning(run, campaign)  # again: nobody else can write now
                 require_same_inputs(run, findings.hashes, findings.items)
-                run.ledger.update_campaign(dumped)
-                ledger = run.ledger
+                ledger.update_campaign(dumped)
             else:
-                ledger = Ledger.create(folder, dumped, _facts(plan, findings))
+                ledger.begin(dumped, _facts(plan, findings))
             watcher.begin(stages)
             course = Course(campaign, plan, [stage.changes for stage in stages])
             with Draining(watcher.note) as draining:
                 Driver(plan, ledger, pool, findings.hashes, watcher, draining).run(stages, course, campaign.seed)
             ledger.finish(campaign.budget.evaluations)
-        ledger.close()
-    return open_run(folder)
-
-
-@contextmanager
-def _driving(folder: Path) -> Iterator[None]:
-    """Let one process drive a run; the lock goes with the process, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / "driver.lock")
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise RunError(
-            f"{folder}: another process is driving this run; wait for it, or look on with evomerge front"
-        ) from error
-    except OSError as error:
-        raise RunError(
-            f"{folder}: cannot write a run there ({error.strerror}); choose another place with --run"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
+    return open_run(location)
 
 
 def _facts(plan: "Plan", findings: "Findings") -> dict[str, Any]:
@@ -341,12 +325,12 @@ def _require_same_meaning(run: Run, campaign: Campaign) -> None:
     differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     if differing:
         raise RunError(
-            f"{run.folder} holds a run of a campaign that differs in {', '.join(differing)}; "
+            f"{run.location} holds a run of a campaign that differs in {', '.join(differing)}; "
             "its scores do not compare: rename this campaign, or give another place with --run"
         )
     if campaign.budget.evaluations < len(run.trials):
         raise RunError(
-            f"budget.evaluations: {campaign.budget.evaluations}, but {run.folder} holds {len(run.trials)} trials; "
+            f"budget.evaluations: {campaign.budget.evaluations}, but {run.location} holds {len(run.trials)} trials; "
             "a budget can only grow"
         )
 
@@ -358,6 +342,6 @@ def require_same_inputs(run: Run, hashes: Mapping[str, str], items: str) -> None
         changed.append(str(run.campaign.evaluation.get("data", "the evaluation's items")))
     if changed:
         raise RunError(
-            f"{changed[0]} has changed since {run.folder} began; its scores do not compare: put it back, or begin "
+            f"{changed[0]} has changed since {run.location} began; its scores do not compare: put it back, or begin "
             "another run with --run"
         )

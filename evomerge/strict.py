@@ -14,6 +14,9 @@ from pydantic import ValidationError
 from evomerge.errors import CampaignError, did_you_mean
 from evomerge.records import Options
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+"""What names of campaigns, tasks and runs are made of."""
+
 Section = TypeVar("Section", bound=Options)
 
 

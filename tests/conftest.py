@@ -3,7 +3,7 @@ import os
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
+from postgres_server import NoServerError, served
 from silent_watcher import Silent
 from small_families import SMALL
 
@@ -50,6 +51,16 @@ def small_text(tmp_path_factory: pytest.TempPathFactory) -> FamilySummary:
 def digits4() -> FamilySummary:
     """The real family of four tasks: half a minute to train, once a checkout."""
     return made_once("digits4")
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[str]:
+    """URL of a real server's database; started for the first test that wants it."""
+    try:
+        with served() as url:
+            yield url
+    except NoServerError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture

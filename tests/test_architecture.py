@@ -29,7 +29,7 @@ LAYERS = (
         "recipe_file",
     },
     {"interop"},
-    {"run", "check", "claims", "export", "card", "guard"},
+    {"run", "runs", "check", "claims", "export", "card", "guard"},
     {"report"},
     {"cli"},
 )
@@ -44,6 +44,7 @@ CONFINED = {  # library -> where alone it may be imported
     "botorch": {"proposers"},
     "gpytorch": {"proposers"},
     "sqlalchemy": {"ledger"},
+    "psycopg": {"ledger"},
     "moocore": {"front"},
     "plotly": {"report"},
     "rich": {"report"},

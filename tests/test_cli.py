@@ -17,6 +17,7 @@ from transformers import AutoModel
 
 from evomerge.families.family import FamilySummary
 from evomerge.ledger.ledger import Ledger
+from evomerge.ledger.location import locate
 from evomerge.run import open_run
 
 ROOT = Path(__file__).parent.parent
@@ -83,7 +84,7 @@ def test_ctrl_c_says_how_to_go_on(digits4: FamilySummary, tmp_path: Path) -> Non
 
 def num_finished(folder: Path) -> int:
     """How many trials have their result, read while the run goes on."""
-    return sum(trial.order is not None for trial in open_run(folder).trials) if Ledger.exists(folder) else 0
+    return sum(trial.order is not None for trial in open_run(folder).trials) if Ledger.exists(locate(folder)) else 0
 
 
 def test_check_says_what_will_happen(digits4: FamilySummary) -> None:
@@ -165,7 +166,7 @@ def test_report_is_one_file_that_asks_for_nothing(run_folder: Path, tmp_path: Pa
 
 MISTAKES = [
     (("search", "nowhere.yaml"), "nowhere.yaml: no such file"),
-    (("front", "nowhere"), "nowhere: expected a run folder with ledger.sqlite, found none"),
+    (("front", "nowhere"), "nowhere: expected a run folder with a ledger, found none"),
     (("export", "RUN", "--out", "x"), "pick one model: --trial N, --knee, or --prefer"),
     (("export", "RUN", "--knee", "--trial", "1", "--out", "x"), "pick one model"),
     (("export", "RUN", "--trial", "99", "--out", "x"), "no trial 99; there are trials 0 to 24"),

@@ -129,7 +129,7 @@ def test_it_is_shown(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert [number for dimension, number in numbers if dimension["parameter"] == "on"].count(1.0) == len(path)
     scales = [number for dimension, number in numbers if dimension["parameter"] == "scale"]
     np.testing.assert_allclose(1 / np.cumprod(scales), [step.gain for step in path])
-    assert open_run(run.folder).campaign == run.campaign
+    assert open_run(run.location).campaign == run.campaign
 
 
 def test_a_product_is_an_expert_of_the_next_campaign(run: Run, write: Write, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from evomerge.errors import EvoMergeError, RunError
 from evomerge.evaluators.classification import ClassificationEvaluator
 from evomerge.export import export_trial
 from evomerge.families.family import FamilySummary
-from evomerge.ledger.ledger import FILE_NAME
+from evomerge.ledger.location import FILE_NAME
 from evomerge.plan import make_plan
 from evomerge.records import Trial
 from evomerge.report.html import write_report
@@ -113,7 +113,8 @@ def test_a_ladder_of_spaces_resumes_to_the_same_story_and_exports_every_stage(
     print_front(run)
     write_report(run, tmp_path / "report.html")
     assert f"in {run.dimensions} dimensions" in (tmp_path / "report.html").read_text(encoding="utf-8")
-    fingerprints = [row[0] for row in sqlite3.connect(run.ledger.path).execute("select fingerprint from trials")]
+    ledger = sqlite3.connect(run.location.file(FILE_NAME))
+    fingerprints = [row[0] for row in ledger.execute("select fingerprint from evomerge_trials order by number")]
     course = Course(run.campaign, make_plan(run.campaign), run.changes)
     course.leg(2, run.trials)
     for stage in range(3):
@@ -171,7 +172,7 @@ def finished(ledger: Path) -> list[tuple[int, int]]:
     try:
         with sqlite3.connect(f"file:{ledger}?mode=ro", uri=True) as connection:
             rows = connection.execute(
-                "select number, finish_order from trials where finish_order is not null"
+                "select number, finish_order from evomerge_trials where finish_order is not null"
             ).fetchall()
     except sqlite3.OperationalError:  # the tables are not there yet
         return []
@@ -182,11 +183,11 @@ def finished(ledger: Path) -> list[tuple[int, int]]:
 
 
 def test_a_finished_campaign_does_nothing(uninterrupted: Run, watcher: Silent) -> None:
-    before = (uninterrupted.folder / FILE_NAME).stat().st_mtime_ns
-    run = search(uninterrupted.campaign, uninterrupted.folder, watcher=watcher)
+    before = uninterrupted.location.file(FILE_NAME).stat().st_mtime_ns
+    run = search(uninterrupted.campaign, uninterrupted.location, watcher=watcher)
     assert watcher.phases == []
     assert story(run) == story(uninterrupted)
-    assert (run.folder / FILE_NAME).stat().st_mtime_ns == before
+    assert run.location.file(FILE_NAME).stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
@@ -295,10 +296,14 @@ def test_two_drivers_do_not_share_a_run(make_campaign: Callable[..., Campaign], 
 
     class Second(Silent):
         def advance(self, trial: object) -> None:
-            with pytest.raises(RunError, match="another process is driving"):
-                search(campaign, tmp_path / "run", watcher=Silent())
+            if trial is not None:
+                super().advance(trial)
+                with pytest.raises(RunError, match="is driving this run"):
+                    search(campaign, tmp_path / "run", watcher=Silent())
 
-    search(campaign, tmp_path / "run", watcher=Second())
+    second = Second()
+    search(campaign, tmp_path / "run", watcher=second)
+    assert second.num_advances == 2
 
 
 def test_a_failed_candidate_is_a_failed_trial_and_the_campaign_goes_on(

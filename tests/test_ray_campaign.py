@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from silent_watcher import Silent
 from evomerge.campaign import BudgetSection, Campaign, StageSection, read_campaign
 from evomerge.families.family import FamilySummary
 from evomerge.ledger.ledger import Ledger
+from evomerge.ledger.location import locate
 from evomerge.records import Trial
 from evomerge.run import Run, open_run, search
 
@@ -121,6 +122,7 @@ def test_workers_killed_at_work(campaign: Campaign, cluster: Any, undisturbed: R
     watcher = At(5, kill_all_workers)
     require_the_same(search(on(campaign, cluster), tmp_path / "ray", watcher=watcher), undisturbed)
     assert any("died (its process ended)" in note for note in watcher.notes)
+    assert any(trial.fate["attempts"] == 2 for trial in open_run(tmp_path / "ray").trials)
 
 
 def test_a_node_that_is_lost(campaign: Campaign, cluster: Any, undisturbed: Run, tmp_path: Path) -> None:
@@ -153,4 +155,7 @@ def test_a_driver_killed_and_started_again(campaign: Campaign, cluster: Any, und
 
 
 def num_finished(folder: Path) -> int:
-    return sum(trial.order is not None for trial in Ledger.open(folder).trials()) if Ledger.exists(folder) else 0
+    if not Ledger.exists(locate(folder)):
+        return 0
+    with closing(Ledger.open(locate(folder))) as ledger:
+        return sum(trial.order is not None for trial in ledger.trials())

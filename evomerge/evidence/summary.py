@@ -32,10 +32,11 @@ class Summarizer:
         self._weights = {summary.name: _weights(summary, references) for summary in self._summaries}
 
     def add(self, measurement: Measurement) -> Measurement:
-        """Return the measurement with the summaries' scores."""
-        if not self._summaries:
+        """Return the measurement with the scores of those summaries that it lacks."""
+        missing = [summary for summary in self._summaries if summary.name not in measurement.scores]
+        if not missing:
             return measurement
-        summarized = {summary.name: self._summarized(summary, measurement) for summary in self._summaries}
+        summarized = {summary.name: self._summarized(summary, measurement) for summary in missing}
         return replace(measurement, scores={**measurement.scores, **summarized})
 
     def add_to_all(self, measurements: Mapping[str, Measurement]) -> dict[str, Measurement]:

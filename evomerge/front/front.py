@@ -44,14 +44,14 @@ def observe(trial: Trial, objectives: Sequence[Objective]) -> Observation:
     if measurement is None:
         return Observation(index=trial.index, point=np.array(trial.point), values_M=None)
     steering = [measurement.scores[objective.name] for objective in objectives if objective.steers]
-    smooth = [np.array([np.nan]) if score.companion is None else score.companion for score in steering]
+    losses_M2 = np.array([score.loss for score in steering])
     return Observation(
         index=trial.index,
         point=np.array(trial.point),
         values_M=maximized(measurement, objectives),
         stderr_M=np.array([score.stderr for score in steering]),
-        losses_M=np.array([of_items.mean(dtype=np.float64) for of_items in smooth]),
-        loss_stderr_M=np.array([of_items.std(dtype=np.float64) / len(of_items) ** 0.5 for of_items in smooth]),
+        losses_M=losses_M2[:, 0],
+        loss_stderr_M=losses_M2[:, 1],
         margins_C=margins(measurement, objectives),
         arrival=measurement.arrival,
         is_estimate=measurement.stopped is not None,

@@ -1,99 +1,135 @@
-"""The ledger: the durable record of a run, an SQLite file in WAL mode.
+"""The ledger: the durable record of a run, in an SQLite file of its own or in a database of many.
 
 A trial is committed twice: when it is issued, before a worker sees it, and when it has finished, in one transaction
 with its scores, per-item scores and fate, before the proposer is told. Proposers are folds over this record (see
 ``proposers/proposer.py``), so it holds their state too: each trial says which results were known when it was proposed,
-and carries its proposer's memo. Only the driver writes; any number of readers may look on.
+and carries its proposer's memo. Only the driver that holds the run's lease writes; any number of readers may look on.
+What items scored is read when somebody asks for it.
 """
 
 import json
-import sqlite3
 import time
-import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-from sqlalchemy import Connection, create_engine, event, func, insert, select, update
-from sqlalchemy.exc import DatabaseError, OperationalError
+from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
 from evomerge.errors import EvoMergeError, RunError
 from evomerge.ledger import tables
-from evomerge.records import Arrival, Candidate, Descent, Measurement, Score, Slopes, Split, Trial
+from evomerge.ledger.database import Database
+from evomerge.ledger.lease import Holder, Lease, held
+from evomerge.ledger.location import Location
+from evomerge.ledger.migration import make_tables, schema_version, upgrade_from_2
+from evomerge.ledger.rows import ItemNumbers, LazyItems, StoredScore, item_numbers_of, measurement_of, rows_of, trial_of
+from evomerge.records import Candidate, Measurement, Score, Split, Trial
 
-FILE_NAME = "ledger.sqlite"
+OF_ONE_MEASUREMENT = select(tables.items).where(  # made once: it is asked for thousands of times
+    tables.items.c.run == bindparam("of_run"),
+    tables.items.c.split == bindparam("of_split"),
+    tables.items.c.subject == bindparam("of_subject"),
+)
 
 
 class Ledger:
-    """One run's record. Raises: RunError for a file that is no ledger, or of another schema."""
+    """One run's record, opened for reading (``open``) or held by its driver (``drive``)."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / FILE_NAME
-        self._engine = create_engine(f"sqlite:///{self.path}")
-        event.listen(self._engine, "connect", _configure)
-        event.listen(self._engine, "begin", _begin)
+    def __init__(self, location: Location, database: Database, run: int, lease: Lease | None = None) -> None:
+        self.location = location
+        self._database, self._run, self._lease = database, run, lease
 
     @classmethod
-    def create(cls, folder: Path, campaign: Mapping[str, Any], facts: Mapping[str, Any]) -> "Ledger":
-        """Start an empty ledger for a campaign, with the facts that readers need (both JSON)."""
-        ledger = cls(folder)
-        with ledger._transaction() as connection:
-            tables.metadata.create_all(connection)
-            connection.execute(
-                insert(tables.run).values(
-                    id=1,
-                    schema_version=tables.SCHEMA_VERSION,
-                    created=time.time(),
-                    campaign=json.dumps(campaign),
-                    facts=json.dumps(facts),
-                    test_touches="[]",
-                )
-            )
+    def drive(cls, location: Location, name: str) -> "Ledger":
+        """Take the lease on a run, which need not be there yet; ``close`` gives it back.
+
+        name: of the run where the location does not say. Raises: RunError if another process drives it, or the
+        location cannot hold a ledger of this version.
+        """
+        database = Database(location)
+        database.make_folder()
+        with database.writing(alone=True) as connection:
+            _bring_up_to_date(location, connection)
+            run = _find(location, connection)
+            if run is None:
+                row = {"name": location.name or name, "created": time.time(), "test_touches": "[]"}
+                run = int(connection.execute(insert(tables.runs).values(row).returning(tables.runs.c.id)).scalar_one())
+            lease = Lease(database, run, location)
+            lease.take(connection)
+        lease.keep()
+        return cls(location, database, run, lease)
+
+    @classmethod
+    def open(cls, location: Location) -> "Ledger":
+        """Open a run for reading. Raises: RunError if none has begun there, or it is of another schema."""
+        ledger = cls._begun(location)
+        if ledger is None:
+            what = "a run folder with a ledger" if location.folder else "a run"
+            raise RunError(f"{location}: expected {what}, found none; runs start with evomerge search")
         return ledger
+
+    @classmethod
+    def exists(cls, location: Location) -> bool:
+        """Whether a run has begun there. Raises: RunError for what is no ledger, or one of another schema."""
+        return cls._begun(location) is not None
+
+    @classmethod
+    def _begun(cls, location: Location) -> "Ledger | None":
+        if location.is_missing:
+            return None
+        database = Database(location)
+        with database.reading() as connection:
+            run = _find(location, connection) if _is_ours(location, connection) else None
+        ledger = None if run is None else cls(location, database, run)
+        return ledger if ledger and ledger.has_begun else None
 
     @staticmethod
-    def exists(folder: Path) -> bool:
-        """Whether a ledger was started here; a process that dies while it creates one leaves a file without tables."""
-        path = folder / FILE_NAME
-        if not path.is_file():
-            return False
-        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
-            try:
-                return bool(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
-            except sqlite3.DatabaseError:
-                return True  # something else lies here; ``open`` says so
+    def upgrade(location: Location) -> None:
+        """Bring what an earlier version has written up to date, in one transaction; else do nothing."""
+        if location.is_missing:
+            return
+        with closing(Database(location)) as database:
+            with database.reading() as connection:
+                is_older = schema_version(connection) == 2
+            if is_older:
+                with database.writing(alone=True) as connection:
+                    _bring_up_to_date(location, connection)
 
-    @classmethod
-    def open(cls, folder: Path) -> "Ledger":
-        """Open an existing ledger."""
-        ledger = cls(folder)
-        if not cls.exists(folder):
-            raise RunError(
-                f"{folder}: expected a run folder with {FILE_NAME}, found none; runs start with evomerge search"
-            )
-        try:
-            with ledger._engine.connect() as connection:
-                version = connection.execute(select(tables.run.c.schema_version)).scalar_one()
-        except DatabaseError as error:
-            raise RunError(f"{ledger.path} is not a readable ledger ({error.orig})") from error
-        if version != tables.SCHEMA_VERSION:
-            raise RunError(
-                f"{ledger.path}: expected schema {tables.SCHEMA_VERSION}, found {version}; "
-                "use the evomerge that wrote it"
-            )
-        return ledger
+    @staticmethod
+    def names(location: Location) -> list[str]:
+        """Return the names of the runs that have begun in a location's database. Raises: RunError."""
+        if location.is_missing:
+            return []
+        begun = select(tables.runs.c.name).where(tables.runs.c.campaign.is_not(None)).order_by(tables.runs.c.id)
+        with closing(Database(location)) as database, database.reading() as connection:
+            return list(connection.execute(begun).scalars()) if _is_ours(location, connection) else []
 
     def close(self) -> None:
-        """Release the file."""
-        self._engine.dispose()
+        """Give the lease back, if there is one, and close the connections; a run that has not begun goes."""
+        if self._lease is not None:
+            self._lease.stop()
+            with suppress(EvoMergeError), self._database.writing() as connection:  # it ends by itself anyway
+                runs = tables.runs
+                if self._lease.release(connection):
+                    connection.execute(delete(runs).where(runs.c.id == self._run, runs.c.campaign.is_(None)))
+            self._lease = None
+        self._database.close()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a driver has written what the run is."""
+        with self._database.reading() as connection:
+            return self._column(connection, tables.runs.c.campaign) is not None
+
+    def begin(self, campaign: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """Commit a campaign, and the facts that readers need (both JSON)."""
+        with self._writing() as connection:
+            self._update_run(connection, campaign=json.dumps(campaign), facts=json.dumps(facts))
 
     def campaign(self) -> dict[str, Any]:
         """Return the campaign as last run."""
-        campaign: dict[str, Any] = self._json(tables.run.c.campaign)
+        campaign: dict[str, Any] = self._json(tables.runs.c.campaign)
         return campaign
 
     def facts(self) -> dict[str, Any]:
@@ -101,37 +137,51 @@ class Ledger:
 
         ``stages``: of each that has begun; ``finished``: the budget within which the search came to its end.
         """
-        facts: dict[str, Any] = self._json(tables.run.c.facts)
+        facts: dict[str, Any] = self._json(tables.runs.c.facts)
         return facts
+
+    def holder(self) -> Holder | None:
+        """Return the process that drives the run, if any does."""
+        with self._database.reading() as connection:
+            found = held(self._database, connection, self._run)
+        return found[0] if found else None
+
+    def last_written(self) -> float:
+        """Return when a trial was last issued or finished, or the run begun, in Unix seconds."""
+        latest = select(func.max(tables.trials.c.issued), func.max(tables.trials.c.finished))
+        with self._database.reading() as connection:
+            times = [*connection.execute(latest.where(self._own(tables.trials))).one()]
+            times.append(self._column(connection, tables.runs.c.created))
+        return max(float(time) for time in times if time is not None)
 
     def update_campaign(self, campaign: Mapping[str, Any]) -> None:
         """Note a campaign that differs in its budget or workers."""
-        with self._transaction() as connection:
-            connection.execute(update(tables.run).values(campaign=json.dumps(campaign)))
+        with self._writing() as connection:
+            self._update_run(connection, campaign=json.dumps(campaign))
 
     def begin_stage(self, number: int, facts: Mapping[str, Any]) -> None:
         """Commit what readers need to know of a stage (JSON) before its first trial is issued; once is enough."""
-        with self._transaction() as connection:
-            held = json.loads(connection.execute(select(tables.run.c.facts)).scalar_one())
-            stages = held.setdefault("stages", [])
+        with self._writing() as connection:
+            noted = json.loads(self._column(connection, tables.runs.c.facts))
+            stages = noted.setdefault("stages", [])
             if len(stages) <= number:
                 stages.append(facts)
-                connection.execute(update(tables.run).values(facts=json.dumps(held)))
+                self._update_run(connection, facts=json.dumps(noted))
 
     def finish(self, num_evaluations: int) -> None:
         """Note that the search has come to its end within a budget of so many, and the front's test scores are here."""
-        with self._transaction() as connection:
-            held = json.loads(connection.execute(select(tables.run.c.facts)).scalar_one())
-            facts = json.dumps({**held, "finished": num_evaluations})
-            connection.execute(update(tables.run).values(facts=facts))
+        with self._writing() as connection:
+            noted = json.loads(self._column(connection, tables.runs.c.facts))
+            self._update_run(connection, facts=json.dumps({**noted, "finished": num_evaluations}))
 
     def issue(self, stage: int, index: int, candidate: Candidate) -> Trial:
         """Commit a candidate before it is submitted, with the number of results known by now."""
-        with self._transaction() as connection:
-            number = _next(connection, tables.trials.c.number)
-            known = _next(connection, tables.trials.c.finish_order)
+        with self._writing() as connection:
+            number = self._next(connection, tables.trials.c.number)
+            known = self._next(connection, tables.trials.c.finish_order)
             connection.execute(
                 insert(tables.trials).values(
+                    run=self._run,
                     number=number,
                     stage=stage,
                     stage_index=index,
@@ -142,180 +192,159 @@ class Ledger:
             )
         return Trial(number=number, stage=stage, index=index, candidate=candidate, known=known)
 
-    def record(self, trial: Trial, outcome: Measurement | str, fingerprint: str | None) -> Trial:
-        """Commit a trial's fate, a measurement or the reason for failing, in one transaction; return it finished."""
+    def record(
+        self,
+        trial: Trial,
+        outcome: Measurement | str,
+        fingerprint: str | None,
+        fate: Mapping[str, Any] | None = None,
+    ) -> Trial:
+        """Commit a trial's end, a measurement or the reason for failing, in one transaction; return it finished.
+
+        fate: how it came to that end (JSON).
+        """
         measurement = outcome if isinstance(outcome, Measurement) else None
-        failure = outcome if isinstance(outcome, str) else None
-        with self._transaction() as connection:
-            order = _next(connection, tables.trials.c.finish_order)
-            pending = (tables.trials.c.number == trial.number) & tables.trials.c.finish_order.is_(None)
-            fate = {"finish_order": order, "finished": time.time(), "fingerprint": fingerprint, "failure": failure}
-            if connection.execute(update(tables.trials).where(pending).values(fate)).rowcount != 1:
+        failure = outcome.replace("\0", "\\0") if isinstance(outcome, str) else None  # which PostgreSQL cannot hold
+        with self._writing() as connection:
+            order = self._next(connection, tables.trials.c.finish_order)
+            pending = (
+                self._own(tables.trials)
+                & (tables.trials.c.number == trial.number)
+                & tables.trials.c.finish_order.is_(None)
+            )
+            ending = {"finish_order": order, "finished": time.time(), "fingerprint": fingerprint, "failure": failure}
+            ending["fate"] = json.dumps(fate) if fate else None
+            if connection.execute(update(tables.trials).where(pending).values(ending)).rowcount != 1:
                 raise EvoMergeError(
                     f"trial {trial.number} is not pending: it was never issued, or has its result already"
                 )
             if measurement is not None:
-                _insert(connection, f"trial:{trial.number}", measurement)
-        return replace(trial, order=order, measurement=measurement, failure=failure)
+                self._insert(connection, f"trial:{trial.number}", measurement)
+        return replace(trial, order=order, measurement=measurement, failure=failure, fate=fate or {})
 
     def trials(self) -> list[Trial]:
         """Return all trials in the order of issue, with their search measurements."""
-        with self._engine.connect() as connection:
-            rows = connection.execute(select(tables.trials).order_by(tables.trials.c.number)).all()
-            measured = _read(connection, "search")
-        return [
-            Trial(
-                number=row.number,
-                stage=row.stage,
-                index=row.stage_index,
-                candidate=_candidate(json.loads(row.candidate)),
-                known=row.known,
-                order=row.finish_order,
-                measurement=measured.get(f"trial:{row.number}"),
-                failure=row.failure,
-            )
-            for row in rows
-        ]
+        query = select(tables.trials).where(self._own(tables.trials)).order_by(tables.trials.c.number)
+        with self._database.reading() as connection:
+            rows = connection.execute(query).all()
+            measured = self._read(connection, "search")
+        return [trial_of(row, measured.get(f"trial:{row.number}")) for row in rows]
 
     def measure(self, subject: str, measurement: Measurement) -> None:
         """Commit a measurement that is no trial: a reference model's, or test scores."""
-        with self._transaction() as connection:
-            _insert(connection, subject, measurement)
+        with self._writing() as connection:
+            self._insert(connection, subject, measurement)
 
     def measurements(self, split: Split) -> dict[str, Measurement]:
         """Return subject -> measurement on a split, trials and references alike."""
-        with self._engine.connect() as connection:
-            return _read(connection, split)
+        with self._database.reading() as connection:
+            return self._read(connection, split)
 
     def touch_test_items(self) -> None:
         """Note that the front of the trials finished by now is about to be scored on the test items.
 
         Going on with the same front after an interruption is the same touch.
         """
-        with self._transaction() as connection:
-            num_finished = _next(connection, tables.trials.c.finish_order)
-            touches = json.loads(connection.execute(select(tables.run.c.test_touches)).scalar_one())
+        with self._writing() as connection:
+            num_finished = self._next(connection, tables.trials.c.finish_order)
+            touches = json.loads(self._column(connection, tables.runs.c.test_touches))
             if num_finished not in touches:
-                connection.execute(update(tables.run).values(test_touches=json.dumps([*touches, num_finished])))
+                self._update_run(connection, test_touches=json.dumps([*touches, num_finished]))
 
     def num_test_touches(self) -> int:
         """How many fronts were scored on the test items; more than one is disclosed."""
-        return len(self._json(tables.run.c.test_touches))
+        return len(self._json(tables.runs.c.test_touches))
 
     @contextmanager
-    def _transaction(self) -> Iterator[Connection]:
-        """Commit what the block does, or nothing. Raises: EvoMergeError if the file cannot be written."""
-        try:
-            with self._engine.begin() as connection:
-                yield connection
-        except OperationalError as error:
-            raise EvoMergeError(
-                f"{self.path} cannot be written ({error.orig}); make room or give access: what is recorded is safe, "
-                "and the same command goes on"
-            ) from error
+    def _writing(self) -> Iterator[Connection]:
+        """Commit what the block does, or nothing. Raises: EvoMergeError if it cannot be, or the lease is lost."""
+        assert self._lease is not None, "opened for reading"
+        with self._database.writing() as connection:
+            self._lease.renew(connection)
+            yield connection
+
+    def _own(self, table: Any) -> Any:
+        """The rows of this run."""
+        return table.c.run == self._run
 
     def _json(self, column: Any) -> Any:
-        with self._engine.connect() as connection:
-            return json.loads(connection.execute(select(column)).scalar_one())
+        with self._database.reading() as connection:
+            return json.loads(self._column(connection, column))
 
+    def _column(self, connection: Connection, column: Any) -> Any:
+        return connection.execute(select(column).where(tables.runs.c.id == self._run)).scalar_one()
 
-def _configure(connection: Any, _: object) -> None:
-    """WAL lets readers look on; FULL makes a commit survive a power cut."""
-    connection.isolation_level = None  # the driver itself begins no transaction for reads and for making tables
-    cursor = connection.cursor()
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=10000"):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
+    def _update_run(self, connection: Connection, **values: str) -> None:
+        connection.execute(update(tables.runs).where(tables.runs.c.id == self._run).values(values))
 
+    def _next(self, connection: Connection, column: Any) -> int:
+        """Return the next free number of a dense sequence that starts at 0."""
+        highest = connection.execute(select(func.max(column)).where(self._own(column.table))).scalar()
+        return 0 if highest is None else int(highest) + 1
 
-def _begin(connection: Connection) -> None:
-    """Make every transaction one: tables appear with their first row, and all that a reader reads is of one moment."""
-    connection.exec_driver_sql("BEGIN")
+    def _insert(self, connection: Connection, subject: str, measurement: Measurement) -> None:
+        place = self._next(connection, tables.measurements.c.place)
+        of_measurement, of_scores, of_items = rows_of({"run": self._run, "subject": subject}, place, measurement)
+        connection.execute(insert(tables.measurements).values(of_measurement))
+        connection.execute(insert(tables.scores), of_scores)
+        connection.execute(insert(tables.items), of_items)
 
-
-def _next(connection: Connection, column: Any) -> int:
-    """Return the next free number of a dense sequence that starts at 0."""
-    highest = connection.execute(select(func.max(column))).scalar()
-    return 0 if highest is None else int(highest) + 1
-
-
-def _insert(connection: Connection, subject: str, measurement: Measurement) -> None:
-    connection.execute(
-        insert(tables.measurements).values(
-            subject=subject,
-            split=measurement.split,
-            cost=measurement.cost,
-            seconds=json.dumps(dict(measurement.seconds)),
-            weights=measurement.weights,
-            arrival=json.dumps(asdict(measurement.arrival)) if measurement.arrival else None,
-            stopped=measurement.stopped,
+    def _read(self, connection: Connection, split: Split) -> dict[str, Measurement]:
+        """Read measurements with their scores, but not their items."""
+        columns = tables.scores.c
+        query = select(
+            columns.subject, columns.objective, columns.value, columns.stderr, columns.loss, columns.loss_stderr
         )
-    )
-    connection.execute(
-        insert(tables.scores),
-        [
-            {
-                "subject": subject,
-                "split": measurement.split,
-                "objective": objective,
-                "value": score.value,
-                "stderr": score.stderr,
-                "items": _packed(score.items),
-                "companion": None if score.companion is None else _packed(score.companion),
-            }
-            for objective, score in measurement.scores.items()
-        ],
-    )
+        scores: dict[str, dict[str, Score]] = {}
+        items: dict[str, LazyItems] = {}
+        for subject, objective, *numbers in connection.execute(self._on(query, tables.scores, split)).all():
+            if subject not in scores:
+                scores[subject], items[subject] = {}, LazyItems(partial(self._items, split, subject))
+            scores[subject][objective] = StoredScore(objective, numbers, items[subject])
+        rows = connection.execute(self._on(select(tables.measurements), tables.measurements, split)).all()
+        return {row.subject: measurement_of(row, split, scores.get(row.subject, {})) for row in rows}
+
+    def _on(self, query: Any, table: Any, split: Split) -> Any:
+        return query.where(self._own(table), table.c.split == split).order_by(table.c.place)
+
+    def _items(self, split: Split, subject: str) -> dict[str, ItemNumbers]:
+        """Read what the items of one measurement scored, by objective."""
+        key = {"of_run": self._run, "of_split": split, "of_subject": subject}
+        with self._database.reading() as connection:
+            rows = connection.execute(OF_ONE_MEASUREMENT, key).all()
+        return {row.objective: item_numbers_of(row) for row in rows}
 
 
-def _read(connection: Connection, split: Split) -> dict[str, Measurement]:
-    rows = connection.execute(select(tables.scores).where(tables.scores.c.split == split)).all()
-    scores: dict[str, dict[str, Score]] = {}
-    for row in rows:
-        scores.setdefault(row.subject, {})[row.objective] = Score(
-            value=row.value,
-            stderr=row.stderr,
-            items=_unpacked(row.items),
-            companion=None if row.companion is None else _unpacked(row.companion),
+def _find(location: Location, connection: Connection) -> int | None:
+    """Return the run of a location. Raises: RunError if it names none of several."""
+    query = select(tables.runs.c.id, tables.runs.c.name).order_by(tables.runs.c.id)
+    if location.name is not None:
+        query = query.where(tables.runs.c.name == location.name)
+    rows = connection.execute(query).all()
+    if len(rows) > 1:
+        names = ", ".join(row.name for row in rows)
+        raise RunError(f"{location} holds {len(rows)} runs; name one, such as {location}#{rows[0].name}: {names}")
+    return int(rows[0].id) if rows else None
+
+
+def _is_ours(location: Location, connection: Connection) -> bool:
+    """Whether the database has the tables of a ledger. Raises: RunError if they are of another version."""
+    version = schema_version(connection)
+    if version == 2:
+        raise RunError(
+            f"{location} was written by an earlier evomerge (schema 2): evomerge search with its campaign file brings "
+            "it up to date and loses nothing"
         )
-    rows = connection.execute(select(tables.measurements).where(tables.measurements.c.split == split)).all()
-    return {
-        row.subject: Measurement(
-            split=split,
-            scores=scores.get(row.subject, {}),
-            cost=row.cost,
-            seconds=json.loads(row.seconds),
-            weights=row.weights,
-            arrival=_arrival(json.loads(row.arrival)) if row.arrival else None,
-            stopped=row.stopped,
+    if version not in (None, tables.SCHEMA_VERSION):
+        raise RunError(
+            f"{location}: expected schema {tables.SCHEMA_VERSION}, found {version}; use the evomerge that wrote it"
         )
-        for row in rows
-    }
+    return version is not None
 
 
-def _packed(numbers: npt.NDArray[np.float32]) -> bytes:
-    return zlib.compress(numbers.astype("<f4").tobytes())
-
-
-def _unpacked(packed: bytes) -> npt.NDArray[np.float32]:
-    numbers: npt.NDArray[np.float32] = np.frombuffer(zlib.decompress(packed), dtype="<f4")
-    return numbers
-
-
-def _candidate(data: dict[str, Any]) -> Candidate:
-    descent = data["descent"]
-    return Candidate(
-        point=tuple(data["point"]),
-        descent=None if descent is None else Descent(**{key: _frozen(value) for key, value in descent.items()}),
-        memo=data["memo"],
-    )
-
-
-def _arrival(data: dict[str, Any]) -> Arrival:
-    slopes = data.pop("slopes", None)
-    frozen = {key: _frozen(value) for key, value in data.items()}
-    return Arrival(**frozen, slopes=slopes and Slopes(**{key: _frozen(value) for key, value in slopes.items()}))
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _bring_up_to_date(location: Location, connection: Connection) -> None:
+    """Make the tables, or those of schema 2 into today's. Raises: RunError if they are of another version."""
+    if schema_version(connection) == 2:
+        upgrade_from_2(connection)
+    elif not _is_ours(location, connection):
+        make_tables(connection)

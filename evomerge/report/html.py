@@ -283,11 +283,11 @@ def _intervals(run: Run, measured: dict[str, Measurement], subjects: list[str]) 
 
 
 def _commands(run: Run, knee: str) -> str:
-    folder = html.escape(str(run.folder))
+    location = html.escape(run.location.quoted)
     number = knee.split(":")[1]
     wish = f"{html.escape(run.steering[0].name)}=2"
     commands = (f"--trial {number} --out merged", f"--prefer {wish} --out merged", "--knee --out merged --verify")
-    return "".join(f"<p><code>evomerge export {folder} {command}</code></p>" for command in commands)
+    return "".join(f"<p><code>evomerge export {location} {command}</code></p>" for command in commands)
 
 
 def _trial(run: Run, subject: str) -> Trial:

@@ -27,8 +27,9 @@ from evomerge.claims import claims
 from evomerge.errors import EvoMergeError, RunError
 from evomerge.export import Verification
 from evomerge.families.family import make
-from evomerge.front.front import front_hypervolume
+from evomerge.front.front import front_hypervolume, front_of, maximized
 from evomerge.guard import GuardReport
+from evomerge.ledger.location import Location
 from evomerge.plan import decisions
 from evomerge.records import Measurement, Trial
 from evomerge.run import Run, open_run
@@ -95,13 +96,15 @@ class Loading:
 class SearchProgress:
     """A bar a phase; beside the search's, the best of each objective and the hypervolume so far."""
 
-    def __init__(self, folder: Path, loading: Loading) -> None:
-        self.folder = folder
+    def __init__(self, location: Location, loading: Loading) -> None:
+        self.location = location
         self.has_begun = False
         self._loading, self._progress = loading, make_progress()
         self._task: TaskID | None = None
-        self._trials: list[Trial] = []
         self._run: Run | None = None
+        self._front: list[Trial] = []
+        self._best_M = np.array(-np.inf)  # maximized
+        self._counts = {"scored": 0, "stopped": 0, "failed": 0}
 
     def __enter__(self) -> "SearchProgress":
         return self
@@ -123,16 +126,14 @@ class SearchProgress:
             self._progress.start()
         self._task = self._progress.add_task(title, total=total, completed=done, note="", visible=done < total)
         if title == "search":
-            self._run = open_run(self.folder)
-            self._trials = [trial for trial in self._run.trials if trial.order is not None]
-            self._note()
+            self._run = open_run(self.location)
+            self._note([trial for trial in self._run.trials if trial.order is not None])
 
     def advance(self, trial: Trial | None) -> None:
         """Move the bar by one."""
         assert self._task is not None
         if trial is not None:
-            self._trials.append(trial)
-            self._note()
+            self._note([trial])
         self._progress.advance(self._task)
 
     def note(self, line: str) -> None:
@@ -142,19 +143,22 @@ class SearchProgress:
         else:
             self._loading(line)
 
-    def _note(self) -> None:
-        scored = [trial.measurement for trial in self._trials if trial.measurement]
-        measured = [measurement for measurement in scored if not measurement.stopped]
-        if not measured or self._run is None or self._task is None:
+    def _note(self, trials: Sequence[Trial]) -> None:
+        """Show what further trials change; of those before, only the front is kept."""
+        assert self._run is not None
+        assert self._task is not None
+        for trial in trials:
+            if trial.measurement is None or trial.measurement.stopped:
+                self._counts["stopped" if trial.measurement else "failed"] += 1
+                continue
+            self._counts["scored"] += 1
+            self._best_M = np.maximum(self._best_M, maximized(trial.measurement, self._run.objectives))
+        if not self._counts["scored"]:
             return
-        objectives = self._run.objectives
-        best = [
-            objective.sign * max(objective.sign * measurement.scores[objective.name].value for measurement in measured)
-            for objective in self._run.steering
-        ]
-        volume = front_hypervolume(self._trials, objectives, self._run.searched["base"])
-        counts = {"stopped": len(scored) - len(measured), "failed": len(self._trials) - len(scored)}
-        fates = "".join(f" · {count} {fate}" for fate, count in counts.items() if count)
+        self._front = front_of([*self._front, *trials], self._run.objectives)
+        volume = front_hypervolume(self._front, self._run.objectives, self._run.searched["base"])
+        fates = "".join(f" · {self._counts[fate]} {fate}" for fate in ("stopped", "failed") if self._counts[fate])
+        best = [objective.sign * value for objective, value in zip(self._run.steering, self._best_M, strict=True)]
         shown = " ".join(f"{value:.2f}" for value in best[:4]) + (" ..." if len(best) > 4 else "")
         self._progress.update(self._task, note=f"best {shown} · hv {volume:.2g}{fates}")
 
@@ -162,7 +166,7 @@ class SearchProgress:
 def print_front(run: Run, *, everything: bool = False) -> None:
     """Print the front beside the reference models: test values with standard errors where the search has ended."""
     if "base" not in run.searched:
-        raise RunError(f"{run.folder}: nothing has been scored yet; look again in a moment")
+        raise RunError(f"{run.location}: nothing has been scored yet; look again in a moment")
     measured = run.tested or run.searched
     split = "test" if run.tested else "search"
     members = sorted(run.front, key=lambda trial: -_mean(run, f"trial:{trial.number}"))
@@ -193,11 +197,11 @@ def print_front(run: Run, *, everything: bool = False) -> None:
     _print_notes(run, len(members) - len(shown), compact=compact)
 
 
-def search(campaign: Campaign, folder: Path, loading: Loading) -> tuple[bool, Run]:
+def search(campaign: Campaign, location: Location, loading: Loading) -> tuple[bool, Run]:
     """Run a campaign behind progress bars; return whether it had been finished before, and the run."""
-    progress = SearchProgress(folder, loading)
+    progress = SearchProgress(location, loading)
     with progress:
-        run = run_search(campaign, folder, watcher=progress)
+        run = run_search(campaign, location, watcher=progress)
     return not progress.has_begun, run
 
 
@@ -212,19 +216,20 @@ def print_finished(run: Run, file: Path, *, was_finished: bool) -> None:
     if was_finished:
         remedy = f"; raise budget.evaluations in {file} to extend it" if num_trials == budget else ""
         say(f"this campaign had finished: nothing was done{remedy}")
-    say(f"run      {run.folder}")
+    say(f"run      {run.location}")
     if not run.front:
         return
-    for number, command in enumerate(("report {}", "export {} --knee --out merged --verify", "front {} --all")):
-        say(("next     " if number == 0 else "         ") + f"{COMMAND} " + command.format(run.folder))
+    report = "report {}" if run.location.folder else "report {} --out report.html"
+    for number, command in enumerate((report, "export {} --knee --out merged --verify", "front {} --all")):
+        say(("next     " if number == 0 else "         ") + f"{COMMAND} " + command.format(run.location.quoted))
 
 
 def print_export(run: Run, trial: Trial, out: Path, *, verified: bool) -> None:
     """Say what was written where, and how to load it."""
-    say(f"export   {out}  (trial {trial.number} of {run.folder}; checkpoint, recipe.yaml, README.md)")
+    say(f"export   {out}  (trial {trial.number} of {run.location}; checkpoint, recipe.yaml, README.md)")
     say(f'load     transformers.AutoModel.from_pretrained("{out}")')
     if not verified:
-        say(f"next     {COMMAND} export {run.folder} --trial {trial.number} --out {out}-again --verify")
+        say(f"next     {COMMAND} export {run.location.quoted} --trial {trial.number} --out {out}-again --verify")
 
 
 def print_verification(rows: Sequence[Verification]) -> None:
@@ -398,7 +403,7 @@ def _print_notes(run: Run, num_hidden: int, *, compact: bool) -> None:
     if not run.front:
         say("no candidate has succeeded and kept every floor and ceiling: loosen them, or raise the budget")
     if num_hidden:
-        say(f"{num_hidden} more on the front: {COMMAND} front {run.folder} --all")
+        say(f"{num_hidden} more on the front: {COMMAND} front {run.location.quoted} --all")
     say(f"hypervolume {run.hypervolume():.4g} above the base, on search items; by those the table is sorted")
     for sentence in (*run.lineage, *claims(run)):
         console.print(f"· {sentence}")

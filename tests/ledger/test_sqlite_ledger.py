@@ -1,36 +1,40 @@
-"""The SQLite ledger: the contract, files that are no ledgers, and processes that look on or die."""
+"""Ledgers in SQLite: the contract, files that are no ledgers, and files of earlier versions."""
 
 import json
 import sqlite3
-import subprocess
-import sys
-import time
-from collections.abc import Mapping
+import zlib
 from contextlib import closing
+from itertools import count
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from ledger_contract import LedgerContract, assert_same, candidate, measured
+from ledger_contract import LedgerContract, Place, assert_same, begun, reopened
+from ledger_processes import candidate, measured
 
-from evomerge.errors import RunError
-from evomerge.ledger.ledger import FILE_NAME, Ledger
-
-SCRIPT = Path(__file__).with_name("ledger_processes.py")
+from evomerge.errors import EvoMergeError, RunError
+from evomerge.ledger.ledger import Ledger
+from evomerge.ledger.location import FILE_NAME, locate
 
 
 class TestSqliteLedger(LedgerContract):
-    def create(self, folder: Path, campaign: Mapping[str, Any], facts: Mapping[str, Any]) -> Ledger:
-        return Ledger.create(folder, campaign, facts)
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> Place:
+        numbers = count()
+        return lambda: locate(tmp_path / f"run{next(numbers)}")
 
-    def open(self, folder: Path) -> Ledger:
-        return Ledger.open(folder)
+
+def test_one_file_holds_many_runs(tmp_path: Path) -> None:
+    numbers = count()
+    LedgerContract().test_runs_of_one_database_are_kept_apart(
+        lambda: locate(f"sqlite:///{tmp_path}/all.sqlite#run{next(numbers)}")
+    )
+    assert Ledger.names(locate(f"sqlite:///{tmp_path}/all.sqlite")) == ["run0", "run1"]
 
 
 def test_no_ledger_in_the_folder(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=f"{FILE_NAME}.*evomerge search"):
-        Ledger.open(tmp_path)
+    with pytest.raises(RunError, match="expected a run folder with a ledger.*evomerge search"):
+        Ledger.open(locate(tmp_path))
     assert not list(tmp_path.iterdir()), "looking must not make a file"
 
 
@@ -38,8 +42,8 @@ def test_no_ledger_in_the_folder(tmp_path: Path) -> None:
 def test_a_file_that_is_no_ledger(tmp_path: Path, content: bytes) -> None:
     (tmp_path / FILE_NAME).write_bytes(content)
     with pytest.raises(RunError, match="not a readable ledger") as caught:
-        Ledger.open(tmp_path)
-    assert str(tmp_path / FILE_NAME) in str(caught.value)
+        Ledger.open(locate(tmp_path))
+    assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -48,98 +52,163 @@ def test_a_file_without_tables_is_no_ledger_yet(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
         connection.execute("PRAGMA journal_mode=WAL")
     assert (tmp_path / FILE_NAME).stat().st_size > 0
-    assert not Ledger.exists(tmp_path)
-    with pytest.raises(RunError, match="found none"):
-        Ledger.open(tmp_path)
-    Ledger.create(tmp_path, {}, {}).close()
-    assert Ledger.exists(tmp_path)
+    assert not Ledger.exists(locate(tmp_path))
+    begun(locate(tmp_path)).close()
+    assert Ledger.exists(locate(tmp_path))
 
 
 def test_a_database_of_something_else(tmp_path: Path) -> None:
-    with sqlite3.connect(tmp_path / FILE_NAME) as connection:
-        connection.execute("CREATE TABLE songs (title TEXT)")
-    connection.close()
-    with pytest.raises(RunError, match="not a readable ledger"):
-        Ledger.open(tmp_path)
+    """Other tables stay as they are; a run of ours may stand beside them."""
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
+        connection.execute("CREATE TABLE trials (title TEXT)")
+    with pytest.raises(RunError, match="found none"):
+        Ledger.open(locate(tmp_path))
+    begun(locate(tmp_path)).close()
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
+        assert connection.execute("SELECT * FROM trials").description[0][0] == "title"
 
 
-def test_a_newer_schema_is_not_read(tmp_path: Path) -> None:
-    Ledger.create(tmp_path, {}, {}).close()
-    with sqlite3.connect(tmp_path / FILE_NAME) as connection:
-        connection.execute("UPDATE run SET schema_version = 99")
-    connection.close()
-    with pytest.raises(RunError, match="schema.*99"):
-        Ledger.open(tmp_path)
+def test_a_newer_schema_is_neither_read_nor_driven(tmp_path: Path) -> None:
+    begun(locate(tmp_path)).close()
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
+        connection.execute("UPDATE evomerge_schema SET version = 99")
+        connection.commit()
+    for use in (Ledger.open, Ledger.exists, lambda location: Ledger.drive(location, "one")):
+        with pytest.raises(RunError, match="expected schema 3, found 99; use the evomerge that wrote it"):
+            use(locate(tmp_path))
+
+
+def test_a_folder_with_several_runs_does_not_guess(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        begun(locate(f"sqlite:///{tmp_path}/{FILE_NAME}#{name}")).close()
+    with pytest.raises(RunError, match="holds 2 runs; name one, such as .*: one, two"):
+        Ledger.open(locate(tmp_path))
 
 
 def test_descents_recorded_before_there_were_rules_are_read(tmp_path: Path) -> None:
     """Adam was the only one, and a front's descent was told by its anchors."""
-    with closing(Ledger.create(tmp_path, {}, {})) as ledger:
+    with closing(begun(locate(tmp_path))) as ledger:
         ledger.issue(0, 0, candidate())
         before = {
             "loss": "ce", "steps": 5, "learning_rate": 0.01, "batch_size": 8, "seed": [0, 0, 1], "steps_before": 5,
             "first_moment": [0.5], "second_moment": [0.25], "final_rate": 1.0, "anchors": [],
         }  # fmt: skip
-        with sqlite3.connect(tmp_path / FILE_NAME) as connection:
+        with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
             held = json.dumps({"point": [0.5], "descent": before, "memo": {}})
-            connection.execute("UPDATE trials SET candidate = ?", (held,))
-        connection.close()
+            connection.execute("UPDATE evomerge_trials SET candidate = ?", (held,))
+            connection.commit()
         descent = ledger.trials()[0].candidate.descent
     assert descent is not None
     assert (descent.rule, descent.first_moment, descent.raw, descent.weight_decay) == ("adam", (0.5,), (), 0.0)
 
 
-def test_a_ledger_is_created_whole_or_not_at_all(tmp_path: Path) -> None:
-    """Where creating stops halfway there are no tables without the row that says what run this is."""
-    with pytest.raises(TypeError, match="JSON"):
-        Ledger.create(tmp_path, {"not JSON": object()}, {})
-    with pytest.raises(RunError, match="found none"):
-        Ledger.open(tmp_path)
-    Ledger.create(tmp_path, {"name": "again"}, {}).close()
-    ledger = Ledger.open(tmp_path)
-    assert ledger.campaign() == {"name": "again"}
-    ledger.close()
+def test_a_driver_that_dies_before_it_begins_leaves_room_for_the_next(tmp_path: Path) -> None:
+    """What begins halfway has no campaign, and is no run."""
+    with closing(Ledger.drive(locate(tmp_path), "one")) as ledger, pytest.raises(TypeError, match="JSON"):
+        ledger.begin({"not JSON": object()}, {})
+    assert not Ledger.exists(locate(tmp_path))
+    begun(locate(tmp_path), {"name": "again"}).close()
+    assert Ledger.open(locate(tmp_path)).campaign() == {"name": "again"}
 
 
-def test_another_process_looks_on(tmp_path: Path) -> None:
-    """It sees every trial whole, with its place and all its scores, or still pending."""
-    num_trials = 150
-    ledger = Ledger.create(tmp_path, {}, {})
-    with subprocess.Popen(
-        [sys.executable, SCRIPT, "read", tmp_path, str(num_trials)], stdout=subprocess.PIPE, text=True
-    ) as reader:
-        assert reader.stdout is not None
-        assert reader.stdout.readline() == "reading\n"
-        for index in range(num_trials):
-            trial = ledger.issue(0, index, candidate())
-            ledger.record(trial, measured(num_items=2000), None)
-        told = reader.stdout.read()
-        assert reader.wait(timeout=30) == 0
-    ledger.close()
-    assert int(told) > 3, "the reader saw the run grow"
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="cannot write a run there .*choose another place with --run"):
+        Ledger.drive(locate(tmp_path / "file" / "run"), "one")
 
 
-def test_killed_at_any_moment_it_holds_every_record_that_returned(tmp_path: Path) -> None:
-    """SIGKILL four times, each time a while after the first new record; every writer goes on where the last stopped."""
-    Ledger.create(tmp_path, {}, {}).close()
-    rng = np.random.default_rng()
-    returned: list[int] = []
-    for _ in range(4):
-        with subprocess.Popen([sys.executable, SCRIPT, "write", tmp_path], stdout=subprocess.PIPE, text=True) as writer:
-            assert writer.stdout is not None
-            first = writer.stdout.readline()
-            time.sleep(rng.uniform(0, 0.1))
-            writer.kill()
-            returned += map(int, (first + writer.stdout.read()).split())
-        ledger = Ledger.open(tmp_path)
-        trials = ledger.trials()
-        ledger.close()
-        assert [trial.number for trial in trials] == list(range(len(trials)))
-        finished = {trial.number: trial for trial in trials if trial.order is not None}
-        assert finished.keys() >= set(returned)
-        for number, trial in finished.items():
-            assert_same(trial.measurement, measured(1 / (number + 1), num_items=200))
-            assert trial.point == (1 / (number + 1),)
-        pending = [trial for trial in trials if trial.order is None]
-        assert all(trial.measurement is None and trial.failure is None for trial in pending)
-    assert len(returned) >= 4
+SCHEMA_2 = """
+CREATE TABLE run (id INTEGER NOT NULL, schema_version INTEGER NOT NULL, created FLOAT NOT NULL,
+    campaign VARCHAR NOT NULL, facts VARCHAR NOT NULL, test_touches VARCHAR NOT NULL, PRIMARY KEY (id));
+CREATE TABLE trials (number INTEGER NOT NULL, stage INTEGER NOT NULL, stage_index INTEGER NOT NULL,
+    candidate VARCHAR NOT NULL, known INTEGER NOT NULL, issued FLOAT NOT NULL, finish_order INTEGER, finished FLOAT,
+    fingerprint VARCHAR, failure VARCHAR, PRIMARY KEY (number), UNIQUE (stage, stage_index), UNIQUE (finish_order));
+CREATE TABLE measurements (subject VARCHAR NOT NULL, split VARCHAR NOT NULL, cost FLOAT NOT NULL,
+    seconds VARCHAR NOT NULL, weights VARCHAR, arrival VARCHAR, stopped VARCHAR, PRIMARY KEY (subject, split));
+CREATE TABLE scores (subject VARCHAR NOT NULL, split VARCHAR NOT NULL, objective VARCHAR NOT NULL,
+    value FLOAT NOT NULL, stderr FLOAT NOT NULL, items BLOB NOT NULL, companion BLOB,
+    PRIMARY KEY (subject, split, objective));
+"""
+LOSSES = np.array([0.5, 2.0, 0.25], dtype="<f4")
+
+
+@pytest.fixture
+def older(tmp_path: Path) -> Path:
+    """A run as schema 2 held it: a finished, a failed and a pending trial, the base on both splits."""
+    candidate = json.dumps({"point": [0.5], "descent": None, "memo": {"note": 1}})
+    trials = [
+        (0, 0, 0, candidate, 0, 10.0, 1, 13.0, "abc", None),
+        (1, 0, 1, candidate, 0, 11.0, 0, 12.0, None, "out of memory"),
+        (2, 1, 0, candidate, 2, 14.0, None, None, None, None),
+    ]
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
+        connection.executescript("PRAGMA journal_mode=WAL;" + SCHEMA_2)
+        connection.execute("INSERT INTO run VALUES (1, 2, 9.0, ?, ?, '[2]')", ('{"name": "old"}', '{"items": "x"}'))
+        connection.executemany(f"INSERT INTO trials VALUES ({', '.join('?' * 10)})", trials)
+        for subject, split in (("uniform", "search"), ("trial:0", "search"), ("base", "search"), ("base", "test")):
+            row = (subject, split, 1.0, '{"evaluate": 0.25}', None, None, None)
+            connection.execute("INSERT INTO measurements VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+            items = zlib.compress(np.full(3, 0.5, dtype="<f4").tobytes())
+            for objective, companion in (("math", None), ("chat", zlib.compress(LOSSES.tobytes()))):
+                scores = (subject, split, objective, 0.5, 0.1, items, companion)
+                connection.execute("INSERT INTO scores VALUES (?, ?, ?, ?, ?, ?, ?)", scores)
+        connection.commit()
+    return tmp_path
+
+
+def test_an_older_schema_is_brought_up_to_date_by_its_driver(older: Path) -> None:
+    with pytest.raises(
+        RunError, match=r"earlier evomerge \(schema 2\): evomerge search .* up to date and loses nothing"
+    ):
+        Ledger.open(locate(older))
+    Ledger.upgrade(locate(older))
+    ledger = Ledger.open(locate(older))
+    assert (ledger.campaign(), ledger.facts(), ledger.num_test_touches()) == ({"name": "old"}, {"items": "x"}, 1)
+    first, second, third = ledger.trials()
+    assert first.measurement is not None
+    assert (first.order, second.order, third.order, third.known) == (1, 0, None, 2)
+    assert (second.failure, third.stage, first.candidate.memo, first.fate) == ("out of memory", 1, {"note": 1}, {})
+    assert list(ledger.measurements("search")) == ["uniform", "trial:0", "base"]
+    assert list(first.measurement.scores) == ["math", "chat"]
+    assert ledger.measurements("test").keys() == {"base"}
+    score = first.measurement.scores["chat"]
+    assert score.companion is not None
+    assert score.companion.tobytes() == LOSSES.tobytes()
+    assert score.loss == (LOSSES.mean(dtype=float), LOSSES.std(dtype=float) / 3**0.5)
+    assert first.measurement.scores["math"].companion is None
+    assert first.measurement.scores["math"].items.tolist() == [0.5] * 3
+    with closing(Ledger.drive(locate(older), "another")) as driver:
+        assert driver.record(driver.trials()[2], measured(), None).order == 2
+    assert Ledger.names(locate(older)) == ["old"]
+    assert_same(ledger.trials()[2].measurement, measured())
+
+
+def test_an_upgrade_that_fails_leaves_the_older_schema(older: Path) -> None:
+    with closing(sqlite3.connect(older / FILE_NAME)) as connection:
+        connection.execute("UPDATE scores SET items = x'00' WHERE subject = 'base'")
+        connection.commit()
+    with pytest.raises(zlib.error):
+        Ledger.drive(locate(older), "one")
+    with pytest.raises(RunError, match="schema 2"):
+        Ledger.open(locate(older))
+
+
+def test_a_full_disk_is_said_in_one_line_and_nothing_is_lost(tmp_path: Path) -> None:
+    """SQLite's own page limit stands in for the disk's end."""
+    from sqlalchemy import Engine, event
+
+    def no_room(connection: object) -> None:
+        pages = connection.exec_driver_sql("pragma page_count").scalar()  # type: ignore[attr-defined]
+        connection.exec_driver_sql(f"pragma max_page_count = {pages}")  # type: ignore[attr-defined]
+
+    ledger = begun(locate(tmp_path))
+    try:
+        event.listen(Engine, "begin", no_room)
+        with pytest.raises(EvoMergeError, match="cannot be written .*full.*the same command goes on"):
+            for index in range(100):
+                ledger.record(ledger.issue(0, index, candidate()), measured(num_items=4000), None)
+    finally:
+        event.remove(Engine, "begin", no_room)
+    recorded = ledger.trials()
+    with closing(reopened(ledger)) as again:
+        assert again.record(again.issue(0, len(recorded), candidate()), measured(), None).number == len(recorded)
