@@ -34,8 +34,8 @@ COLUMNS = (
     "size, MB",
     "a trial, ms",
     "open and list, s",
-    "items of a trial, ms",
-    "of all trials, s",
+    "items, ms a trial",
+    "all items, s",
     "resume, s",
 )
 

@@ -1,4 +1,5 @@
 import os
+import uuid
 
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -61,6 +62,17 @@ def postgresql() -> Iterator[str]:
             yield url
     except NoServerError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def empty_postgresql(postgresql: str) -> str:
+    """URL of a database of that server's that holds nothing; its name is new."""
+    import psycopg
+
+    name = f"empty_{uuid.uuid4().hex}"
+    with psycopg.connect(postgresql, autocommit=True) as connection:
+        connection.execute(f"create database {name}")
+    return postgresql.replace("/postgres?", f"/{name}?")
 
 
 @pytest.fixture

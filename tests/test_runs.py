@@ -38,7 +38,7 @@ def test_a_run_in_a_database_is_interrupted_resumed_and_listed(
 ) -> None:
     campaign = make_campaign(**SOBOL)
     expected = search(campaign, tmp_path / "folder", watcher=Silent())
-    url = f"sqlite:///{tmp_path}/all.sqlite" if kind == "sqlite" else request.getfixturevalue("postgresql")
+    url = f"sqlite:///{tmp_path}/all.sqlite" if kind == "sqlite" else request.getfixturevalue("empty_postgresql")
     with pytest.raises(Interrupt):
         search(campaign, url, watcher=Interrupting(after=2))
     (stopped,) = summarize_runs(locate(url))
