@@ -17,21 +17,18 @@ from rich.table import Table
 
 from evomerge.campaign import Campaign, read_campaign
 from evomerge.families.family import make
-from evomerge.run import search
+from evomerge.run import Unwatched, search
 
 NUM_EVALUATIONS = 100
 PROPOSERS = ("sobol", "cma_es", "tpe", "nsga2")
 
 
-class Stopwatch:
-    """A watcher that notes when each search trial finished."""
+class Stopwatch(Unwatched):
+    """Notes when each search trial finished."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
         self.seconds: list[dict[str, float]] = []
-
-    def phase(self, title: str, total: int, done: int) -> None:
-        """Nothing to show."""
 
     def advance(self, trial: object) -> None:
         """Note the time and the scorer's own seconds."""

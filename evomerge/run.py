@@ -1,5 +1,6 @@
 """A run: one campaign's record, opened, started or resumed, and picked from."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -92,6 +93,14 @@ class Run:
     def cost(self) -> float:
         """Full-evaluation equivalents of all trials."""
         return sum(trial.measurement.cost for trial in self.trials if trial.measurement)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Where the workers' time went, in seconds by part, most first: all trials, references and test scores."""
+        spent: Counter[str] = Counter()
+        for measurement in (*self.searched.values(), *self.tested.values()):
+            spent.update(measurement.seconds)
+        return dict(spent.most_common())
 
     @property
     def has_one_metric(self) -> bool:

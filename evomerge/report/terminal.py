@@ -216,6 +216,9 @@ def print_finished(run: Run, file: Path, *, was_finished: bool) -> None:
     if was_finished:
         remedy = f"; raise budget.evaluations in {file} to extend it" if num_trials == budget else ""
         say(f"this campaign had finished: nothing was done{remedy}")
+    whole = sum(run.seconds.values())
+    shares = ", ".join(f"{part} {spent / whole:.0%}" for part, spent in run.seconds.items())
+    say(f"workers  {whole:.0f} s: {shares}")
     say(f"run      {run.location}")
     if not run.front:
         return
