@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile  # the tests of a file share what they train
+# The tests of a file share what they train; whole campaigns begin first (tests/conftest.py).
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help setup demo test test-ray test-all lint format bench-overhead bench-materialize bench-digits bench-evaluate \

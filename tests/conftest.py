@@ -24,6 +24,11 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its interpreter runs kernels on the CPU
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with whole campaigns: of tests side by side, the longest must not come last."""
+    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+
+
 def made_once(name: str) -> FamilySummary:
     """Make a real family in the checkout's cache; of the processes that test side by side, one trains it."""
     folder = Path(__file__).parent.parent / ".cache" / "families"

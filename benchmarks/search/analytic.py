@@ -159,7 +159,7 @@ class Analytic:
             operators={operator.name: operator},
             groups=groups,
             space=Choice({operator.name: Space(experts, groups, depths, [searched])}),
-            evaluator=cast(Any, _NoLosses()),
+            evaluator=cast(Any, SimpleNamespace()),
             objectives=tuple(
                 Objective(name=name, task=name, metric="value", direction="max")
                 for name in experts[: self.num_objectives]
@@ -167,6 +167,7 @@ class Analytic:
             splits={},
             item_sources={},
             fidelity=None,
+            losses=frozenset(),
         )
 
     def open(self, seed: int) -> Opened:
@@ -177,10 +178,6 @@ class Analytic:
         reference_M = np.min([*references.values()], axis=0)
         plan = self.plan(seed)
         return Opened(self.campaign("auto", 1, seed), plan, _Scorer(self, seed, plan), references, reference_M)
-
-
-class _NoLosses:
-    losses: frozenset[str] = frozenset()
 
 
 @dataclass
