@@ -157,9 +157,11 @@ class RayPool:
         self._ray, self._started_ray = _connect(options)
         self._slots: list[_Slot] = []
         self._jobs: deque[_Job] = deque()
+        self._done: deque[Result] = deque()  # what nobody has taken yet: two workers may finish at once
         self._stage, self._stage_refs = 0, list[Any]()
         self._shared: list[Any] = []
-        self._dead_starts, self._looked, self._is_waiting = 0, time.monotonic(), False
+        self._dead_starts, self._num_left_out = 0, 0
+        self._looked, self._is_waiting = time.monotonic(), False
         self.findings: Any = None
         try:
             self._gpus = self._gpus_each()
@@ -209,8 +211,11 @@ class RayPool:
 
     def results(self) -> Iterator[Result]:
         """Yield results in the order in which they finish, until nothing is left."""
-        while self._jobs or any(slot.job for slot in self._slots):
-            yield from self._step(LOOK_S)
+        while self._done or self._jobs or any(slot.job for slot in self._slots):
+            if self._done:
+                yield self._done.popleft()
+            else:
+                self._step(LOOK_S)
 
     def _dispatch(self) -> None:
         for slot in self._slots:
@@ -220,45 +225,43 @@ class RayPool:
                 slot.ref = slot.actor.score.remote(self._stage, self._stage_refs, job.subject, job.split, job.items)
                 slot.deadline = time.monotonic() + (self._options.timeout_s or float("inf"))
 
-    def _step(self, limit_s: float) -> list[Result]:
-        """Wait until something happens, or a while; return at most one result."""
+    def _step(self, limit_s: float) -> None:
+        """Wait until something happens, or a while; and see to it."""
         busy = {slot.ref: slot for slot in self._slots if slot.ref is not None}
         now = time.monotonic()
         wait_s = min([limit_s, *(slot.deadline - now for slot in busy.values())])
         ready, _ = self._ray.wait(list(busy), timeout=max(wait_s, 0.0))
-        found = [result for ref in ready for result in self._settle(busy[ref])]
-        for slot in list(self._slots):
-            if time.monotonic() >= slot.deadline:
-                found += self._time_out(slot)
+        for ref in ready:
+            self._settle(busy[ref])
+        for slot in [slot for slot in self._slots if time.monotonic() >= slot.deadline]:
+            self._time_out(slot)
         if time.monotonic() - self._looked >= limit_s:
             self._look()
         self._dispatch()
-        return found
 
-    def _settle(self, slot: _Slot) -> list[Result]:
+    def _settle(self, slot: _Slot) -> None:
         """Take what a worker has brought: that it has opened, a result, or its death."""
         ref, slot.ref = slot.ref, None
         try:
             brought = self._ray.get(ref)
         except self._ray.exceptions.RayTaskError as error:
+            if slot.job is None and self._shared:  # what was lent is lost with the machine that held it
+                return self._bury(slot, "what it was to read was lost")
             raise EvoMergeError(f"a worker raised {_first_line(error.cause)}") from error
         except self._ray.exceptions.RayError as error:
             return self._bury(slot, self._reason(error))
         if slot.job is None:
-            self._opened(slot, brought)
-            return []
+            return self._opened(slot, brought)
         job, slot.job, slot.deadline = slot.job, None, float("inf")
         if isinstance(brought, EvoMergeError) and not isinstance(brought, CandidateError):
             raise brought
-        return [_result(job, slot, brought)]
+        return self._done.append(_result(job, slot, brought))
 
     def _opened(self, slot: _Slot, brought: "_Opened | EvoMergeError") -> None:
         if not isinstance(brought, _Opened):
             if self.findings is None:
                 raise brought
-            self.notify(f"a worker cannot open the campaign, and is left out: {brought}")
-            self._drop(slot)
-            return
+            return self._leave_out(slot, f"a worker cannot open the campaign, and is left out: {brought}")
         if self.findings is None:
             self.findings = brought.findings
             if brought.num_buffers and self._wanted() > 1:
@@ -266,15 +269,22 @@ class RayPool:
                 self._shared = refs if isinstance(refs, list) else [refs]
                 slot.actor.adopt.remote(*self._shared)
         elif not brought.findings.agrees(self.findings):
-            self.notify(f"the worker on {brought.where} reads other checkpoints or items, and is left out")
-            self._drop(slot)
-            return
+            return self._leave_out(
+                slot, f"the worker on {brought.where} reads other checkpoints or items, and is left out"
+            )
         slot.where, self._dead_starts = brought.where, 0
         if self._is_waiting:
             self.notify("a worker has come; the search goes on")
             self._is_waiting = False
+        return None
 
-    def _bury(self, slot: _Slot, reason: str) -> list[Result]:
+    def _leave_out(self, slot: _Slot, why: str) -> None:
+        """Do without a worker that would fail again wherever Ray puts it."""
+        self.notify(why)
+        self._drop(slot)
+        self._num_left_out += 1
+
+    def _bury(self, slot: _Slot, reason: str) -> None:
         """Replace a worker that died; what it was at goes to another, or has killed enough of them."""
         self._drop(slot)
         job = slot.job
@@ -283,18 +293,16 @@ class RayPool:
             self._dead_starts += 1
             if self._dead_starts >= MAX_DEAD_STARTS and not self.num_workers:
                 raise EvoMergeError(f"{self._dead_starts} workers died as they started; the last: {reason}")
-            self._grow(len(self._slots) + 1)
-            return []
+            return self._grow(len(self._slots) + 1)
         self._grow(len(self._slots) + 1)
         job.deaths.append(f"{slot.where}: {reason}")
         if len(job.deaths) < self._options.attempts:
             self.notify(f"the worker on {slot.where} died ({reason}); its candidate goes to another")
-            self._jobs.appendleft(job)
-            return []
+            return self._jobs.appendleft(job)
         error = CandidateError(
             f"its worker died {len(job.deaths)} times, the last time on {slot.where}: {reason}", "killed workers"
         )
-        return [_result(job, slot, error)]
+        return self._done.append(_result(job, slot, error))
 
     def _reason(self, error: Exception) -> str:
         """Say in a few words why a worker is gone; Ray's own errors fill a screen."""
@@ -302,12 +310,12 @@ class RayPool:
             return "its machine ran out of memory"
         return "its machine was lost" if "node" in str(error).split("class_name")[0] else "its process ended"
 
-    def _time_out(self, slot: _Slot) -> list[Result]:
+    def _time_out(self, slot: _Slot) -> None:
         assert slot.job is not None
         self._drop(slot)
         self._grow(len(self._slots) + 1)
         error = CandidateError(f"it took longer than timeout_s: {self._options.timeout_s:g} seconds", "timed out")
-        return [_result(slot.job, slot, error)]
+        self._done.append(_result(slot.job, slot, error))
 
     def _look(self) -> None:
         """Follow the cluster as it grows and shrinks; say so if nobody is left."""
@@ -334,9 +342,8 @@ class RayPool:
         self._ray.kill(slot.actor)
 
     def _wanted(self) -> int:
-        if self._options.count != "auto":
-            return self._options.count
-        return max(1, self._room())
+        room = self._room() if self._options.count == "auto" else self._options.count
+        return max(1, room - self._num_left_out)
 
     def _room(self) -> int:
         """How many workers the cluster would hold if nothing else ran there."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pool_contract import Echo, PoolContract
+from pool_contract import Echo, EchoFindings, PoolContract
 
 from evomerge.errors import CampaignError, CandidateError, CheckpointError, EvoMergeError
 from evomerge.records import Candidate, Measurement, Split, TaskItems
@@ -83,7 +83,8 @@ def wait_for(pool: RayPool, happens: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while not happens():
         assert time.monotonic() < deadline
-        assert not pool._step(0.1)
+        pool._step(0.1)
+        assert not pool._done
 
 
 class TestRayPool(PoolContract):
@@ -170,6 +171,39 @@ def test_what_takes_too_long_fails_and_its_worker_is_replaced(open_pool: Any) ->
         "it took longer than timeout_s: 1.5 seconds",
     )
     assert isinstance(results[1].outcome, Measurement)
+
+
+def test_two_results_of_one_moment_are_both_yielded(open_pool: Any) -> None:
+    """The driver takes one result at a time, and asks anew for the next."""
+    pool = open_pool(count=2, timeout_s=1.0)
+    wait_for(pool, lambda: pool.num_workers == 2)
+    for key in range(2):
+        pool.submit(key, point(Actor.SLEEP), "search")
+    time.sleep(2)  # both are late when the pool looks
+    assert {next(pool.results()).key, next(pool.results()).key} == {0, 1}
+    assert not list(pool.results())
+
+
+def test_a_worker_that_reads_other_files_is_left_out(tmp_path: Path, notes: list[str]) -> None:
+    class Other(EchoFindings):
+        def agrees(self, other: Any) -> bool:
+            return False
+
+    def scorer(_findings: Any, _buffers: Any) -> Echo:
+        made = Echo()
+        if (tmp_path / "first").exists():
+            made.findings = Other()
+        (tmp_path / "first").touch()
+        return made
+
+    with RayPool(scorer, RayOptions(kind="ray", count=2), notes.append) as pool:
+        wait_for(pool, lambda: bool(notes))
+        for key in range(3):
+            pool.submit(key, point(1.0), "search")
+        assert len(list(pool.results())) == 3
+        assert (pool.num_workers, len(pool._slots)) == (1, 1)
+    assert len(notes) == 1
+    assert "reads other checkpoints or items, and is left out" in notes[0]
 
 
 def test_workers_read_what_the_first_has_lent_and_none_keeps_a_copy(open_pool: Any) -> None:
