@@ -29,7 +29,7 @@ LAYERS = (
         "recipe_file",
     },
     {"interop"},
-    {"run", "runs", "check", "claims", "export", "card", "guard"},
+    {"run", "mirror", "runs", "check", "claims", "export", "card", "guard"},
     {"report"},
     {"cli"},
 )
@@ -38,7 +38,7 @@ MAY_BE_SIBLINGS = {5, 7}  # single modules, not packages
 CONFINED = {  # library -> where alone it may be imported
     "transformers": {"materialize", "evaluators", "families"},
     "cma": {"proposers"},
-    "optuna": {"proposers"},
+    "optuna": {"proposers", "mirror"},
     "cmaes": {"proposers"},
     "nevergrad": {"proposers"},
     "botorch": {"proposers"},
