@@ -104,15 +104,11 @@ def mirror(
     study: Annotated[str | None, typer.Option(help="Name of the study (default: the campaign's).")] = None,
 ) -> None:
     """Copy a run's trials into an Optuna study, for optuna-dashboard; again adds what is new."""
-    from evomerge.ledger.location import locate
-    from evomerge.mirror import mirror as mirrored
+    from evomerge.report.terminal import mirror as mirror_shown
     from evomerge.run import open_run
 
     opened = open_run(run)
-    name = study or opened.campaign.name
-    num_added, num_held = mirrored(opened, optuna, name)
-    typer.echo(f"mirrored {num_added} trials added to the study {name}, which holds {num_held}")
-    typer.echo(f"next     pip install optuna-dashboard && optuna-dashboard {locate(optuna)}")
+    mirror_shown(opened, optuna, study or opened.campaign.name)
 
 
 @app.command()

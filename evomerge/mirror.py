@@ -1,7 +1,7 @@
 """Mirrors a run into an Optuna study, for what reads one: optuna-dashboard, Optuna's own plots."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -13,11 +13,14 @@ NUMBER = "evomerge trial"
 """User attribute of a mirrored trial: which of the run's it is."""
 
 
-def mirror(run: Run, url: str, name: str) -> tuple[int, int]:
+def mirror(
+    run: Run, url: str, name: str, progress: Callable[[int, int], None] = lambda _done, _total: None
+) -> tuple[int, int]:
     """Add to a study the finished trials that it lacks; return how many were added, and how many it holds now.
 
-    url: of an Optuna storage. Values have the user's sign. A parameter is a searched number, under its name; a trial
-    that a race stopped is a pruned one, with its estimates as attributes. The mirror is not read back.
+    url: of an Optuna storage, which takes a tenth of a second for a trial of a hundred numbers. Values have the user's
+    sign. A parameter is a searched number, under its name; a trial that a race stopped is a pruned one, with its
+    estimates as attributes. progress is told how many of how many are done. The mirror is not read back.
     Raises: RunError if the storage cannot be opened, or holds another study of that name.
     """
     import optuna
@@ -41,7 +44,10 @@ def mirror(run: Run, url: str, name: str) -> tuple[int, int]:
         study.set_metric_names([objective.name for objective in run.steering])
     held = {trial.user_attrs.get(NUMBER) for trial in study.get_trials(deepcopy=False)}
     missing = [trial for trial in run.trials if trial.order is not None and trial.number not in held]
-    study.add_trials([_mirrored(run, trial) for trial in missing])
+    for number, trial in enumerate(missing):
+        progress(number, len(missing))
+        study.add_trial(_mirrored(run, trial))
+    progress(len(missing), len(missing))
     return len(missing), len(held) + len(missing)
 
 

@@ -29,7 +29,8 @@ from evomerge.export import Verification
 from evomerge.families.family import make
 from evomerge.front.front import front_hypervolume, front_of, maximized
 from evomerge.guard import GuardReport
-from evomerge.ledger.location import Location
+from evomerge.ledger.location import Location, locate
+from evomerge.mirror import mirror as run_mirror
 from evomerge.plan import decisions
 from evomerge.records import Measurement, Trial
 from evomerge.run import Run, open_run
@@ -351,6 +352,17 @@ def _residence(report: CheckReport) -> str:
         return f"on the host, base and experts too; {num_bytes / 1e9:,.1f} GB of the merged model on {device}"
     held = ", task vectors in 8 bits" if report.residence == "int8" else ""
     return f"resident on {device}{held}" + (f", {num_bytes / 1e9:,.1f} GB" if device != "cpu" else "")
+
+
+def mirror(run: Run, url: str, name: str) -> None:
+    """Copy a run into an Optuna study behind a progress bar, and say how to look at it."""
+    with make_progress() as progress:
+        bar = progress.add_task("mirror", total=None, note="")
+        num_added, num_held = run_mirror(
+            run, url, name, lambda done, total: progress.update(bar, completed=done, total=total)
+        )
+    say(f"mirrored {num_added} trials added to the study {name}, which holds {num_held}")
+    say(f"next     pip install optuna-dashboard && optuna-dashboard {locate(url)}")
 
 
 def make_family(name: str, out: Path) -> None:
