@@ -227,20 +227,6 @@ WorkersSection = Annotated[
 """Where candidates are scored."""
 
 
-def workers_section(given: Any) -> Any:
-    """Return the section that a short form stands for: ``inline``, ``ray``, ``ray:8``, ``ray:auto``.
-
-    Raises: ValueError for what is none.
-    """
-    if isinstance(given, str):
-        name, _, count = given.partition(":")
-        given = {"kind": name, **({"count": int(count) if count.isdecimal() else count} if count else {})}
-    kind = given.get("kind") if isinstance(given, Mapping) else getattr(given, "kind", None)
-    if kind not in WORKERS:
-        raise ValueError(f"unknown kind {kind!r}{did_you_mean(str(kind), WORKERS)}")
-    return given
-
-
 class StageSection(SpaceChanges):
     """One search: a proposer, its share of the budget (default: what is left), its options, and its own space."""
 
@@ -285,7 +271,13 @@ class Campaign(Options):
     @classmethod
     def _by_kind(cls, given: Any) -> Any:
         """``workers: ray:8`` is short for ``workers: {kind: ray, count: 8}``."""
-        return workers_section(given)
+        if isinstance(given, str):
+            name, _, count = given.partition(":")
+            given = {"kind": name, **({"count": int(count) if count.isdecimal() else count} if count else {})}
+        kind = given.get("kind") if isinstance(given, Mapping) else getattr(given, "kind", None)
+        if kind not in WORKERS:
+            raise ValueError(f"unknown kind {kind!r}{did_you_mean(str(kind), WORKERS)}")
+        return given
 
     @property
     def operators(self) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 It owns no state that the ledger does not hold: a killed run starts here again and goes on where the record ends.
 """
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -156,11 +157,11 @@ class Driver:
         held = self.ledger.measurements(split)
         missing = [name for name in subjects if name not in held]
         self.watcher.phase(title, len(subjects), len(subjects) - len(missing))
-        left, under_way = list(missing), 0
+        left, under_way = deque(enumerate(missing)), 0
         while True:
             while left and self.pool.num_free and not self.draining:
-                name = left.pop(0)
-                self.pool.submit(missing.index(name), subjects[name], split)
+                key, name = left.popleft()
+                self.pool.submit(key, subjects[name], split)
                 under_way += 1
             if not under_way:
                 return self._stop_if_asked()

@@ -1,13 +1,14 @@
 """Mirrors a run into an Optuna study, for what reads one: optuna-dashboard, Optuna's own plots."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 from evomerge.errors import RunError
 from evomerge.records import Trial
 from evomerge.run import Run
+from evomerge.space.space import Dimension
 
 NUMBER = "evomerge trial"
 """User attribute of a mirrored trial: which of the run's it is."""
@@ -55,7 +56,7 @@ def _mirrored(run: Run, trial: Trial) -> Any:
     from optuna.distributions import FloatDistribution
     from optuna.trial import TrialState, create_trial
 
-    searched = [(dimension, number) for dimension, number in run.numbers_of(trial) if "low" in dimension]
+    searched = [(Dimension(**held), number) for held, number in run.numbers_of(trial) if "low" in held]
     attributes: dict[str, Any] = {NUMBER: trial.number, "stage": trial.stage}
     values = None
     if trial.failure:
@@ -74,15 +75,10 @@ def _mirrored(run: Run, trial: Trial) -> Any:
     made = create_trial(
         state=state,
         values=values,
-        params={_name(dimension): number for dimension, number in searched},
-        distributions={_name(d): FloatDistribution(d["low"], d["high"]) for d, _ in searched},
+        params={dimension.name: number for dimension, number in searched},
+        distributions={dimension.name: FloatDistribution(dimension.low, dimension.high) for dimension, _ in searched},
         user_attrs=attributes,
     )
     if trial.measurement and made.datetime_complete:  # how long it took; when it began is not known
         made.datetime_start = made.datetime_complete - timedelta(seconds=sum(trial.measurement.seconds.values()))
     return made
-
-
-def _name(dimension: Mapping[str, Any]) -> str:
-    place = "/".join(part for part in (dimension["expert"], dimension["group"]) if part is not None)
-    return f"{dimension['parameter']} {place}".rstrip()

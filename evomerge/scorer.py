@@ -13,7 +13,7 @@ from evomerge.errors import CandidateError, DataError, EvoMergeError
 from evomerge.evaluators.evaluator import LOSS, ItemScores, companion_of
 from evomerge.evidence.scores import score_of
 from evomerge.materialize.materializer import Materializer
-from evomerge.materialize.sharing import Bytes, Shared
+from evomerge.materialize.sharing import Bytes, Shared, buffers_of
 from evomerge.operators.linear import TaskArithmetic
 from evomerge.operators.operator import Operator
 from evomerge.plan import Findings, Plan, StageSpace
@@ -48,9 +48,8 @@ class Scorer:
             shared=shared,
         )
         progress("and deciding where the search starts")
-        sums, hashes = plan.measured_sums(self.materializer.sources), self.materializer.hashes
-        self.findings = Findings(hashes=hashes, items=plan.evaluator.digest, sums=sums, losses=plan.losses)
-        self.plan = plan = plan.with_findings(self.findings)
+        sums = plan.measured_sums(self.materializer.sources)
+        self.plan = plan = replace(plan, sums=sums).started()
         self._descender = Descender(plan, self.materializer)
         self._operators: dict[str, Operator] = {TaskArithmetic.name: TaskArithmetic(), **plan.operators}
         self._num_search_items = sum(len(splits["search"]) for splits in plan.splits.values())
@@ -62,8 +61,9 @@ class Scorer:
                 self.materializer.build(self._operators[recipe.operator], recipe)
         progress("and rehearsing the evaluation")
         self._rehearse()
-        self.findings = replace(self.findings, losses=plan.evaluator.losses)
-        self.plan = replace(plan, losses=plan.evaluator.losses)
+        hashes, evaluator = self.materializer.hashes, plan.evaluator
+        self.findings = Findings(hashes=hashes, items=evaluator.digest, sums=sums, losses=evaluator.losses)
+        self.plan = plan.with_findings(self.findings)
 
     def _rehearse(self) -> None:
         """Score two items of every task: what does not fit the model is found now, not as a failure of candidates."""
@@ -78,7 +78,7 @@ class Scorer:
 
     def buffers(self) -> list[Bytes]:
         """Return base and experts for other workers of this machine; nothing if a GPU holds them."""
-        return self.materializer.buffers()
+        return buffers_of(self.materializer.sources)
 
     def adopt(self, buffers: Sequence[Bytes]) -> None:
         """Read base and experts from memory that workers share, and give up those of its own."""

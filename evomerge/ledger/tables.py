@@ -3,6 +3,8 @@
 Their names have a prefix: the database may hold other tables, such as Optuna's.
 """
 
+from typing import Any
+
 from sqlalchemy import Column, Float, Integer, LargeBinary, MetaData, String, Table, UniqueConstraint
 
 SCHEMA_VERSION = 3
@@ -12,6 +14,10 @@ metadata = MetaData()
 
 def _run_key() -> Column[int]:
     return Column("run", Integer, primary_key=True, autoincrement=False)
+
+
+def _keys(*names: str) -> list[Column[Any]]:
+    return [_run_key(), *(Column(name, String, primary_key=True) for name in names)]
 
 
 schema = Table("evomerge_schema", metadata, Column("version", Integer, nullable=False))  # one row
@@ -60,9 +66,7 @@ trials = Table(  # issued: order is null; finished: order is its place among the
 measurements = Table(  # subject: "trial:12", or a reference model: "base", "expert:rot90", "uniform", "scalar:0.3"
     "evomerge_measurements",
     metadata,
-    _run_key(),
-    Column("split", String, primary_key=True),
-    Column("subject", String, primary_key=True),
+    *_keys("split", "subject"),
     Column("place", Integer, nullable=False),  # in the order in which they were made
     Column("cost", Float, nullable=False),
     Column("seconds", String, nullable=False),  # JSON
@@ -75,10 +79,7 @@ measurements = Table(  # subject: "trial:12", or a reference model: "base", "exp
 scores = Table(
     "evomerge_scores",
     metadata,
-    _run_key(),
-    Column("split", String, primary_key=True),
-    Column("subject", String, primary_key=True),
-    Column("objective", String, primary_key=True),
+    *_keys("split", "subject", "objective"),
     Column("place", Integer, nullable=False),  # among the measurement's scores
     Column("value", Float, nullable=False),
     Column("stderr", Float, nullable=False),
@@ -89,10 +90,7 @@ scores = Table(
 items = Table(  # apart from the scores, so that these are read without them
     "evomerge_items",
     metadata,
-    _run_key(),
-    Column("split", String, primary_key=True),
-    Column("subject", String, primary_key=True),
-    Column("objective", String, primary_key=True),
+    *_keys("split", "subject", "objective"),
     Column("scores", LargeBinary, nullable=False),  # zlib of little-endian float32, in the order of the split's items
     Column("companion", LargeBinary),  # the same; empty if it is the scores themselves
 )

@@ -23,7 +23,7 @@ from evomerge.materialize.checkpoint import Checkpoint
 from evomerge.materialize.paths import Paths, path_of
 from evomerge.materialize.residence import ON_THE_CPU, Place, to_int8
 from evomerge.materialize.resident import DTYPES, ResidentModel, load_model, merged_tensors, tensor_index
-from evomerge.materialize.sharing import Bytes, Shared, base_of, buffers_of, sources_of
+from evomerge.materialize.sharing import Shared, base_of, sources_of
 from evomerge.materialize.vocabulary import vocabulary_tensors
 from evomerge.operators.operator import LinearOperator, Operator
 from evomerge.records import Floats, Recipe
@@ -150,10 +150,6 @@ class Materializer:
                     gradients[name] = gradient_KG.numpy()
                 found.append((number, gradients))
         return found
-
-    def buffers(self) -> list[Bytes]:
-        """Return base and experts for other processes of this machine; nothing if a GPU holds them."""
-        return buffers_of(self.sources)
 
     def adopt(self, shared: Shared) -> None:
         """Read base and experts from shared memory; a copy of this process's own goes."""

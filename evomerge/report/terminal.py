@@ -128,13 +128,13 @@ class SearchProgress:
         self._task = self._progress.add_task(title, total=total, completed=done, note="", visible=done < total)
         if title == "search":
             self._run = open_run(self.location)
-            self._note([trial for trial in self._run.trials if trial.order is not None])
+            self._show([trial for trial in self._run.trials if trial.order is not None])
 
     def advance(self, trial: Trial | None) -> None:
         """Move the bar by one."""
         assert self._task is not None
         if trial is not None:
-            self._note([trial])
+            self._show([trial])
         self._progress.advance(self._task)
 
     def note(self, line: str) -> None:
@@ -144,7 +144,7 @@ class SearchProgress:
         else:
             self._loading(line)
 
-    def _note(self, trials: Sequence[Trial]) -> None:
+    def _show(self, trials: Sequence[Trial]) -> None:
         """Show what further trials change; of those before, only the front is kept."""
         assert self._run is not None
         assert self._task is not None

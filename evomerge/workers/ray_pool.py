@@ -165,7 +165,6 @@ class RayPool:
         self.findings: Any = None
         try:
             self._gpus = self._gpus_each()
-            self._grow(1)
             self._look()
             while not self.num_workers:
                 self._step(LOOK_S)
@@ -286,15 +285,14 @@ class RayPool:
 
     def _bury(self, slot: _Slot, reason: str) -> None:
         """Replace a worker that died; what it was at goes to another, or has killed enough of them."""
-        self._drop(slot)
         job = slot.job
         if job is None:
             self._shared = []  # perhaps they are lost: the next one reads the files
             self._dead_starts += 1
             if self._dead_starts >= MAX_DEAD_STARTS and not self.num_workers:
                 raise EvoMergeError(f"{self._dead_starts} workers died as they started; the last: {reason}")
-            return self._grow(len(self._slots) + 1)
-        self._grow(len(self._slots) + 1)
+            return self._replace(slot)
+        self._replace(slot)
         job.deaths.append(f"{slot.where}: {reason}")
         if len(job.deaths) < self._options.attempts:
             self.notify(f"the worker on {slot.where} died ({reason}); its candidate goes to another")
@@ -312,8 +310,7 @@ class RayPool:
 
     def _time_out(self, slot: _Slot) -> None:
         assert slot.job is not None
-        self._drop(slot)
-        self._grow(len(self._slots) + 1)
+        self._replace(slot)
         error = CandidateError(f"it took longer than timeout_s: {self._options.timeout_s:g} seconds", "timed out")
         self._done.append(_result(slot.job, slot, error))
 
@@ -337,6 +334,10 @@ class RayPool:
             ref = actor.open.remote(self._make, os.getcwd(), self.findings if self._shared else None, *self._shared)
             self._slots.append(_Slot(actor, ref))
 
+    def _replace(self, slot: _Slot) -> None:
+        self._drop(slot)
+        self._grow(len(self._slots) + 1)
+
     def _drop(self, slot: _Slot) -> None:
         self._slots.remove(slot)
         self._ray.kill(slot.actor)
@@ -347,7 +348,7 @@ class RayPool:
 
     def _room(self) -> int:
         """How many workers the cluster would hold if nothing else ran there."""
-        return sum(int(_room(node["Resources"], self._options.cpus, self._gpus)) for node in self._alive_nodes())
+        return sum(_places(node["Resources"], self._options.cpus, self._gpus) for node in self._alive_nodes())
 
     def _gpus_each(self) -> float:
         if self._options.gpus != "auto":
@@ -392,9 +393,10 @@ def _connect(options: RayOptions) -> tuple[Any, bool]:
     return ray, True
 
 
-def _room(resources: Mapping[str, float], cpus: float, gpus: float) -> float:
+def _places(resources: Mapping[str, float], cpus: float, gpus: float) -> int:
+    """How many workers one machine has room for."""
     by_cpu = resources.get("CPU", 0.0) // cpus
-    return min(by_cpu, resources.get("GPU", 0.0) // gpus) if gpus else by_cpu
+    return int(min(by_cpu, resources.get("GPU", 0.0) // gpus) if gpus else by_cpu)
 
 
 def _result(job: _Job, slot: _Slot, outcome: Outcome) -> Result:
