@@ -306,8 +306,7 @@ def in_order(trials: Iterable[Trial]) -> list[Trial]:
 
 
 def as_it_went(trials: Sequence[Trial]) -> Iterator[tuple[Trial, bool]]:
-    """Yield the trials of a stage as its proposer met them: (trial, False) as it proposed it, (trial, True) as it was
-    told the result.
+    """Yield the trials of a stage as its proposer met them: (trial, False) when asked for, (trial, True) when told.
 
     trials: in the order of issue.
     """

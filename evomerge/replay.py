@@ -125,9 +125,7 @@ def _difference(trial: Trial, proposed: Candidate | None, dimensions: Sequence[D
     recorded, again = _parts(trial.candidate, dimensions), _parts(proposed, dimensions) if proposed else {}
     for what in recorded | again:
         if what not in recorded or what not in again or recorded[what] != again[what]:
-            return Difference(
-                trial=trial.number, what=what, recorded=recorded.get(what), proposed=again.get(what)
-            )
+            return Difference(trial=trial.number, what=what, recorded=recorded.get(what), proposed=again.get(what))
     return None
 
 
