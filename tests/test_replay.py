@@ -87,7 +87,8 @@ def test_results_in_any_order_and_interruptions_replay_to_the_last_digit(interru
 
 @pytest.fixture(scope="module")
 def short(small_digits: Any, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    from evomerge.campaign import BudgetSection, StageSection, _stages, read_campaign
+    from evomerge.campaign import _stages, read_campaign
+    from evomerge.sections import BudgetSection, StageSection
 
     stages = [{"proposer": "sobol", "evaluations": 4}, {"proposer": "cma_es", "population": 4}]
     update = {
