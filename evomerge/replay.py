@@ -107,12 +107,16 @@ def _proposed_again(
 ) -> Iterator[tuple[Trial, Candidate | None]]:
     """Yield each trial of a stage with what the proposer proposes in its place, None if that is nothing.
 
-    It goes on as if that were the same.
+    It goes on as if that were the same. Raises: RunError if a result comes before its proposal.
     """
     pending: dict[int, Candidate] = {}
     for trial, is_told in as_it_went(trials):
         if is_told:
-            del pending[trial.number]
+            if pending.pop(trial.number, None) is None:
+                raise RunError(
+                    f"trial {trial.number}: expected its result after its proposal, found it before; the ledger is not "
+                    "as a driver wrote it"
+                )
             proposer.tell(observe(trial, objectives))
         else:
             asked = proposer.ask(1, list(pending.values()))

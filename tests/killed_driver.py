@@ -1,6 +1,7 @@
 """Run as a script: drives a campaign to its end by one process after the other, each killed (SIGKILL) at a random moment.
 
-The processes are forks of this one, which has imported everything, so that dozens of them take seconds.
+The processes are forks of this one, which has imported everything and has the scorer that they use (it holds nothing
+of a run's), so that dozens of them take seconds.
 Arguments: a campaign as JSON, the run's folder, a seed. Prints how many were killed in each phase, as JSON.
 """
 
@@ -11,7 +12,8 @@ import sqlite3
 import sys
 import time
 from collections import Counter
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,15 @@ import numpy as np
 import torch
 from sqlalchemy import Engine, event
 
+from evomerge import pools
 from evomerge.campaign import Campaign
 from evomerge.ledger.location import FILE_NAME
-from evomerge.plan import make_plan
+from evomerge.plan import Findings, make_plan
 from evomerge.run import search
 from evomerge.scorer import Scorer
 from evomerge.stages import make_stages
 from evomerge.watcher import Unwatched
+from evomerge.workers.inline import InlinePool
 
 MOMENTS = ("begin", "before_cursor_execute", "after_cursor_execute", "commit")  # of the ledger's transactions
 SHARE_TIMED, SHARE_EARLY = 0.2, 0.1
@@ -100,6 +104,13 @@ def recorded(folder: Path) -> set[tuple[Any, ...]]:
 
 
 def main(campaign: Campaign, folder: Path, seed: int) -> Counter[str]:
+    scorer = Scorer(make_plan(campaign))
+
+    @contextmanager
+    def open_pool(*_: Any) -> Iterator[tuple[InlinePool, Findings]]:
+        yield InlinePool(scorer), scorer.findings
+
+    pools.open_pool = open_pool  # type: ignore[assignment]
     rng, killed, held = np.random.default_rng(seed), Counter[str](), set[tuple[Any, ...]]()
     while True:
         has_ended, phase = attempt(campaign, folder, rng)
@@ -114,6 +125,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     sections = Path(sys.argv[1]).read_text(encoding="utf-8")
     given = Campaign.model_validate_json(sections, strict=False)
-    make_stages(given, make_plan(given))
-    Scorer(make_plan(given))  # by now all is imported that a driver needs
+    make_stages(given, make_plan(given))  # imports what its proposers need
     print(json.dumps(main(given, Path(sys.argv[2]), int(sys.argv[3]))))
