@@ -24,6 +24,7 @@ from sqlalchemy import Engine, event
 
 from evomerge import pools
 from evomerge.campaign import Campaign
+from evomerge.ledger.database import IMMEDIATE
 from evomerge.ledger.location import FILE_NAME
 from evomerge.plan import Findings, make_plan
 from evomerge.run import search
@@ -32,48 +33,44 @@ from evomerge.stages import make_stages
 from evomerge.watcher import Unwatched
 from evomerge.workers.inline import InlinePool
 
-MOMENTS = ("begin", "before_cursor_execute", "after_cursor_execute", "commit")  # of the ledger's transactions
-SHARE_TIMED, SHARE_EARLY = 0.2, 0.1
-MOST_MOMENTS, MOST_SECONDS = 90, 0.3
+MOMENTS = ("begin", "before_cursor_execute", "after_cursor_execute", "commit")  # of a transaction that writes
+SHARE_TIMED = 0.15  # of the processes; the others count moments
+MOST_MOMENTS, MOST_SECONDS = 120, 0.3
 
 
 class Telling(Unwatched):
-    """Writes each phase to a pipe; the process kills itself so many of the ledger's moments after a beginning."""
+    """Writes each phase to a pipe; the process kills itself after so many moments of the ledger's writing."""
 
-    def __init__(self, pipe: int, num_moments: int | None, *, early: bool) -> None:
-        self._pipe, self._num_moments = pipe, num_moments
-        if early:
-            self._count()
-
-    def begin(self, stages: Any) -> None:
-        self._count()
+    def __init__(self, pipe: int, num_moments: int | None) -> None:
+        self._pipe = pipe
+        if num_moments is not None:
+            strike_at(num_moments)
 
     def phase(self, title: str, total: int, done: int) -> None:
         os.write(self._pipe, title[0].encode())
 
-    def _count(self) -> None:
-        if self._num_moments is None:
-            return
-        moments = count(1)
 
-        def strike(*_: Any) -> None:
-            if next(moments) == self._num_moments:
-                os.kill(os.getpid(), signal.SIGKILL)
+def strike_at(num_moments: int) -> None:
+    moments = count(1)
 
-        for moment in MOMENTS:
-            event.listen(Engine, moment, strike)
+    def strike(connection: Any, *_: Any) -> None:
+        if connection.get_execution_options().get("begin") == IMMEDIATE and next(moments) == num_moments:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    for moment in MOMENTS:
+        event.listen(Engine, moment, strike)
 
 
 def attempt(campaign: Campaign, folder: Path, rng: np.random.Generator) -> tuple[bool, str]:
     """Drive the run in a process that is killed; return whether it ended before, and in which phase it was."""
-    timed, early = rng.random() < SHARE_TIMED, rng.random() < SHARE_EARLY
+    timed = rng.random() < SHARE_TIMED
     num_moments, seconds = int(rng.integers(1, MOST_MOMENTS)), float(rng.uniform(0, MOST_SECONDS))
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
-            search(campaign, folder, watcher=Telling(writing, None if timed else num_moments, early=early))
+            search(campaign, folder, watcher=Telling(writing, None if timed else num_moments))
             status = 0
         finally:
             os._exit(status)

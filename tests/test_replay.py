@@ -50,15 +50,8 @@ def found(run: Run) -> list[tuple[str, int, Any]]:
     return [(stage.proposer, stage.num_proposals, stage.difference) for stage in replay(run)]
 
 
-@pytest.fixture(scope="module")
-def any_order() -> Iterator[pytest.MonkeyPatch]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("evomerge.pools.InlinePool", InAnyOrder)
-        yield patch
-
-
 @pytest.fixture
-def interrupted(make_campaign: Callable[..., Campaign], any_order: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+def interrupted(make_campaign: Callable[..., Campaign], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Three workers, then two, of a campaign that races and starts where the experts say."""
     start = {"low": 0.0, "high": 1.0, "start": {"by": "mean_square"}}
     campaign = make_campaign(
@@ -67,8 +60,9 @@ def interrupted(make_campaign: Callable[..., Campaign], any_order: pytest.Monkey
         space={"coefficient": start},
         fidelity={},
     )
+    monkeypatch.setattr("evomerge.pools.InlinePool", InAnyOrder)
     for num_slots, after in ((3, 9), (2, 13)):
-        any_order.setattr(InAnyOrder, "num_slots", num_slots)
+        monkeypatch.setattr(InAnyOrder, "num_slots", num_slots)
         with pytest.raises(Interrupt):
             search(campaign, tmp_path / "run", watcher=Interrupting(after))
         assert all(difference is None for *_, difference in found(open_run(tmp_path / "run"))), "with trials pending"
