@@ -83,7 +83,9 @@ def test_evo_merging_is_read(checkout: Path) -> None:
 
 def test_the_recipe_is_read(checkout: Path) -> None:
     path = checkout / "recipe.yaml"
-    path.write_text(next(block for block in blocks("yaml", page("merging")) if "name: ties}" in block and "base:" in block))
+    path.write_text(
+        next(block for block in blocks("yaml", page("merging")) if "name: ties}" in block and "base:" in block)
+    )
     assert read_recipe(path).recipe.values["coefficient"] == ((1.0,), (0.7,))
 
 
