@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from evomerge.assemble import PROPOSERS
+from evomerge.assemble import proposer_type
 from evomerge.campaign import Campaign
 from evomerge.course import Course
 from evomerge.errors import CampaignError
@@ -40,7 +40,7 @@ class Stage:
 
     def make_proposer(self, problem: Problem) -> Proposer:
         """Return its proposer, as it begins. Raises: CampaignError."""
-        made: Proposer = PROPOSERS[self.proposer](problem, self.options)  # type: ignore[call-arg]
+        made: Proposer = proposer_type(self.proposer, "search")(problem, self.options)  # type: ignore[call-arg]
         return made
 
 
@@ -90,8 +90,8 @@ def _tried(stage: Stage, number: int, course: Course, seed: int) -> Stage:
         if stage.changes == SpaceChanges():
             raise
         raise CampaignError(f"search[{number}]: {error}") from error
-    plan = leg.plan
-    if PROPOSERS[stage.proposer].needs_gradients and plan.rigid:
+    plan, of_name = leg.plan, proposer_type(stage.proposer, f"search[{number}].proposer")
+    if of_name.needs_gradients and plan.rigid:
         raise CampaignError(
             f"search[{number}].proposer: {stage.proposer} needs gradients, which {plan.rigid} does not "
             "give; use task_arithmetic or linear, or another proposer"
