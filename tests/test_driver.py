@@ -137,6 +137,7 @@ def test_a_run_from_before_stages_had_spaces_is_shown(uninterrupted: Run) -> Non
     assert older.numbers_of(older.trials[-1]) == uninterrupted.numbers_of(uninterrupted.trials[-1])
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_loses_nothing_and_changes_nothing(
     uninterrupted: Run, small_digits: Any, tmp_path: Path
 ) -> None:
