@@ -168,6 +168,12 @@ class Materializer:
         """SHA-256 of the tensors of ``module`` as they are: what is exported must have the same."""
         return sha256(self.out_P) if self.module is self.resident.module else tensors_hash(self.module)
 
+    def parts(self, operator: Operator, recipe: Recipe) -> tuple[Sources, Tensor, Any]:
+        """Return what a recipe's merge is made of: the sources as the operator reads them, its weights, its state."""
+        values = self._spread(recipe)
+        state = self._prepare(operator, values)
+        return self._sources_of(operator), operator.weights(values, state), state
+
     def let_go(self) -> None:
         """Give the memory of base and experts back: the model stays as it is, and nothing can be built any more."""
         self._built = self._densified = self._directions = self._paths = None
