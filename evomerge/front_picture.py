@@ -72,17 +72,20 @@ def _known(stderr: float) -> float:
 def _over_trials(run: Run, objective: Objective, trial: Trial) -> Panel:
     """One objective: every candidate's search value in the order of trials, and the references as lines."""
     complete = [one for one in run.trials if one.measurement and (not one.measurement.stopped or one is trial)]
-    value_of = {one.number: run.searched[f"trial:{one.number}"].scores[objective.name].value for one in complete}
-    levels = {
-        subject: run.searched[subject].scores[objective.name].value
-        for subject in run.references
-        if subject in run.searched
-    }
+    value_of = {one.number: _value(run, f"trial:{one.number}", objective) for one in complete}
+    experts = [subject for subject in run.references if subject.startswith("expert:")]
+    best = max(experts, key=lambda subject: objective.sign * _value(run, subject, objective), default=None)
+    shown = [subject for subject in run.references if subject not in experts or subject == best]
+    levels = {subject.replace(":", " "): _value(run, subject, objective) for subject in shown}
     this = replace(LOOKS["this"], points=[(trial.number, value_of[trial.number])])
     candidates = replace(LOOKS["front"], name="candidates", points=list(value_of.items()))
     return Panel(
         x_label="trial", y_label=f"{_label(objective)}, search items", series=[candidates, this], levels=levels
     )
+
+
+def _value(run: Run, subject: str, objective: Objective) -> float:
+    return run.searched[subject].scores[objective.name].value
 
 
 def _label(objective: Objective) -> str:

@@ -42,18 +42,19 @@ class Panel:
 
 
 def draw(panels: Sequence[Panel], path: Path) -> None:
-    """Write panels, at most three in a row, and below them a legend of the series' names."""
-    from PIL import Image, ImageDraw
+    """Write panels, at most two in a row, and below them a legend of the series' names."""
+    from PIL import Image, ImageDraw, ImageFont
 
-    num_columns = min(3, len(panels)) if len(panels) != 4 else 2
+    num_columns = min(2, len(panels))
     num_rows = -(-len(panels) // num_columns)
     width = num_columns * WIDTH
     legend = list({series.name: series for panel in panels for series in panel.series if series.points}.values())
-    places = _legend_places([series.name for series in legend], width)
-    height = num_rows * HEIGHT + (places[-1][1] + LEGEND_ROW if places else 0) + 8
     scale = PIXELS * OVERSAMPLING
+    font: Any = ImageFont.load_default(TEXT_SIZE * scale)
+    places = _legend_places([34 + font.getlength(series.name) / scale for series in legend], width)
+    height = round(num_rows * HEIGHT + (places[-1][1] + LEGEND_ROW if places else 0) + 8)
     image = Image.new("RGB", (width * scale, height * scale), PAPER)
-    canvas = Canvas(ImageDraw.Draw(image), image, scale)
+    canvas = Canvas(ImageDraw.Draw(image), image, font, scale)
     for number, panel in enumerate(panels):
         row, column = divmod(number, num_columns)
         _Axes(canvas, panel, column * WIDTH, row * HEIGHT).draw()
@@ -75,11 +76,8 @@ def ticks(low: float, high: float) -> list[float]:
 class Canvas:
     """What can be drawn, in units."""
 
-    def __init__(self, drawing: "ImageDraw", image: Any, scale: int) -> None:
-        from PIL import ImageFont
-
-        self._drawing, self._image, self._scale = drawing, image, scale
-        self._font = ImageFont.load_default(TEXT_SIZE * scale)
+    def __init__(self, drawing: "ImageDraw", image: Any, font: Any, scale: int) -> None:
+        self._drawing, self._image, self._font, self._scale = drawing, image, font, scale
 
     def line(self, ends: Sequence[tuple[float, float]], color: str, width: float) -> None:
         """Draw a line through points."""
@@ -143,12 +141,14 @@ class _Axes:
     def draw(self) -> None:
         """Draw grid, labels, levels, error bars, and the markers over them."""
         self._grid()
-        for name, level in self._panel.levels.items():
+        free = self._y1
+        for name, level in sorted(self._panel.levels.items(), key=lambda pair: pair[1]):
             y = self._y(level)
+            free = min(y - 3, free - TEXT_SIZE - 2)  # no name over another
             steps = [self._x0 + 6 * n for n in range(int((self._x1 - self._x0) / 6))]
             for start in steps[::2]:
                 self._canvas.line([(start, y), (start + 4, y)], SOFT, 1)
-            self._canvas.text(self._x1 - 4, y - 3, name, "rb", SOFT)
+            self._canvas.text(self._x1 - 4, free, name, "rb", SOFT)
         for series in self._panel.series:
             self._bars(series)
         for series in self._panel.series:
@@ -204,12 +204,11 @@ def _mixed(color: str) -> str:
     return "#" + "".join(f"{round(BAR_MIX * part + (1 - BAR_MIX) * 255):02x}" for part in parts)
 
 
-def _legend_places(names: Sequence[str], width: float) -> list[tuple[float, float]]:
-    """Return where each entry begins, row by row."""
+def _legend_places(lengths: Sequence[float], width: float) -> list[tuple[float, float]]:
+    """Return where each entry of a legend begins, row by row."""
     places: list[tuple[float, float]] = []
     x, y = float(LEFT), 0.0
-    for name in names:
-        length = 34 + 7.2 * len(name)
+    for length in lengths:
         if x + length > width and x > LEFT:
             x, y = float(LEFT), y + LEGEND_ROW
         places.append((x, y))

@@ -29,7 +29,7 @@ LAYERS = (
         "recipe_file",
     },
     {"interop"},
-    {"run", "mirror", "runs", "check", "claims", "export", "card", "guard", "push", "front_picture"},
+    {"run", "mirror", "runs", "check", "claims", "export", "card", "card_metadata", "guard", "push", "front_picture"},
     {"report"},
     {"cli"},
 )

@@ -1,7 +1,7 @@
 """A merge of adapters as an adapter: exactly what is added to the base, in PEFT's layout.
 
-The weighted sum of products c_1 B_1 A_1 + ... + c_K B_K A_K is one product, [c_1 B_1 ... c_K B_K] times the A's stacked:
-its rank is the sum of theirs. PEFT calls that combination ``cat``. Nothing is truncated.
+The weighted sum c_1 B_1 A_1 + ... + c_K B_K A_K is one product, [c_1 B_1 ... c_K B_K] times the A's stacked: its rank
+is the sum of theirs. PEFT calls that combination ``cat``. Nothing is truncated.
 """
 
 import json

@@ -56,10 +56,18 @@ def test_an_experts_tokenizer_comes_whole_and_the_rest_from_whoever_has_it(add: 
     (tmp_path / "out").mkdir()
     found.copy(tmp_path / "out")
     written = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
-    assert written.keys() == {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "preprocessor_config.json"}
+    assert written.keys() == {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "preprocessor_config.json",
+    }
     assert written["generation_config.json"] == "chat"
     assert written["preprocessor_config.json"] == "base"
-    assert found.origin == "generation_config.json, tokenizer.json, tokenizer_config.json of chat; preprocessor_config.json of base"
+    assert (
+        found.origin
+        == "generation_config.json, tokenizer.json, tokenizer_config.json of chat; preprocessor_config.json of base"
+    )
     assert found.notes == (
         "the chat template written is that of chat; base has another: --tokenizer-from base takes that one's tokenizer files",
     )
