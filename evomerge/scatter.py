@@ -68,7 +68,7 @@ def ticks(low: float, high: float) -> list[float]:
     """Return four to nine round numbers (1, 2 or 5 times a power of ten apart) within low and high."""
     span = high - low
     step = 10.0 ** math.floor(math.log10(span))
-    step = next(step * part for part in (0.1, 0.2, 0.5, 1.0) if span / (step * part) <= 8)
+    step = next(step * part for part in (0.1, 0.2, 0.5, 1.0, 2.0) if span / (step * part) <= 8)
     first = math.ceil(low / step - 1e-9)
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
@@ -186,9 +186,10 @@ class _Axes:
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:
-    """Return a range with some room around the values; around one value, as much as it is large."""
+    """Return a range with some room around the values; around values that are all but one, as much as it is large."""
     low, high = min(values), max(values)
-    room = 0.06 * (high - low) or 0.5 * abs(high) or 1.0
+    is_one = high - low <= 1e-6 * max(abs(low), abs(high))
+    room = (0.5 * abs(high) or 1.0) if is_one else 0.06 * (high - low)
     return low - room, high + room
 
 

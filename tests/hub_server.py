@@ -59,23 +59,26 @@ def card_errors(content: str) -> list[str]:
     if not content.startswith("---\n"):
         return []
     head = yaml.safe_load(content.split("---\n")[1])
-    errors = []
-    for model in head.get("base_model", []):
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-            errors.append(f'"base_model" with value "{model}" is not valid. Use a model id from https://hf.co/models.')
+    json.dumps(head, allow_nan=False)
+    errors = [
+        f'"base_model" with value "{model}" is not valid. Use a model id from https://hf.co/models.'
+        for model in head.get("base_model", [])
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", model)
+    ]
     if head.get("base_model_relation", "merge") not in RELATIONS:
         errors.append('"base_model_relation" is not valid')
-    for model in head.get("model-index", []):
-        if not isinstance(model.get("name"), str):
-            errors.append('"model-index[0].name" is required')
-        for result in model.get("results", []):
-            given = (result["task"].get("type"), result["dataset"].get("type"), result["dataset"].get("name"))
-            if not all(isinstance(part, str) and part for part in given):
-                errors.append('"model-index[0].results" misses a type or a name')
-            for metric in result["metrics"]:
-                if not isinstance(metric.get("type"), str) or "value" not in metric:
-                    errors.append('"model-index[0].results[0].metrics" misses a type or a value')
-    json.dumps(head, allow_nan=False)
+    return errors + [error for model in head.get("model-index", []) for error in _index_errors(model)]
+
+
+def _index_errors(model: dict[str, Any]) -> list[str]:
+    errors = [] if isinstance(model.get("name"), str) else ['"model-index[0].name" is required']
+    for result in model.get("results", []):
+        given = (result["task"].get("type"), result["dataset"].get("type"), result["dataset"].get("name"))
+        if not all(isinstance(part, str) and part for part in given):
+            errors.append('"model-index[0].results" misses a type or a name')
+        for metric in result["metrics"]:
+            if not isinstance(metric.get("type"), str) or "value" not in metric:
+                errors.append('"model-index[0].results[0].metrics" misses a type or a value')
     return errors
 
 

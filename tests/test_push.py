@@ -79,7 +79,9 @@ def test_a_token_that_the_hub_does_not_take(server: Hub, monkeypatch: pytest.Mon
 
 
 def test_another_owners_models_are_not_written(server: Hub, folder: Path) -> None:
-    with pytest.raises(InputError, match=r"no right to write there \(403\); .* hf upload other/merged '.*my export' \.$"):
+    with pytest.raises(
+        InputError, match=r"no right to write there \(403\); .* hf upload other/merged '.*my export' \.$"
+    ):
         push(folder, "other/merged", "first", private=False)
 
 
