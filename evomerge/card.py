@@ -7,13 +7,13 @@ from importlib.metadata import version
 
 import yaml
 
-from evomerge.card_metadata import Input, interval, metadata
+from evomerge.card_metadata import Input, interval, metadata, pipeline_tag
 from evomerge.claims import claims
 from evomerge.records import Objective, Recipe, Trial
 from evomerge.run import Run
 
 PICTURE = "front.png"
-LOADERS = {"text-generation": "AutoModelForCausalLM", "image-classification": "AutoModelForImageClassification"}
+CLASSES = {"text-generation": "AutoModelForCausalLM", "image-classification": "AutoModelForImageClassification"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ def model_card(run: Run, trial: Trial, written: Written) -> str:
         _inputs(run, written.inputs),
         *([f"Beside the weights: {written.origin}."] if written.origin else []),
         "## Load it",
-        _loading(written, head.get("pipeline_tag")),
+        _loading(written),
         "## Build it again",
         _reproduction(run, trial, written),
     ]
@@ -123,8 +123,13 @@ def _inputs(run: Run, inputs: Mapping[str, Input]) -> str:
     return "\n".join(lines)
 
 
-def _loading(written: Written, tag: str | None) -> str:
-    loader = LOADERS.get(tag or "", "AutoModel")
+def auto_class(architecture: str) -> str:
+    """Return the class of transformers by which people load a model of this architecture."""
+    return CLASSES.get(pipeline_tag(architecture) or "", "AutoModel")
+
+
+def _loading(written: Written) -> str:
+    loader = auto_class(written.architecture)
     lines = [f"from transformers import {loader}", "", f'model = {loader}.from_pretrained("{{}}")']
     place = "path/to/this/folder"
     if written.is_adapter:
@@ -137,14 +142,14 @@ def _loading(written: Written, tag: str | None) -> str:
 
 def _reproduction(run: Run, trial: Trial, written: Written) -> str:
     versions = {name: version(name) for name in ("evomerge", "torch", "transformers")}
-    pins = " ".join(f"{name}=={number}" for name, number in versions.items())
+    pins = " ".join(f"{name}=={number.partition('+')[0]}" for name, number in versions.items())
     command = f"evomerge merge recipe.yaml --out merged{written.options}"
     paragraphs = [
         "`recipe.yaml`, which lies beside this card, has every coefficient:",
         f"```\npip install {pins}\n{command}\n```",
         f"SHA-256 of the merged tensors{' (base and adapter merged)' if written.is_adapter else ''}: "
-        f"`{written.weights}` (Python {platform.python_version()}, {written.recipe.dtype}).",
-        "The search that found it: " + _sentence("; ".join(_search(run, trial))),
+        f"`{written.weights}` (Python {platform.python_version()}, torch {versions['torch']}, {written.recipe.dtype}).",
+        _sentence("; ".join(_search(run, trial))),
         f"mergekit cannot make this merge: {written.inexpressible}."
         if written.inexpressible
         else "`mergekit.yaml` describes the same merge for mergekit:\n\n```\nmergekit-yaml mergekit.yaml merged\n```",
@@ -157,8 +162,8 @@ def _search(run: Run, trial: Trial) -> list[str]:
     stages = run.campaign.search
     proposers = "auto" if isinstance(stages, str) else ", then ".join(stage.proposer for stage in stages)
     return [
-        f"search {proposers} over {run.dimensions} dimensions with seed {run.campaign.seed}",
+        f"the search that found it (`{proposers}` in {run.dimensions} dimensions, seed {run.campaign.seed}) took "
         f"{run.cost:.0f} full-evaluation equivalents",
-        f"this is result {trial.index + 1} of stage {trial.stage + 1}",
+        f"this is candidate {trial.index + 1} of stage {trial.stage + 1}",
         *run.lineage,
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evomerge.card import PICTURE, Written, model_card
+from evomerge.card import PICTURE, Written, auto_class, model_card
 from evomerge.card_metadata import Input
 from evomerge.course import Course
 from evomerge.errors import EvoMergeError, InputError, RunError
@@ -52,8 +52,13 @@ CHECKPOINT = Form()
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What a person should know of an export: whose companions it has, notes, and whether an adapter would do."""
+    """What a person should know of an export.
 
+    loader: the class that loads it, or its base; origin: whose tokenizer and its kin are; fits_adapter: an adapter of
+    the base would do.
+    """
+
+    loader: str
     origin: str
     notes: tuple[str, ...]
     fits_adapter: bool
@@ -112,7 +117,8 @@ def export_trial(run: Run, trial: Trial, out: Path, loading: Loading, form: Form
         write_adapter(materializer, merged, plan.base, out, add)
     else:
         write_checkpoint(materializer, out, add, shard_size=form.shard_size)
-    return Exported(companions.origin, companions.notes, fits_adapter=reason is None and not form.as_adapter)
+    fits_adapter = reason is None and not form.as_adapter
+    return Exported(auto_class(architecture), companions.origin, companions.notes, fits_adapter)
 
 
 def _rebuild(run: Run, plan: Plan, trial: Trial, recipe: Recipe, loading: Loading) -> Materializer:

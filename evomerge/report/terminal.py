@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 from evomerge.assemble import OPERATORS
-from evomerge.campaign import Campaign, SpaceChanges
+from evomerge.campaign import Campaign
 from evomerge.card import PICTURE
 from evomerge.check import CheckReport
 from evomerge.claims import claims
@@ -37,6 +37,7 @@ from evomerge.plan import decisions
 from evomerge.records import Measurement, Trial
 from evomerge.run import Run, open_run
 from evomerge.run import search as run_search
+from evomerge.sections import SpaceChanges
 from evomerge.space.choice import COEFFICIENT
 from evomerge.space.space import Dimension
 from evomerge.splits import SPLITS
@@ -244,7 +245,7 @@ def print_export(run: Run, trial: Trial, out: Path, exported: Exported, *, verif
         say(f"tokens   {exported.origin}")
     for note in exported.notes:
         say(f"note     {note}")
-    load = "peft.PeftModel.from_pretrained(base, " if is_adapter else "transformers.AutoModel.from_pretrained("
+    load = "peft.PeftModel.from_pretrained(base, " if is_adapter else f"transformers.{exported.loader}.from_pretrained("
     say(f'load     {load}"{out}")')
     again = f"{COMMAND} export {run.location.quoted} --trial {trial.number} --out {out}"
     if exported.fits_adapter:
