@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from evomerge.sections import HUB_ID
+from evomerge.campaign import HUB_ID
 from evomerge.evidence.intervals import score_intervals
 from evomerge.materialize.checkpoint import hub_id
 from evomerge.records import Objective, Score, Split, Trial
