@@ -166,6 +166,8 @@ def export(  # noqa: PLR0913, PLR0917  (the options of a command)
     form = Form(shard_size=shard_size, tokenizer_from=tokenizer_from, as_adapter=as_adapter)
     preference = parse_preference(prefer) if prefer is not None else None
     picked = opened.pick(trial=trial, at_knee=knee, preference=preference)
+    if private and not push:
+        raise InputError("--private: says how --push creates its repository; give --push OWNER/NAME, too")
     if push:
         require_pushable(push)
     with Loading() as loading:

@@ -170,6 +170,8 @@ def merge_recipe(
         say(f"decided  {decision}")
     experts = dict(zip(read.recipe.experts, read.experts, strict=True))
     companions = choose_companions(read.base, experts, form.tokenizer_from)
+    if companions.origin:
+        say(f"tokens   {companions.origin}")
     for note in companions.notes:
         say(f"note     {note}")
     materializer = Materializer(

@@ -86,6 +86,7 @@ def require_size(text: str) -> str:
 def _sync(folder: Path) -> None:
     """Have the disk hold a folder's files and their names before it is moved: a power cut leaves no empty files."""
     for path in folder.iterdir():
+        path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes its files for their owner alone
         with path.open("rb") as file:
             os.fsync(file.fileno())
     _sync_names(folder)

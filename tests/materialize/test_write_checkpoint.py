@@ -107,6 +107,12 @@ def test_shards_are_no_larger_than_asked_and_load_as_one_model(materializer: Mak
     assert returned == Materializer(open_checkpoint("out", tmp_path / "out"), [], dtype="float32").weights_hash()
 
 
+def test_whoever_may_read_the_folder_may_read_its_files(materializer: Make, tmp_path: Path) -> None:
+    write_checkpoint(built(materializer("vit")), tmp_path / "out", nothing)
+    wanted = (tmp_path / "out").stat().st_mode & 0o666
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {wanted}
+
+
 def test_base_and_experts_are_given_up_before_reading_back(materializer: Make, tmp_path: Path) -> None:
     held = built(materializer("llama"))
     write_checkpoint(held, tmp_path / "out", nothing)
