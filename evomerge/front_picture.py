@@ -54,8 +54,8 @@ def _pair(run: Run, measured: Mapping[str, Measurement], trial: Trial, pair: Seq
 
 
 def _is_shown(run: Run, subject: str) -> bool:
-    """Of the single coefficients that were tried on search items, only the best is a reference."""
-    return not subject.startswith("scalar:") or not run.tested or subject == run.best_scalar
+    """Of the single coefficients that were tried, only the best is a reference, once the search has chosen it."""
+    return not subject.startswith("scalar:") or (bool(run.tested) and subject == run.best_scalar)
 
 
 def _series(kind: str, models: Sequence[Measurement], pair: Sequence[Objective], *, bars: bool = False) -> Series:
