@@ -1,11 +1,10 @@
 """From a run or a recipe to a checkpoint on disk, and proof that it is the model that was scored."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from evomerge.card import model_card
 from evomerge.course import Course
@@ -17,7 +16,7 @@ from evomerge.materialize.arrangement import Output
 from evomerge.materialize.checkpoint import open_checkpoint
 from evomerge.materialize.materializer import Materializer
 from evomerge.materialize.residence import Place
-from evomerge.materialize.resident import load_model
+from evomerge.materialize.resident import ResidentModel, load_model
 from evomerge.materialize.write import require_new, write_checkpoint
 from evomerge.plan import choose_device, decisions, make_plan
 from evomerge.recipe_file import write_recipe
@@ -114,7 +113,9 @@ def verify_export(run: Run, trial: Trial, folder: Path, loading: Loading) -> lis
     """Load an exported model as any user would and score it on the items of the ledger's measurements."""
     loading(str(folder))
     plan = make_plan(run.campaign)
-    model = load_model(open_checkpoint(str(folder), folder), plan.dtype).to(torch.device(plan.place.device))
+    alone = replace(plan.place, residence="auto" if plan.place.residence == "auto" else "host")
+    settled = alone.choose(plan.device_bytes)
+    model = ResidentModel(load_model(open_checkpoint(str(folder), folder), plan.dtype), settled.rooms).module
     rows = []
     for split, measured in (("search", run.searched), ("test", run.tested)):
         recorded = measured.get(f"trial:{trial.number}")
