@@ -8,7 +8,7 @@ A module's inputs are brought to its device before it runs. What a module that i
 the first device: there a caller finds it, whichever part of the model was called. Caches stay where layers fill them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
@@ -176,30 +176,40 @@ def _chunks(module: nn.Module, numbers: Mapping[int, int]) -> list[_Chunk]:
     owners: dict[int, _Chunk] = {}
     seen: set[int] = set()
 
+    def merged_of(tensors: Iterable[Tensor]) -> list[int]:
+        return list(dict.fromkeys(numbers[id(tensor)] for tensor in tensors if id(tensor) in numbers))
+
+    def put(merged: Sequence[int], chunk: _Chunk) -> None:
+        chunk.tensors += [s for s in merged if s not in owners]
+        for s in merged:
+            owners.setdefault(s, chunk)
+
     def walk(part: nn.Module, name: str) -> None:
         if id(part) in seen:
             return
         seen.add(id(part))
-        is_whole = type(part).__name__ in whole
-        is_module = is_whole or not any(part.children())
-        tensors = [*part.parameters(is_module), *part.buffers(is_module)]
-        merged = dict.fromkeys(numbers[id(tensor)] for tensor in tensors if id(tensor) in numbers)
+        if type(part).__name__ in whole or not any(part.children()):
+            return lay(part, name)
+        frame, tensors = chunks[-1], [*part.parameters(False), *part.buffers(False)]
+        for child, inner in part.named_children():
+            walk(inner, f"{name}.{child}" if name else child)
+        put(merged_of(tensors), frame)  # what is not tied to a module's
+        if tensors:
+            frame.frames.append(name)
+
+    def lay(part: nn.Module, name: str) -> None:
+        tensors = [*part.parameters(), *part.buffers()]
+        merged = merged_of(tensors)
         tied = {id(owners[s]): owners[s] for s in merged if s in owners}
         if len(tied) > 1:
             raise InputError(f"device: {kind} ties {name} to modules that would lie on several devices; {advice}")
-        if is_whole and not tied and chunks[-1].tensors:
+        if type(part).__name__ in whole and not tied and chunks[-1].tensors:
             chunks.append(_Chunk())
         # What has nothing merged are tables that all layers read, as those of rotary embeddings.
         chunk = next(iter(tied.values()), chunks[-1] if merged else chunks[0])
-        for s in merged:
-            if s not in owners:
-                owners[s] = chunk
-                chunk.tensors.append(s)
+        put(merged, chunk)
         if tensors:
-            (chunk.modules if is_module else chunk.frames).append(name)
-        if not is_module:
-            for child, inner in part.named_children():
-                walk(inner, f"{name}.{child}" if name else child)
+            chunk.modules.append(name)
 
     walk(module, "")
     return chunks
