@@ -222,8 +222,8 @@ class Materializer:
         if len(self.resident.shares) > 1:
             devices = ", ".join(str(share.device) for share in self.resident.shares)
             raise InputError(
-                f"device: paths run on the experts' own tensors, on one device, and the model is spread over {devices}; "
-                "expected one that holds base and experts"
+                f"device: paths run on the experts' own tensors, on one device, but the model is spread over {devices}"
+                "; expected one that holds base and experts"
             )
         if self.residence != "resident":
             raise InputError(

@@ -73,7 +73,7 @@ class Place:
         """
         devices = self.devices
         free = [_free_bytes(device) for device in devices]
-        rooms = tuple(Room(device, _room(self.residence, num_bytes)) for device, num_bytes in zip(devices, free, strict=True))
+        rooms = tuple(map(Room, devices, (_room(self.residence, num_bytes) for num_bytes in free)))
         if len(rooms) > 1 and not (self.device == AUTO and self._fits_one(needed_bytes, rooms[0])):
             if self.residence not in {"auto", "host"}:
                 raise InputError(
@@ -127,7 +127,7 @@ def choose_residence(asked: AskedResidence, needed_bytes: Mapping[Residence, int
     advice = (
         f"residence: {' or '.join(fitting)} fits"
         if fitting
-        else "spread it over several GPUs (residence: host, device: auto, workers.gpus) or merge on the CPU (device: cpu)"
+        else "spread it over several GPUs (residence: host, device: auto, workers.gpus), or use the CPU (device: cpu)"
     )
     raise InputError(
         f"residence: {preferred[-1]} needs {needed_bytes[preferred[-1]] / 1e9:.1f} GB on the GPU, expected at most "

@@ -50,7 +50,7 @@ def spread(module: nn.Module, named: Mapping[str, Tensor], layout: Layout, rooms
     """
     if len(rooms) == 1:
         return [Share(rooms[0].device, tuple(range(len(layout.tensors))), ("",))]
-    chunks = _chunks(module, {id(named[tensor.name]): s for s, tensor in enumerate(layout.tensors)})
+    chunks = _Division(module, {id(named[tensor.name]): s for s, tensor in enumerate(layout.tensors)}).chunks
     blocks_S = torch.bincount(layout.block_segment, minlength=len(layout.tensors)).tolist()
     block_bytes = BLOCK * next(iter(named.values())).element_size()
     sizes = [block_bytes * sum(blocks_S[s] for s in chunk.tensors) for chunk in chunks]
@@ -162,54 +162,59 @@ class _Chunk:
     frames: list[str] = field(default_factory=list)
 
 
-def _chunks(module: nn.Module, numbers: Mapping[int, int]) -> list[_Chunk]:
-    """Return the chunks of a model in its order; numbers: id of a tensor -> its place in the layout.
+class _Division:
+    """``chunks``: a model in its order, cut before every module that is not to be split.
 
+    numbers: id of a tensor -> its place in the layout.
     Raises: InputError if the model does not say what must stay whole, or ties what would lie on several devices.
     """
-    kind = type(module).__name__
-    whole = set(getattr(module, "_no_split_modules", None) or ())
-    advice = "give one GPU that holds it (device: cuda:0), or merge on the CPU (device: cpu)"
-    if not whole:
-        raise InputError(f"device: {kind} does not say which of its modules must stay on one device; {advice}")
-    chunks = [_Chunk()]
-    owners: dict[int, _Chunk] = {}
-    seen: set[int] = set()
 
-    def merged_of(tensors: Iterable[Tensor]) -> list[int]:
-        return list(dict.fromkeys(numbers[id(tensor)] for tensor in tensors if id(tensor) in numbers))
+    def __init__(self, module: nn.Module, numbers: Mapping[int, int]) -> None:
+        self._kind, self._numbers = type(module).__name__, numbers
+        self._whole = set(getattr(module, "_no_split_modules", None) or ())
+        if not self._whole:
+            raise self._error("does not say which of its modules must stay on one device")
+        self.chunks = [_Chunk()]
+        self._owners: dict[int, _Chunk] = {}
+        self._seen: set[int] = set()
+        self._walk(module, "")
 
-    def put(merged: Sequence[int], chunk: _Chunk) -> None:
-        chunk.tensors += [s for s in merged if s not in owners]
-        for s in merged:
-            owners.setdefault(s, chunk)
-
-    def walk(part: nn.Module, name: str) -> None:
-        if id(part) in seen:
+    def _walk(self, part: nn.Module, name: str) -> None:
+        if id(part) in self._seen:
             return
-        seen.add(id(part))
-        if type(part).__name__ in whole or not any(part.children()):
-            return lay(part, name)
-        frame, tensors = chunks[-1], [*part.parameters(False), *part.buffers(False)]
+        self._seen.add(id(part))
+        if type(part).__name__ in self._whole or not any(part.children()):
+            self._put_module(part, name)
+            return
+        chunk, tensors = self.chunks[-1], [*part.parameters(False), *part.buffers(False)]
         for child, inner in part.named_children():
-            walk(inner, f"{name}.{child}" if name else child)
-        put(merged_of(tensors), frame)  # what is not tied to a module's
+            self._walk(inner, f"{name}.{child}" if name else child)
+        self._put(self._merged(tensors), chunk)  # what is not tied to a module's
         if tensors:
-            frame.frames.append(name)
+            chunk.frames.append(name)
 
-    def lay(part: nn.Module, name: str) -> None:
+    def _put_module(self, part: nn.Module, name: str) -> None:
         tensors = [*part.parameters(), *part.buffers()]
-        merged = merged_of(tensors)
-        tied = {id(owners[s]): owners[s] for s in merged if s in owners}
+        merged = self._merged(tensors)
+        tied = {id(self._owners[s]): self._owners[s] for s in merged if s in self._owners}
         if len(tied) > 1:
-            raise InputError(f"device: {kind} ties {name} to modules that would lie on several devices; {advice}")
-        if type(part).__name__ in whole and not tied and chunks[-1].tensors:
-            chunks.append(_Chunk())
+            raise self._error(f"ties {name} to modules that would lie on several devices")
+        if type(part).__name__ in self._whole and not tied and self.chunks[-1].tensors:
+            self.chunks.append(_Chunk())
         # What has nothing merged are tables that all layers read, as those of rotary embeddings.
-        chunk = next(iter(tied.values()), chunks[-1] if merged else chunks[0])
-        put(merged, chunk)
+        chunk = next(iter(tied.values()), self.chunks[-1] if merged else self.chunks[0])
+        self._put(merged, chunk)
         if tensors:
             chunk.modules.append(name)
 
-    walk(module, "")
-    return chunks
+    def _merged(self, tensors: Iterable[Tensor]) -> list[int]:
+        return list(dict.fromkeys(self._numbers[id(tensor)] for tensor in tensors if id(tensor) in self._numbers))
+
+    def _put(self, merged: Sequence[int], chunk: _Chunk) -> None:
+        chunk.tensors += [s for s in merged if s not in self._owners]
+        for s in merged:
+            self._owners.setdefault(s, chunk)
+
+    def _error(self, what: str) -> InputError:
+        advice = "give one GPU that holds it (device: cuda:0), or merge on the CPU (device: cpu)"
+        return InputError(f"device: {self._kind} {what}, and cannot be spread; {advice}")

@@ -268,9 +268,7 @@ class TestDecision:
     def choose(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         def chosen(free: list[float], device: str = "auto", residence: Any = "auto") -> Any:
             monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
-            monkeypatch.setattr(
-                torch.cuda, "mem_get_info", lambda device: (int(free[device.index or 0] * GB), 80 * GB)
-            )
+            monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free[device.index or 0] * GB), 80 * GB))
             needed = {"resident": 70 * GB, "int8": 49 * GB, "host": 14 * GB}
             return Place(device, residence).choose(needed)  # type: ignore[arg-type]
 
