@@ -72,6 +72,9 @@ class Place:
         Raises: InputError if what was asked for does not fit.
         """
         devices = self.devices
+        if torch.cuda.is_initialized():
+            gc.collect()  # what an earlier model of this process has left there
+            torch.cuda.empty_cache()
         free = [_free_bytes(device) for device in devices]
         rooms = tuple(map(Room, devices, (_room(self.residence, num_bytes) for num_bytes in free)))
         if len(rooms) > 1 and not (self.device == AUTO and self._fits_one(needed_bytes, rooms[0])):
@@ -142,11 +145,7 @@ def _room(asked: AskedResidence, free_bytes: int) -> int:
 
 def _free_bytes(device: torch.device) -> int:
     """Return a GPU's free memory; of the CPU's it is not asked."""
-    if device.type != "cuda":
-        return sys.maxsize
-    gc.collect()  # what an earlier model of this process has left there
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0]
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else sys.maxsize
 
 
 def to_int8(expert: Dense, base_P: Tensor) -> Dense:
