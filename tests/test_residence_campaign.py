@@ -74,4 +74,6 @@ def test_a_model_on_two_devices_is_searched_and_exported_as_on_one(
     assert all(row.rescored == row.recorded for row in verify_export(run, best, tmp_path / "merged", quiet))
     print_check(Path("campaign.yaml"), check_campaign(make_campaign(device="cpu,cpu"), quiet))
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert re.search(r"on the host, base and experts too; of the merged model 0\.\d MB on cpu and 0\.\d MB on cpu;", said)
+    assert re.search(
+        r"on the host, base and experts too; of the merged model 0\.\d MB on cpu and 0\.\d MB on cpu;", said
+    )
