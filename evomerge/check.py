@@ -7,6 +7,7 @@ from evomerge.campaign import Campaign
 from evomerge.errors import CandidateError, EvoMergeError
 from evomerge.guard import GuardReport, inspect_experts
 from evomerge.materialize.residence import Residence
+from evomerge.materialize.spread import Room
 from evomerge.plan import Plan, make_plan
 from evomerge.records import Measurement
 from evomerge.references import reference_recipes
@@ -23,6 +24,8 @@ class CheckReport:
     stages: list[Stage]
     guard: GuardReport
     residence: Residence
+    devices: tuple[Room, ...]
+    """What the merged model takes on each of its devices."""
     kernels: str
     """How merges are computed, in words."""
     evaluation: Measurement
@@ -66,6 +69,7 @@ def check_campaign(campaign: Campaign, loading: Callable[[str], None]) -> CheckR
         stages=stages,
         guard=guard,
         residence=scorer.materializer.residence,
+        devices=scorer.materializer.resident.devices,
         kernels=scorer.materializer.kernels,
         evaluation=evaluation,
         equivalents=sum(stage_cost(plan, stage) for stage in stages),

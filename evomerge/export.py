@@ -1,11 +1,10 @@
 """From a run or a recipe to a checkpoint on disk, and proof that it is the model that was scored."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from evomerge.card import PICTURE, Written, auto_class, model_card
 from evomerge.card_metadata import Input
@@ -22,7 +21,7 @@ from evomerge.materialize.checkpoint import open_checkpoint
 from evomerge.materialize.companions import choose_companions
 from evomerge.materialize.materializer import Materializer
 from evomerge.materialize.residence import Place
-from evomerge.materialize.resident import load_model
+from evomerge.materialize.resident import ResidentModel, load_model
 from evomerge.materialize.write import SHARD_SIZE, require_new, require_size, write_checkpoint
 from evomerge.plan import Plan, choose_device, decisions, make_plan
 from evomerge.recipe_file import write_recipe
@@ -204,10 +203,12 @@ def verify_export(run: Run, trial: Trial, folder: Path, loading: Loading) -> lis
     """
     loading(str(folder))
     plan = make_plan(run.campaign)
+    alone = replace(plan.place, residence="auto" if plan.place.residence == "auto" else "host")
     if (folder / ADAPTER_CONFIG).is_file():
-        model = adapted(plan.base, folder, plan.dtype, Place(device=plan.place.device)).module
+        model = adapted(plan.base, folder, plan.dtype, alone).module
     else:
-        model = load_model(open_checkpoint(str(folder), folder), plan.dtype).to(torch.device(plan.place.device))
+        settled = alone.choose(plan.device_bytes)
+        model = ResidentModel(load_model(open_checkpoint(str(folder), folder), plan.dtype), settled.rooms).module
     rows = []
     for split, measured in (("search", run.searched), ("test", run.tested)):
         recorded = measured.get(f"trial:{trial.number}")

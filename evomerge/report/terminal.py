@@ -365,9 +365,10 @@ def _starts(dimensions: Sequence[Dimension]) -> str:
 
 def _residence(report: CheckReport) -> str:
     """Where base and experts are while candidates are merged."""
-    device, num_bytes = report.plan.place.device, report.plan.device_bytes[report.residence]
+    device, num_bytes = str(report.devices[0].device), report.plan.device_bytes[report.residence]
     if report.residence == "host":
-        return f"on the host, base and experts too; {num_bytes / 1e9:,.1f} GB of the merged model on {device}"
+        shares = " and ".join(f"{room.num_bytes / 1e6:,.1f} MB on {room.device}" for room in report.devices)
+        return f"on the host, base and experts too; of the merged model {shares}"
     held = ", task vectors in 8 bits" if report.residence == "int8" else ""
     return f"resident on {device}{held}" + (f", {num_bytes / 1e9:,.1f} GB" if device != "cpu" else "")
 
