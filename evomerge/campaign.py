@@ -376,7 +376,9 @@ def _located(campaign: Campaign, folder: Path) -> Campaign:
     """Make every path absolute, so that a campaign means the same wherever it is read again."""
     evaluation = _located_evaluation(campaign.evaluation, folder)
     experts = {name: locate(location, folder) for name, location in campaign.experts.items()}
-    update = {"base": locate(campaign.base, folder), "experts": experts, "evaluation": evaluation}
+    update: dict[str, Any] = {"base": locate(campaign.base, folder), "experts": experts, "evaluation": evaluation}
+    if isinstance(campaign.workers, RayOptions):
+        update["workers"] = campaign.workers.located(folder)
     return campaign.model_copy(update=update)
 
 

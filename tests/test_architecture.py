@@ -29,7 +29,7 @@ LAYERS = (
         "recipe_file",
     },
     {"interop"},
-    {"run", "mirror", "runs", "check", "claims", "export", "card", "guard"},
+    {"run", "mirror", "runs", "check", "claims", "export", "card", "guard", "submit"},
     {"report"},
     {"cli"},
 )
