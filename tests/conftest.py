@@ -13,6 +13,7 @@ import torch
 import yaml
 from filelock import FileLock
 from postgres_server import NoServerError, served
+from ray_head import Head, started
 from silent_watcher import Silent
 from small_families import SMALL
 
@@ -67,6 +68,13 @@ def postgresql() -> Iterator[str]:
             yield url
     except NoServerError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def ray_head() -> Iterator[Head]:
+    """The addresses of a Ray cluster with a job server; started for the first test that wants it."""
+    with started() as head:
+        yield head
 
 
 @pytest.fixture

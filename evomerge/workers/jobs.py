@@ -7,8 +7,9 @@ environment: no secret may be in them.
 import asyncio
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from evomerge.workers.ray_pool import first_line
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
+
+ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +57,9 @@ class JobServer:
             raise InputError("jobs need Ray, which is not installed; pip install 'evomerge[ray]'") from error
         for handler in logging.getLogger("ray").handlers:
             handler.setLevel(logging.ERROR)  # it would tell of every file that it uploads
-        if address is not None:
-            os.environ["RAY_API_SERVER_ADDRESS"] = address  # Ray heeds the environment before an argument
         try:
-            self._client = JobSubmissionClient()
+            with _without_addresses() if address else nullcontext():
+                self._client = JobSubmissionClient(address)
         except Exception as error:  # Ray raises a dozen unrelated classes
             raise InputError(
                 f"no Ray job server at {address or 'this machine'} ({first_line(error)}); name one with --address "
@@ -112,7 +114,8 @@ class JobServer:
             async for lines in self._client.tail_job_logs(name):
                 show(lines)
 
-        with self._asking():
+        with self._asking(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of how Ray calls aiohttp
             asyncio.run(show_all())
 
     @contextmanager
@@ -121,6 +124,16 @@ class JobServer:
             yield
         except (OSError, RuntimeError) as error:  # of requests, of aiohttp, and Ray's own
             raise InputError(f"the job server at {self.address} does not answer: {first_line(error)}") from error
+
+
+@contextmanager
+def _without_addresses() -> Iterator[None]:
+    """Hide addresses that the environment holds: Ray would take them in place of the one that it is given."""
+    held = {name: os.environ.pop(name) for name in ADDRESSES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(held)
 
 
 def _read(details: "JobDetails") -> Job:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from evomerge.errors import CampaignError, CandidateError, EvoMergeError
 from evomerge.records import Measurement, Options, Split, TaskItems
@@ -51,6 +51,13 @@ class RayOptions(Options):
     timeout_s: PositiveFloat | None = None
     attempts: PositiveInt = 3
     runtime_env: dict[str, Any] | None = None
+
+    @field_validator("gpus")
+    @classmethod
+    def _can_be_placed(cls, given: float | str) -> float | str:
+        if isinstance(given, float) and not (0 <= given <= 1 or given == round(given) > 0):
+            raise ValueError("expected a fraction of one GPU, or a whole number of them")
+        return given
 
     def located(self, folder: Path) -> "RayOptions":
         """Return the options with absolute paths in runtime_env, given relative to a folder. Raises: CampaignError."""
