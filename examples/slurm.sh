@@ -32,17 +32,18 @@ export RAY_ADDRESS="$head_ip:$((20000 + SLURM_JOB_ID % 10000))"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 RAY_AUTH_TOKEN=$(od -An -tx1 -N32 /dev/urandom | tr -d ' \n')
 export RAY_USAGE_STATS_ENABLED=0
-folder=/tmp/ray-$SLURM_JOB_ID
+folder=/tmp/ray-$SLURM_JOB_ID ray_log=evomerge-$SLURM_JOB_ID-ray.log
 
-on_head=(srun --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME")
-"${on_head[@]}" ray start --head --node-ip-address="$head_ip" --port="${RAY_ADDRESS##*:}" --temp-dir="$folder" \
-    --num-cpus="$SLURM_CPUS_ON_NODE" --include-dashboard=false --block &
+srun --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME" --cpu-bind=none \
+    ray start --head --node-ip-address="$head_ip" --port="${RAY_ADDRESS##*:}" --temp-dir="$folder" \
+    --num-cpus="$SLURM_CPUS_ON_NODE" --include-dashboard=false --block >>"$ray_log" 2>&1 &
 steps=($!)
 others=$((SLURM_JOB_NUM_NODES - 1))
 if ((others)); then
     # shellcheck disable=SC2016  # the number of CPUs is each node's own
-    srun --nodes="$others" --ntasks="$others" --exclude="$SLURMD_NODENAME" bash -c '
-        until ray start --address="$RAY_ADDRESS" --num-cpus="$SLURM_CPUS_ON_NODE" --block; do sleep 5; done' &
+    srun --nodes="$others" --ntasks="$others" --exclude="$SLURMD_NODENAME" --cpu-bind=none bash -c '
+        until ray start --address="$RAY_ADDRESS" --num-cpus="$SLURM_CPUS_ON_NODE" --block; do sleep 5; done' \
+        >>"$ray_log" 2>&1 &
     steps+=($!)
 fi
 # shellcheck disable=SC2317  # called at the end, whatever that is
@@ -50,11 +51,11 @@ stop_cluster() {
     trap - EXIT
     kill -TERM "${steps[@]}" 2>/dev/null || true
     wait "${steps[@]}" || true
-    srun --ntasks-per-node=1 rm -rf "$folder"
+    srun --ntasks-per-node=1 rm -rf "$folder" || true
 }
 trap stop_cluster EXIT
 until ray status >/dev/null 2>&1; do
-    kill -0 "${steps[0]}" # the head has died: so does this script
+    kill -0 "${steps[0]}" || { echo "the head of the Ray cluster has died: see $ray_log" >&2 && exit 1; }
     sleep 2
 done
 

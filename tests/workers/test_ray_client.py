@@ -1,7 +1,7 @@
 """The Ray pool over Ray Client: the driver is no part of the cluster, and reaches it by one port."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,36 @@ from pool_contract import PoolContract
 from ray_head import Head
 from test_ray_pool import Actor, echo, point, wait_for
 
-from evomerge.records import Measurement
+from evomerge.campaign import Campaign
+from evomerge.records import Measurement, Trial
+from evomerge.run import search
+from evomerge.workers.inline import InlineOptions
 from evomerge.workers.ray_pool import RayOptions, RayPool
 
 pytestmark = pytest.mark.ray
 ray = pytest.importorskip("ray")
 
 
-@pytest.fixture(scope="module", autouse=True)
+def test_a_search_from_outside_the_cluster(
+    ray_head: Head, make_campaign: Callable[..., Campaign], tmp_path: Path
+) -> None:
+    """Comes first: it connects by itself, and lets go in the end."""
+    workers = {"kind": "ray", "address": ray_head.client, "count": 2, "gpus": 0.0}
+    campaign = make_campaign(workers=workers, search=[{"proposer": "sobol"}], budget={"evaluations": 6})
+    run = search(campaign, tmp_path / "ray")
+    assert run.is_finished
+    assert len(run.trials) == 6
+    assert not ray.is_initialized()
+    alone = search(campaign.model_copy(update={"workers": InlineOptions()}), tmp_path / "inline")
+    assert [values(trial) for trial in run.trials] == [values(trial) for trial in alone.trials]
+
+
+def values(trial: Trial) -> dict[str, float]:
+    assert trial.measurement is not None
+    return {name: score.value for name, score in trial.measurement.scores.items()}
+
+
+@pytest.fixture(scope="module")
 def connected(ray_head: Head) -> Iterator[None]:
     ray.init(ray_head.client)
     yield
@@ -27,7 +49,7 @@ def connected(ray_head: Head) -> Iterator[None]:
 
 class TestRayPoolByClient(PoolContract):
     @pytest.fixture(autouse=True)
-    def pool(self) -> Iterator[None]:
+    def pool(self, connected: None) -> Iterator[None]:
         with RayPool(echo, RayOptions(kind="ray", count=2)) as self._pool:
             yield
 
@@ -36,7 +58,7 @@ class TestRayPoolByClient(PoolContract):
 
 
 @pytest.fixture
-def pool(tmp_path: Path) -> Iterator[RayPool]:
+def pool(connected: None, tmp_path: Path) -> Iterator[RayPool]:
     notes: list[str] = []
 
     def scorer(findings: Any, buffers: Any) -> Actor:

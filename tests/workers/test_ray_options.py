@@ -1,6 +1,9 @@
-"""How many workers a cluster has room for, and which GPUs they see: on a cluster that only says it has two."""
+"""What the options of the Ray pool ask of a cluster: GPUs (of one that only says it has two), and a user's code."""
 
 import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,3 +77,36 @@ def test_as_many_workers_as_there_is_room_for_each_with_its_gpus(
                 pool.submit(key, point(1.0), "search")
             seen |= {result.outcome.seconds["pid"]: result.outcome.seconds["gpus"] for result in pool.results()}
         assert sorted(seen.values()) == expected
+
+
+class Brought(Echo):
+    """Says whether the user's module came from a package that Ray has unpacked."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def score(self, subject: Any, split: Split, items: TaskItems | None = None) -> Measurement:
+        return Measurement(split=split, scores={}, cost=float("_ray_pkg_" in self.module.__file__))
+
+
+def bring(_findings: Any, _buffers: Sequence[Any]) -> Brought:
+    import only_brought  # type: ignore[import-not-found]
+
+    return Brought(only_brought)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("key", ["working_dir", "py_modules"])
+def test_workers_find_code_that_runtime_env_brings(ray_head: Head, tmp_path: Path, key: str) -> None:
+    package = tmp_path / "code" / "only_brought"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    given = {"working_dir": "code", "py_modules": ["code/only_brought"]}[key]
+    options = RayOptions(kind="ray", address=ray_head.cluster, count=1, gpus=0.0, runtime_env={key: given})
+    with RayPool(bring, options.located(tmp_path)) as pool:
+        pool.submit(0, point(1.0), "search")
+        [result] = pool.results()
+    assert isinstance(result.outcome, Measurement)
+    assert result.outcome.cost == 1.0
+    assert find_spec("only_brought") is None  # here it is not to be found
