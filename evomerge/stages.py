@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field, replace
 
 from evomerge.assemble import PROPOSERS
-from evomerge.campaign import Campaign, SpaceChanges, StageSpaceSection
+from evomerge.campaign import Campaign
 from evomerge.course import Course
 from evomerge.errors import CampaignError
 from evomerge.plan import Plan
@@ -14,6 +14,7 @@ from evomerge.proposers.legs import DescentOptions
 from evomerge.proposers.proposer import Problem
 from evomerge.proposers.surrogate import Surrogate, SurrogateOptions
 from evomerge.records import Options
+from evomerge.sections import SpaceChanges, StageSpaceSection
 from evomerge.space.groups import block_modules
 
 AUTO_LEGS = 6  # of a descent of one objective
