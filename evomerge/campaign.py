@@ -36,6 +36,7 @@ from evomerge.sections import (
 from evomerge.space.shares import ShareOptions
 from evomerge.strict import parse, read_yaml
 from evomerge.workers.inline import InlineOptions
+from evomerge.workers.ray_pool import RayOptions
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 

@@ -62,6 +62,11 @@ def test_what_cannot_be_submitted(
     assert "\n" not in str(raised.value)
 
 
+def test_an_address_that_is_none_is_refused_at_once() -> None:
+    with pytest.raises(InputError, match=r"--address: expected an address that begins with http.*; found head:8265"):
+        JobServer("head:8265")
+
+
 def test_a_job_does_not_score_inline(campaign_file: Callable[..., Path]) -> None:
     with pytest.raises(CampaignError, match="--workers: a job scores on workers of its cluster; expected ray"):
         submit(campaign_file(), workers="inline")

@@ -13,6 +13,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from evomerge.chat import web_address
 from evomerge.errors import CampaignError, InputError
 from evomerge.workers.ray_pool import first_line
 
@@ -57,6 +58,10 @@ class JobServer:
             raise InputError("jobs need Ray, which is not installed; pip install 'evomerge[ray]'") from error
         for handler in logging.getLogger("ray").handlers:
             handler.setLevel(logging.ERROR)  # it would tell of every file that it uploads
+        try:
+            address = address and web_address(address)
+        except ValueError as error:
+            raise InputError(f"--address: {error}, such as http://HOST:8265; found {address}") from error
         try:
             with _without_addresses() if address else nullcontext():
                 self._client = JobSubmissionClient(address)
