@@ -20,6 +20,7 @@ from evomerge.cli import app
 from evomerge.ledger.ledger import Ledger
 from evomerge.ledger.location import locate
 from evomerge.run import open_run
+from evomerge.workers.jobs import RUN
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -83,13 +84,14 @@ def test_the_manifests_are_what_kuberay_takes(name: str) -> None:
 def test_the_job_runs_a_command_that_there_is_and_has_time_to_drain() -> None:
     spec = yaml.safe_load((EXAMPLES / "kuberay-job.yaml").read_text())["spec"]
     require_command(spec["entrypoint"].removeprefix("exec "))
-    assert spec["metadata"]["run"] == shlex.split(spec["entrypoint"])[5]
+    assert spec["metadata"][RUN] == shlex.split(spec["entrypoint"])[5]
     assert int(yaml.safe_load(spec["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 600
 
 
 def test_commands_that_the_examples_name_exist() -> None:
-    for path in EXAMPLES.iterdir():
-        for line in re.findall(r"^#  +(evomerge .*?)(?:  +#.*)?$", path.read_text(), flags=re.MULTILINE):
+    for path in (*EXAMPLES.iterdir(), ROOT / "docs" / "clusters.md"):
+        lines = re.findall(r"^#?    +(evomerge .*?)(?:  +#.*)?$", path.read_text(), flags=re.MULTILINE)
+        for line in lines:
             require_command(line)
 
 

@@ -20,6 +20,7 @@ from evomerge.workers.ray_pool import first_line
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
 
+RUN = "evomerge_run"  # in a job's metadata: what tells our jobs from others'
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
 
@@ -76,7 +77,7 @@ class JobServer:
         """Submit a shell command under a name that no job has; return at once. Raises: CampaignError."""
         try:
             self._client.submit_job(
-                entrypoint=command, submission_id=name, metadata={"run": run}, runtime_env=dict(runtime_env)
+                entrypoint=command, submission_id=name, metadata={RUN: run}, runtime_env=dict(runtime_env)
             )
         except Exception as error:  # what is wrong with a runtime_env comes as anything
             raise CampaignError(f"the cluster does not take the job: {first_line(error)}") from error
@@ -85,7 +86,7 @@ class JobServer:
         """Return the searches that were submitted to the cluster, the latest first."""
         with self._asking():
             listed = self._client.list_jobs()
-        found = [_read(details) for details in listed if "run" in (details.metadata or {})]
+        found = [_read(details) for details in listed if RUN in (details.metadata or {})]
         return sorted(found, key=lambda job: job.started or 0.0, reverse=True)
 
     def job(self, name: str) -> Job:
@@ -148,7 +149,7 @@ def _read(details: "JobDetails") -> Job:
     lines = (details.message or "").strip().splitlines() if details.status == "FAILED" else []
     return Job(
         name=details.submission_id or "",
-        run=(details.metadata or {})["run"],
+        run=(details.metadata or {})[RUN],
         state=details.status.value.lower(),
         started=seconds(details.start_time),
         ended=seconds(details.end_time),
