@@ -162,6 +162,7 @@ def slurm(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_script_drains_goes_back_into_the_queue_and_goes_on(
     slurm: Callable[..., subprocess.Popen[str]], campaign_file: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -87,7 +87,7 @@ class Brought(Echo):
         self.module = module
 
     def score(self, subject: Any, split: Split, items: TaskItems | None = None) -> Measurement:
-        return Measurement(split=split, scores={}, cost=float("_ray_pkg_" in self.module.__file__))
+        return Measurement(split=split, scores={}, cost=float("_ray_pkg_" in self.module.__file__), seconds={})
 
 
 def bring(_findings: Any, _buffers: Sequence[Any]) -> Brought:
