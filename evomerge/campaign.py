@@ -119,7 +119,11 @@ class Campaign(Options):
         """The options of a listed stage's proposer."""
         assert not isinstance(self.search, str)
         stage = self.search[number]
-        return parse(assemble.PROPOSERS[stage.proposer].options_type, stage.options, f"search[{number}]")
+        return parse(
+            assemble.proposer_type(stage.proposer, f"search[{number}].proposer").options_type,
+            stage.options,
+            f"search[{number}]",
+        )
 
     def changed(self, changes: SpaceChanges) -> "Campaign":
         """Return the campaign with a stage's space and parameters in place of its own. Raises: CampaignError."""
@@ -137,7 +141,9 @@ class Campaign(Options):
             raise CampaignError(
                 f"operator.name: expected one of {', '.join(names)}, whose parameters change, found {name!r}"
             )
-        if fixed := [key for key in changes if key in assemble.OPERATORS[name].options_type.model_fields]:
+        if fixed := [
+            key for key in changes if key in assemble.operator_type(name, "operator.name").options_type.model_fields
+        ]:
             raise CampaignError(
                 f"operator.{fixed[0]}: an option is the same in all stages; give it in the campaign's own operator"
             )
@@ -226,7 +232,7 @@ def _several(section: Mapping[str, Any], wanted: Mapping[str, list[str]]) -> lis
 def _check_names(campaign: Campaign) -> None:
     """Look the names up that the sections only hold as text, and the options that go with them."""
     for where, section in campaign.operators.items():
-        assemble.look_up(assemble.OPERATORS, section.get("name"), "operator", f"{where}.name")
+        assemble.operator_type(section.get("name"), f"{where}.name")
     if doubles := sorted({name for name in campaign.operator_names if campaign.operator_names.count(name) > 1}):
         raise CampaignError(f"operator: {doubles[0]} is listed twice; list it once, the search ranges over its numbers")
     if isinstance(campaign.space, DataFlowSection) and campaign.operator != {"name": Passthrough.name}:
@@ -238,7 +244,7 @@ def _check_names(campaign: Campaign) -> None:
     _check_objectives(campaign)
     _ = campaign.evaluators
     for number, stage in enumerate([] if isinstance(campaign.search, str) else campaign.search):
-        proposer = assemble.look_up(assemble.PROPOSERS, stage.proposer, "proposer", f"search[{number}].proposer")
+        proposer = assemble.proposer_type(stage.proposer, f"search[{number}].proposer")
         campaign.stage_options(number)
         if proposer.needs_gradients and shares.adapt == 0:
             raise CampaignError(

@@ -6,7 +6,7 @@ Shape letters: K experts, G groups.
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from evomerge.assemble import OPERATORS, look_up
+from evomerge.assemble import operator_type
 from evomerge.campaign import Campaign
 from evomerge.errors import CampaignError, did_you_mean
 from evomerge.materialize.adapter import Adapter
@@ -173,16 +173,16 @@ def _range(spec: ParameterSpec, given: RangeSection | CoefficientSection, knots:
 
 def make_operator(section: Mapping[str, Any], where: str = "operator") -> tuple[Operator, dict[str, Any]]:
     """Return the named operator with its options, and what the section says of its parameters."""
-    operator_type = look_up(OPERATORS, section.get("name"), "operator", f"{where}.name")
-    options = {key: value for key, value in section.items() if key in operator_type.options_type.model_fields}
-    operator = operator_type(parse(operator_type.options_type, options, where))  # type: ignore[call-arg]
+    of_name = operator_type(section.get("name"), f"{where}.name")
+    options = {key: value for key, value in section.items() if key in of_name.options_type.model_fields}
+    operator = of_name(parse(of_name.options_type, options, where))  # type: ignore[call-arg]
     parameters = [spec.name for spec in operator.parameters if not is_coefficient(spec.name)]
     settings = {key: value for key, value in section.items() if key not in options and key != "name"}
     for key in settings:
         if key not in parameters:
             if is_coefficient(key):
                 raise CampaignError(f"{where}.coefficient: coefficients are given under space.coefficient")
-            known = [*operator_type.options_type.model_fields, *parameters]
+            known = [*of_name.options_type.model_fields, *parameters]
             raise CampaignError(f"{where}.{key}: unknown key{did_you_mean(key, known)}")
     return operator, settings
 

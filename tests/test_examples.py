@@ -89,7 +89,7 @@ def test_the_job_runs_a_command_that_there_is_and_has_time_to_drain() -> None:
 
 
 def test_commands_that_the_examples_name_exist() -> None:
-    for path in (*EXAMPLES.iterdir(), ROOT / "docs" / "clusters.md"):
+    for path in (*EXAMPLES.iterdir(), ROOT / "docs" / "cluster.md"):
         lines = re.findall(r"^#?    +(evomerge .*?)(?:  +#.*)?$", path.read_text(), flags=re.MULTILINE)
         for line in lines:
             require_command(line)
