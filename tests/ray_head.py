@@ -50,6 +50,8 @@ def started() -> Iterator[Head]:
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": os.environ["RAY_AUTH_MODE"],
+        "RAY_AUTH_TOKEN": os.environ["RAY_AUTH_TOKEN"],
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",
     }

@@ -69,7 +69,7 @@ class JobServer:
         except Exception as error:  # Ray raises a dozen unrelated classes
             raise InputError(
                 f"no Ray job server at {address or 'this machine'} ({first_line(error)}); name one with --address "
-                "http://HOST:8265, or start a cluster with ray start --head"
+                "http://HOST:8265, start a cluster with ray start --head, or set RAY_AUTH_MODE=token if it asks for a token"
             ) from error
         self.address = self._client.get_address()
 

@@ -413,7 +413,7 @@ def _connect(options: RayOptions) -> tuple[Any, bool]:
         except Exception as error:  # Ray raises a dozen unrelated classes
             raise CampaignError(
                 f"workers.address: no Ray cluster at {options.address or 'this machine'} ({first_line(error)}); start "
-                "one with ray start --head, or leave the address out"
+                "one with ray start --head, leave the address out, or set RAY_AUTH_MODE=token if it asks for a token"
             ) from error
     return ray, True
 
