@@ -68,8 +68,9 @@ class JobServer:
                 self._client = JobSubmissionClient(address)
         except Exception as error:  # Ray raises a dozen unrelated classes
             raise InputError(
-                f"no Ray job server at {address or 'this machine'} ({first_line(error)}); name one with --address "
-                "http://HOST:8265, start a cluster with ray start --head, or set RAY_AUTH_MODE=token if it asks for a token"
+                f"no Ray job server at {address or 'this machine'} ({first_line(error)}); name one with "
+                "--address http://HOST:8265, start a cluster with ray start --head, or set RAY_AUTH_MODE=token if it "
+                "asks for a token"
             ) from error
         self.address = self._client.get_address()
 
