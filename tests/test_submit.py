@@ -1,5 +1,8 @@
 """A campaign handed to a cluster: what is refused before, and a job's whole way on a real Ray cluster."""
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -163,6 +166,18 @@ def test_a_job_that_fails_says_why(ray_head: Head, folder: Path) -> None:
     assert found.problem.startswith("evomerge: base: expected a checkpoint folder")
     assert found.problem.endswith("found no folder /not/on/the/cluster")
     assert f"problem  {found.problem}" in command("job", "status", name, "--address", ray_head.jobs)
+
+
+@pytest.mark.ray
+def test_a_cluster_that_asks_for_a_token_is_told_apart(ray_head: Head) -> None:
+    words = [sys.executable, "-m", "evomerge.cli", "job", "status", "--address", ray_head.jobs]
+    done = subprocess.run(
+        words, capture_output=True, text=True, env={**os.environ, "RAY_AUTH_MODE": "disabled"}, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"evomerge: no Ray job server at {ray_head.jobs} (")
+    assert "set RAY_AUTH_MODE=token if it asks for a token" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.ray
