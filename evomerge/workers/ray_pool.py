@@ -55,7 +55,7 @@ class RayOptions(Options):
     @field_validator("gpus")
     @classmethod
     def _can_be_placed(cls, given: float | str) -> float | str:
-        if isinstance(given, float) and not (0 <= given <= 1 or given == round(given) > 0):
+        if isinstance(given, float) and not (0 <= given <= 1 or (given > 1 and given % 1 == 0)):
             raise ValueError("expected a fraction of one GPU, or a whole number of them")
         return given
 
