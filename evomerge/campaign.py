@@ -36,6 +36,7 @@ from evomerge.sections import (
 from evomerge.space.shares import ShareOptions
 from evomerge.strict import parse, read_yaml
 from evomerge.workers.inline import InlineOptions
+from evomerge.workers.ray_pool import RayOptions
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -182,7 +183,9 @@ def _located(campaign: Campaign, folder: Path) -> Campaign:
     """Make every path absolute, so that a campaign means the same wherever it is read again."""
     evaluation = _located_evaluation(campaign.evaluation, folder)
     experts = {name: locate(location, folder) for name, location in campaign.experts.items()}
-    update = {"base": locate(campaign.base, folder), "experts": experts, "evaluation": evaluation}
+    update: dict[str, Any] = {"base": locate(campaign.base, folder), "experts": experts, "evaluation": evaluation}
+    if isinstance(campaign.workers, RayOptions):
+        update["workers"] = campaign.workers.located(folder)
     return campaign.model_copy(update=update)
 
 

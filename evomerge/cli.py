@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,10 @@ families_app = typer.Typer(
     help="Small real expert families to try things on.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(families_app, name="families")
+job_app = typer.Typer(
+    help="Searches that were submitted to a Ray cluster.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(job_app, name="job")
 
 CampaignFile = Annotated[Path, typer.Argument(metavar="FILE", help="Campaign file (YAML).")]
 RunPlace = Annotated[str, typer.Argument(metavar="RUN", help="Run folder, its name under runs/, or URL#NAME.")]
@@ -29,6 +34,11 @@ ShardSize = Annotated[str, typer.Option(help="Largest file of weights, such as 5
 TokenizerFrom = Annotated[
     str | None,
     typer.Option(metavar="EXPERT", help="Take tokenizer, chat template and generation configuration from this expert."),
+]
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="The job that evomerge submit named.")]
+ServerAddress = Annotated[
+    str | None,
+    typer.Option("--address", help="http://HOST:8265 of the cluster's head (default: RAY_ADDRESS, or this machine)."),
 ]
 OutFolder = Annotated[Path, typer.Option("--out", help="New folder for the merged checkpoint.")]
 
@@ -70,6 +80,22 @@ def search(
         typer.echo("evomerge: stopped; the same command goes on where this one ended", err=True)
         raise typer.Exit(130) from interrupt
     print_finished(result, file, was_finished=finished_before)
+
+
+@app.command()
+def submit(
+    file: CampaignFile,
+    run: Annotated[
+        str | None, typer.Option(help="As for search, and as the cluster's head finds it (default: runs/NAME here).")
+    ] = None,
+    workers: Annotated[str | None, typer.Option(help="ray:8 or ray:auto (default: what the file says).")] = None,
+    address: ServerAddress = None,
+) -> None:
+    """Hand a campaign's search to a Ray cluster and return at once; the same command resumes it."""
+    from evomerge.report.jobs import print_submitted
+    from evomerge.submit import submit as submit_to
+
+    print_submitted(submit_to(file, address, run=run, workers=workers), _option(address))
 
 
 @app.command()
@@ -232,6 +258,55 @@ def operators() -> None:
     from evomerge.report.terminal import print_operators
 
     print_operators()
+
+
+@job_app.command("status")
+def job_status(
+    job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="One job (default: all).")] = None,
+    address: ServerAddress = None,
+) -> None:
+    """Show what became of a job, or list all."""
+    from evomerge.report.jobs import print_job, print_jobs
+    from evomerge.workers.jobs import JobServer
+
+    server = JobServer(address)
+    if job is None:
+        print_jobs(server.jobs(), server.address)
+    else:
+        print_job(server.job(job), _option(address))
+
+
+@job_app.command("logs")
+def job_logs(
+    job: JobName,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job is over; Ctrl-C leaves it be.")] = False,
+    address: ServerAddress = None,
+) -> None:
+    """Print what a job has printed."""
+    from evomerge.workers.jobs import JobServer
+
+    server = JobServer(address)
+    if not follow:
+        typer.echo(server.logs(job), nl=False)
+        return
+    try:
+        server.follow(job, partial(typer.echo, nl=False))
+    except KeyboardInterrupt as interrupt:
+        raise typer.Exit(130) from interrupt
+
+
+@job_app.command("stop")
+def job_stop(job: JobName, address: ServerAddress = None) -> None:
+    """Let a job finish what is under way and end, as Ctrl-C does; evomerge submit goes on with its run."""
+    from evomerge.report.jobs import print_stopping
+    from evomerge.workers.jobs import JobServer
+
+    print_stopping(JobServer(address).stop(job), _option(address))
+
+
+def _option(address: str | None) -> str:
+    """How a command to come names the job server that this one was given."""
+    return f" --address {address}" if address else ""
 
 
 @families_app.command("make")

@@ -1,9 +1,12 @@
 import os
+import secrets
 import uuid
 
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of tests side by side, each has a core
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["RAY_AUTH_MODE"] = "token"  # clusters of tests let tests in, and leave no token in the home folder
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +17,7 @@ import torch
 import yaml
 from filelock import FileLock
 from postgres_server import NoServerError, served
+from ray_head import Head, started
 from silent_watcher import Silent
 from small_families import SMALL
 
@@ -68,6 +72,13 @@ def postgresql() -> Iterator[str]:
             yield url
     except NoServerError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def ray_head() -> Iterator[Head]:
+    """The addresses of a Ray cluster with a job server; started for the first test that wants it."""
+    with started() as head:
+        yield head
 
 
 @pytest.fixture

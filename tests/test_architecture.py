@@ -45,6 +45,7 @@ LAYERS = (
         "card_metadata",
         "push",
         "front_picture",
+        "submit",
     },
     {"report"},
     {"cli"},

@@ -55,6 +55,19 @@ class Location:
         """As it is typed in a shell."""
         return quote(str(self))
 
+    @property
+    def absolute(self) -> "Location":
+        """The same place, whatever the working directory."""
+        if self.path is None:
+            return self
+        path = self.path.absolute()
+        return replace(self, url=self.url.set(database=str(path)), folder=self.folder and path.parent)
+
+    @property
+    def has_secret(self) -> bool:
+        """Whether the URL holds a password."""
+        return self.url.password is not None or any(key in self.url.query for key in SECRETS)
+
     def called(self, name: str) -> "Location":
         """Return the location with a name, where it needs one and has none."""
         return self if self.folder or self.name else replace(self, name=name)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from evomerge.errors import CampaignError, CandidateError, EvoMergeError
 from evomerge.records import Measurement, Options, Split, TaskItems
@@ -51,6 +51,31 @@ class RayOptions(Options):
     timeout_s: PositiveFloat | None = None
     attempts: PositiveInt = 3
     runtime_env: dict[str, Any] | None = None
+
+    @field_validator("gpus")
+    @classmethod
+    def _can_be_placed(cls, given: float | str) -> float | str:
+        if isinstance(given, float) and not (0 <= given <= 1 or (given > 1 and given % 1 == 0)):
+            raise ValueError("expected a fraction of one GPU, or a whole number of them")
+        return given
+
+    def located(self, folder: Path) -> "RayOptions":
+        """Return the options with absolute paths in runtime_env, given relative to a folder. Raises: CampaignError."""
+
+        def locate(given: Any) -> Any:
+            if not isinstance(given, str) or "://" in given:
+                return given
+            path = folder / Path(given).expanduser()
+            if not path.exists():
+                raise CampaignError(f"workers.runtime_env: {given}: no such folder or file in {folder}")
+            return str(path.resolve())
+
+        env = dict(self.runtime_env or {})
+        if "working_dir" in env:
+            env["working_dir"] = locate(env["working_dir"])
+        if isinstance(env.get("py_modules"), list):
+            env["py_modules"] = [locate(given) for given in env["py_modules"]]
+        return self.model_copy(update={"runtime_env": env}) if env else self
 
 
 class Findings(Protocol):
@@ -246,7 +271,7 @@ class RayPool:
         except self._ray.exceptions.RayTaskError as error:
             if slot.job is None and self._shared:  # what was lent is lost with the machine that held it
                 return self._bury(slot, "what it was to read was lost")
-            raise EvoMergeError(f"a worker raised {_first_line(error.cause)}") from error
+            raise EvoMergeError(f"a worker raised {first_line(error.cause)}") from error
         except self._ray.exceptions.RayError as error:
             return self._bury(slot, self._reason(error))
         if slot.job is None:
@@ -387,16 +412,24 @@ def _connect(options: RayOptions) -> tuple[Any, bool]:
             ray.init(options.address or "local", **asked)
         except Exception as error:  # Ray raises a dozen unrelated classes
             raise CampaignError(
-                f"workers.address: no Ray cluster at {options.address or 'this machine'} ({_first_line(error)}); start "
-                "one with ray start --head, or leave the address out"
+                f"workers.address: no Ray cluster at {options.address or 'this machine'} ({first_line(error)}); start "
+                "one with ray start --head, leave the address out, or set RAY_AUTH_MODE=token if it asks for a token"
             ) from error
     return ray, True
 
 
 def _places(resources: Mapping[str, float], cpus: float, gpus: float) -> int:
-    """How many workers one machine has room for."""
-    by_cpu = resources.get("CPU", 0.0) // cpus
-    return int(min(by_cpu, resources.get("GPU", 0.0) // gpus) if gpus else by_cpu)
+    """How many workers one machine has room for; a fraction of a GPU lies on one of them."""
+    by_cpu = _times(resources.get("CPU", 0.0), cpus)
+    if not gpus:
+        return by_cpu
+    num_gpus = resources.get("GPU", 0.0)
+    return min(by_cpu, int(num_gpus) * _times(1.0, gpus) if gpus < 1 else _times(num_gpus, gpus))
+
+
+def _times(whole: float, part: float) -> int:
+    """How often a part fits into a whole, in the ten-thousandths that Ray counts in: 0.1 fits into 1 ten times."""
+    return round(whole * 1e4) // max(round(part * 1e4), 1)
 
 
 def _result(job: _Job, slot: _Slot, outcome: Outcome) -> Result:
@@ -411,5 +444,6 @@ def _result(job: _Job, slot: _Slot, outcome: Outcome) -> Result:
     )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return an error's words in one line, shortened: Ray's fill a screen."""
     return " ".join(str(error).split())[:300] or type(error).__name__
