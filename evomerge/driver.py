@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from evomerge.assemble import PROPOSERS
+from evomerge.clock import Clock
 from evomerge.course import Course, Leg
 from evomerge.draining import Draining
 from evomerge.errors import EvoMergeError
@@ -32,6 +33,9 @@ class Watcher(Protocol):
 
     def phase(self, title: str, total: int, done: int) -> None:
         """Begin a phase of ``total`` evaluations, of which ``done`` are in the ledger."""
+
+    def issue(self, trial: Trial) -> None:
+        """A candidate has been handed to the workers, for the first time or, after an interruption, again."""
 
     def advance(self, trial: Trial | None) -> None:
         """One evaluation finished; a search trial is handed over."""
@@ -80,23 +84,35 @@ class Driver:
         proposer, pending = self._rebuild(number, stage, seed, leg, trials)
         for trial in pending.values():
             pool.submit(trial.number, trial.candidate, "search")
+            self.watcher.issue(trial)
+        clock = Clock()
         num_issued = sum(trial.stage == number for trial in trials)
         while True:
             while room := 0 if self.draining else min(pool.num_free, stage.num_evaluations - num_issued):
                 asked = proposer.ask(room, [trial.candidate for trial in pending.values()])
+                clock.lap("propose")
                 if not asked:
                     break
                 for candidate in asked:
                     trial = self.ledger.issue(number, num_issued, candidate)
+                    clock.lap("record")
                     pool.submit(trial.number, candidate, "search")
                     pending[trial.number] = trial
                     num_issued += 1
+                    clock.lap("submit")
+                    self.watcher.issue(trial)
+                    clock.lap("show")
             if not pending:
                 return self._stop_if_asked()
             result = next(pool.results())
+            clock.lap("wait")
+            result = replace(result, fate={**result.fate, "driver": clock.take()})
             trial = self._record(pending.pop(result.key), result)
+            clock.lap("record")
             proposer.tell(observe(trial, self.plan.objectives))
+            clock.lap("propose")
             self.watcher.advance(trial)
+            clock.lap("show")
 
     def _rebuild(
         self, number: int, stage: Stage, seed: int, leg: Leg, trials: Sequence[Trial]

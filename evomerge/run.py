@@ -251,22 +251,6 @@ def _run_of(ledger: Ledger) -> Run:
     return Run(ledger.location, campaign, objectives, facts, ledger)
 
 
-class Unwatched:
-    """A watcher that shows nothing."""
-
-    def begin(self, stages: "Sequence[Stage]") -> None:
-        """Nothing to show."""
-
-    def phase(self, title: str, total: int, done: int) -> None:
-        """Nothing to show."""
-
-    def advance(self, trial: Trial | None) -> None:
-        """Nothing to show."""
-
-    def note(self, line: str) -> None:
-        """Nothing to show."""
-
-
 def search(
     campaign: Campaign,
     location: str | Path | Location,
@@ -281,9 +265,11 @@ def search(
     from evomerge.course import Course
     from evomerge.draining import Draining
     from evomerge.driver import Driver
+    from evomerge.log import Log
     from evomerge.plan import make_plan
     from evomerge.pools import open_pool
     from evomerge.stages import make_stages
+    from evomerge.watchers import Watchers
 
     location = locate(location).called(campaign.name)
     Ledger.upgrade(location)
@@ -295,8 +281,10 @@ def search(
     with closing(Ledger.drive(location, campaign.name)) as ledger:
         plan = make_plan(campaign)
         make_stages(campaign, plan)  # mistakes come to light before the weights are loaded
-        watcher = watcher or Unwatched()
-        with open_pool(campaign, plan, watcher.note) as (pool, findings):
+        log = Log(location, campaign)
+        watcher = Watchers([log, *([watcher] if watcher else [])])
+        session = log.session(resumed=ledger.has_begun)
+        with session, open_pool(campaign, plan, watcher.note) as (pool, findings):
             plan = plan.with_findings(findings)
             stages = make_stages(campaign, plan)  # with what the workers have found out
             dumped = campaign.model_dump(mode="json")

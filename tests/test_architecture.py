@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "evomerge"
 LAYERS = (
-    {"records", "errors", "strict", "chat"},
+    {"records", "errors", "strict", "chat", "clock"},
     {"kernels"},
     {"operators", "space", "splits", "front", "evidence"},
     {"materialize", "ledger", "surrogates", "descent_rules"},
@@ -25,11 +25,13 @@ LAYERS = (
         "racing",
         "driver",
         "draining",
+        "watchers",
+        "log",
         "pools",
         "recipe_file",
     },
     {"interop"},
-    {"run", "mirror", "runs", "check", "claims", "export", "card", "guard"},
+    {"run", "mirror", "runs", "check", "claims", "export", "card", "guard", "times"},
     {"report"},
     {"cli"},
 )

@@ -130,6 +130,9 @@ class SearchProgress:
             self._run = open_run(self.location)
             self._show([trial for trial in self._run.trials if trial.order is not None])
 
+    def issue(self, trial: Trial) -> None:
+        """Nothing to show."""
+
     def advance(self, trial: Trial | None) -> None:
         """Move the bar by one."""
         assert self._task is not None
