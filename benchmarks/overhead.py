@@ -18,7 +18,7 @@ from rich.table import Table
 from evomerge.campaign import Campaign, read_campaign
 from evomerge.families.family import make
 from evomerge.run import search
-from evomerge.watchers import Unwatched
+from evomerge.watcher import Unwatched
 
 NUM_EVALUATIONS = 100
 PROPOSERS = ("sobol", "cma_es", "tpe", "nsga2")

@@ -6,7 +6,6 @@ It owns no state that the ledger does not hold: a killed run starts here again a
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
 
 from evomerge.assemble import PROPOSERS
 from evomerge.clock import Clock
@@ -22,26 +21,8 @@ from evomerge.racing import RacingPool, finished_models, make_race
 from evomerge.records import Measurement, Recipe, Split, Trial, in_order
 from evomerge.references import best_scalar, reference_recipes
 from evomerge.stages import Stage
+from evomerge.watcher import Watcher
 from evomerge.workers.pool import Pool, Result
-
-
-class Watcher(Protocol):
-    """Shows a person how far the run is."""
-
-    def begin(self, stages: Sequence[Stage]) -> None:
-        """The run begins, or goes on."""
-
-    def phase(self, title: str, total: int, done: int) -> None:
-        """Begin a phase of ``total`` evaluations, of which ``done`` are in the ledger."""
-
-    def issue(self, trial: Trial) -> None:
-        """A candidate has been handed to the workers, for the first time or, after an interruption, again."""
-
-    def advance(self, trial: Trial | None) -> None:
-        """One evaluation finished; a search trial is handed over."""
-
-    def note(self, line: str) -> None:
-        """Something that a person should know: what is being loaded, a worker that died."""
 
 
 class Driver:
@@ -93,15 +74,15 @@ class Driver:
                 clock.lap("propose")
                 if not asked:
                     break
-                for candidate in asked:
-                    trial = self.ledger.issue(number, num_issued, candidate)
-                    clock.lap("record")
-                    pool.submit(trial.number, candidate, "search")
+                issued = self.ledger.issue_all(number, num_issued, asked)
+                clock.lap("record")
+                for trial in issued:
+                    pool.submit(trial.number, trial.candidate, "search")
                     pending[trial.number] = trial
-                    num_issued += 1
                     clock.lap("submit")
                     self.watcher.issue(trial)
                     clock.lap("show")
+                num_issued += len(issued)
             if not pending:
                 return self._stop_if_asked()
             result = next(pool.results())

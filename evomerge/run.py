@@ -1,7 +1,7 @@
 """A run: one campaign's record, opened, started or resumed, and picked from."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -23,9 +23,8 @@ from evomerge.space.choice import chosen
 from evomerge.space.data_flow import layers_on
 
 if TYPE_CHECKING:
-    from evomerge.driver import Watcher
     from evomerge.plan import Findings, Plan
-    from evomerge.stages import Stage
+    from evomerge.watcher import Watcher
 
 
 @dataclass(frozen=True)
@@ -269,7 +268,7 @@ def search(
     from evomerge.plan import make_plan
     from evomerge.pools import open_pool
     from evomerge.stages import make_stages
-    from evomerge.watchers import Watchers
+    from evomerge.watcher import Watchers
 
     location = locate(location).called(campaign.name)
     Ledger.upgrade(location)

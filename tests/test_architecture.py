@@ -25,7 +25,7 @@ LAYERS = (
         "racing",
         "driver",
         "draining",
-        "watchers",
+        "watcher",
         "log",
         "pools",
         "recipe_file",

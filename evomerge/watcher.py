@@ -1,19 +1,35 @@
-"""Watchers of a run (``driver.Watcher``) that show nothing, or hand on to others."""
+"""Who looks on while a run is driven."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from evomerge.records import Trial
+from evomerge.stages import Stage
 
-if TYPE_CHECKING:
-    from evomerge.driver import Watcher
-    from evomerge.stages import Stage
+
+class Watcher(Protocol):
+    """Shows a person how far the run is."""
+
+    def begin(self, stages: Sequence[Stage]) -> None:
+        """The run begins, or goes on."""
+
+    def phase(self, title: str, total: int, done: int) -> None:
+        """Begin a phase of ``total`` evaluations, of which ``done`` are in the ledger."""
+
+    def issue(self, trial: Trial) -> None:
+        """A candidate has been handed to the workers, for the first time or, after an interruption, again."""
+
+    def advance(self, trial: Trial | None) -> None:
+        """One evaluation finished; a search trial is handed over."""
+
+    def note(self, line: str) -> None:
+        """Something that a person should know: what is being loaded, a worker that died."""
 
 
 class Unwatched:
     """A watcher that shows nothing."""
 
-    def begin(self, stages: "Sequence[Stage]") -> None:
+    def begin(self, stages: Sequence[Stage]) -> None:
         """Nothing to show."""
 
     def phase(self, title: str, total: int, done: int) -> None:
@@ -32,10 +48,10 @@ class Unwatched:
 class Watchers:
     """Several watchers, told one after the other."""
 
-    def __init__(self, watchers: "Sequence[Watcher]") -> None:
+    def __init__(self, watchers: Sequence[Watcher]) -> None:
         self._watchers = watchers
 
-    def begin(self, stages: "Sequence[Stage]") -> None:
+    def begin(self, stages: Sequence[Stage]) -> None:
         """The run begins, or goes on."""
         for watcher in self._watchers:
             watcher.begin(stages)
