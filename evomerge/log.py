@@ -3,9 +3,9 @@
     {"time": "2026-11-30T09:15:02.118Z", "event": "finished", "trial": 12, "values": {...}, "seconds": {...}, ...}
 
 Events: ``begin`` or ``resume``, ``load``, ``search`` (the stages), ``phase``, ``stage``, ``issued``; ``finished``,
-``stopped`` (by a race) or ``failed``, of a trial, with where its time went; ``scored`` (a model that is no trial),
-``worker`` (the first result of one), ``note``, and ``end`` with how. It is for people and their tools, and a convenience: what
-cannot be written is left out, and the run goes on. The record of a run is its ledger.
+``stopped`` (by a race) or ``failed``, of a trial, with where its time went (``times.py``); ``scored`` (a model that is
+no trial), ``worker`` (the first result of one), ``note``, and ``end`` with how. It is for people and their tools, and a
+convenience: what cannot be written is left out, and the run goes on. The record of a run is its ledger.
 """
 
 import json
@@ -38,7 +38,8 @@ def log_file(location: Location) -> Path:
 def last_events(location: Location, count: int) -> list[dict[str, Any]]:
     """Return the last events of a run's log, at most ``count``, the latest last; none if there is no log.
 
-    location: in a database, with the run's name. Lines that are no events are left out: one may be torn where a disk was full.
+    location: in a database, with the run's name. Lines that are no events are left out: one may be torn where a disk
+    was full.
     """
     lines: list[bytes] = []
     try:

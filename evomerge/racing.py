@@ -67,11 +67,11 @@ class RacingPool:
 
     def results(self) -> Iterator[Result]:
         """Yield results of candidates that failed, were stopped or have run all rounds, until none is left."""
-        for result in self._pool.results():
-            key, outcome = result.key, result.outcome
+        for last in self._pool.results():
+            key, outcome = last.key, last.outcome
             runner = self._running.pop(key)
-            seconds = {part: runner.seconds.get(part, 0.0) + result.fate.get(part, 0.0) for part in SECONDS}
-            result = replace(result, fate={**result.fate, **seconds})
+            seconds = {part: runner.seconds.get(part, 0.0) + last.fate.get(part, 0.0) for part in SECONDS}
+            result = replace(last, fate={**last.fate, **seconds})
             if not isinstance(outcome, Measurement):
                 yield result
                 continue

@@ -212,7 +212,12 @@ class Ledger:
         trials = []
         with self._writing() as connection:
             for index, candidate in enumerate(candidates, start=first):
-                row = {"run": self._run, "stage": stage, "stage_index": index, "candidate": json.dumps(asdict(candidate))}
+                row = {
+                    "run": self._run,
+                    "stage": stage,
+                    "stage_index": index,
+                    "candidate": json.dumps(asdict(candidate)),
+                }
                 number, known = connection.execute(ISSUE, {"of_run": self._run, **row, "issued": time.time()}).one()
                 trials.append(Trial(number=number, stage=stage, index=index, candidate=candidate, known=known))
         return trials
