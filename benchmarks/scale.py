@@ -13,24 +13,14 @@ when the driver has nothing to do but wait: whatever the driver takes keeps work
 trials: the same with a long record: milliseconds a result at its beginning and end, memory, and the time to go on.
 """
 
-import argparse
 import heapq
-import json
-import multiprocessing
-import os
-import resource
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 from evomerge import pools
 from evomerge.campaign import BudgetSection, Campaign, StageSection, read_campaign
@@ -39,9 +29,7 @@ from evomerge.ledger.location import locate
 from evomerge.plan import Findings, Plan
 from evomerge.records import Measurement, Recipe, Score, Split, TaskItems
 from evomerge.report.terminal import Loading, SearchProgress
-from evomerge.run import Run, search
-from evomerge.times import times_of
-from evomerge.watcher import Unwatched
+from evomerge.run import search
 from evomerge.workers.pool import Result, Subject
 
 NUM_SCORES = 64  # different measurements that simulated workers return

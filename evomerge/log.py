@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from evomerge.campaign import Campaign
@@ -27,14 +26,6 @@ FILE_NAME = "log.jsonl"
 TAIL_BYTES = 1 << 16
 
 
-def log_file(location: Location) -> Path:
-    """Return where the log of a run lies: in its folder; of a run in a database, beside the file, or under runs/."""
-    if location.folder is not None:
-        return location.folder / FILE_NAME
-    folder = location.path.parent if location.path else Path("runs")
-    return folder / f"{location.name}.{FILE_NAME}"
-
-
 def last_events(location: Location, count: int) -> list[dict[str, Any]]:
     """Return the last events of a run's log, at most ``count``, the latest last; none if there is no log.
 
@@ -43,7 +34,7 @@ def last_events(location: Location, count: int) -> list[dict[str, Any]]:
     """
     lines: list[bytes] = []
     try:
-        with log_file(location).open("rb") as file:
+        with location.beside(FILE_NAME).open("rb") as file:
             start = file.seek(0, os.SEEK_END)
             tail = b""
             while start and len(lines) <= count:  # the first of them may be cut
@@ -62,7 +53,7 @@ class Log:
 
     def __init__(self, location: Location, campaign: Campaign) -> None:
         self._location, self._campaign = location, campaign
-        self._path = log_file(location)
+        self._path = location.beside(FILE_NAME)
         self._file: int | None = None
         self._is_torn = False  # the line before
         self._is_loading = True

@@ -18,7 +18,7 @@ from evomerge.front.front import front_hypervolume, front_of, maximized
 from evomerge.front.pick import knee, prefer
 from evomerge.ledger.ledger import Ledger
 from evomerge.ledger.location import Location, locate
-from evomerge.records import Measurement, Objective, Split, Trial
+from evomerge.records import Measurement, Objective, Split, Trial, digest
 from evomerge.space.choice import chosen
 from evomerge.space.data_flow import layers_on
 
@@ -268,6 +268,8 @@ def search(
     from evomerge.plan import make_plan
     from evomerge.pools import open_pool
     from evomerge.stages import make_stages
+    from evomerge.trackers import require_clients
+    from evomerge.tracking import Tracking
     from evomerge.watcher import Watchers
 
     location = locate(location).called(campaign.name)
@@ -280,10 +282,17 @@ def search(
     with closing(Ledger.drive(location, campaign.name)) as ledger:
         plan = make_plan(campaign)
         make_stages(campaign, plan)  # mistakes come to light before the weights are loaded
+        require_clients(campaign.trackers)
         log = Log(location, campaign)
-        watcher = Watchers([log, *([watcher] if watcher else [])])
-        session = log.session(resumed=ledger.has_begun)
-        with session, open_pool(campaign, plan, watcher.note) as (pool, findings):
+        shown = Watchers([log, *([watcher] if watcher else [])])
+        identity = f"{campaign.name}-{digest(ledger.created())[:12]}"
+        tracking = Tracking(campaign, location, identity, shown.note)
+        watcher = Watchers([tracking, shown])
+        with (
+            log.session(resumed=ledger.has_begun),
+            tracking,
+            open_pool(campaign, plan, watcher.note) as (pool, findings),
+        ):
             plan = plan.with_findings(findings)
             stages = make_stages(campaign, plan)  # with what the workers have found out
             dumped = campaign.model_dump(mode="json")

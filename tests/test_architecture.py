@@ -11,7 +11,7 @@ LAYERS = (
     {"kernels"},
     {"operators", "space", "splits", "front", "evidence"},
     {"materialize", "ledger", "surrogates", "descent_rules"},
-    {"proposers", "evaluators", "fidelity", "workers", "families"},
+    {"proposers", "evaluators", "fidelity", "workers", "families", "trackers"},
     {
         "campaign",
         "assemble",
@@ -31,7 +31,7 @@ LAYERS = (
         "recipe_file",
     },
     {"interop"},
-    {"run", "mirror", "runs", "check", "claims", "export", "card", "guard", "times"},
+    {"run", "mirror", "runs", "check", "claims", "export", "card", "guard", "times", "tracking"},
     {"report"},
     {"cli"},
 )
@@ -53,6 +53,9 @@ CONFINED = {  # library -> where alone it may be imported
     "typer": {"cli"},
     "ray": {"workers"},
     "lm_eval": {"evaluators"},
+    "tensorboardX": {"trackers"},
+    "mlflow": {"trackers"},
+    "wandb": {"trackers"},
 }
 
 

@@ -11,14 +11,16 @@ from silent_watcher import Interrupt, Interrupting
 
 from evomerge.campaign import Campaign
 from evomerge.ledger.location import Location, locate
-from evomerge.log import FILE_NAME, last_events, log_file
+from evomerge.log import FILE_NAME, last_events
 from evomerge.records import Trial
 from evomerge.run import Run, open_run, search
 
 
 @pytest.fixture
 def campaign(make_campaign: Callable[..., Campaign]) -> Campaign:
-    return make_campaign(search=[{"proposer": "sobol", "evaluations": 3}, {"proposer": "tpe"}], budget={"evaluations": 5})
+    return make_campaign(
+        search=[{"proposer": "sobol", "evaluations": 3}, {"proposer": "tpe"}], budget={"evaluations": 5}
+    )
 
 
 @pytest.fixture
@@ -96,7 +98,7 @@ def test_of_a_log_the_last_events_are_read_past_what_is_torn(tmp_path: Path) -> 
     location = locate(tmp_path)
     assert last_events(location, 3) == []
     lines = [json.dumps({"event": "issued", "trial": number, "padding": "x" * 500}) for number in range(400)]
-    log_file(location).write_text("\n".join(["[1]", *lines[:200], '{"event": "fin', "", *lines[200:]]))
+    location.beside(FILE_NAME).write_text("\n".join(["[1]", *lines[:200], '{"event": "fin', "", *lines[200:]]))
     assert [event["trial"] for event in last_events(location, 3)] == [397, 398, 399]
     assert [event["trial"] for event in last_events(location, 1000)] == list(range(400))
 
@@ -111,7 +113,7 @@ def test_of_a_log_the_last_events_are_read_past_what_is_torn(tmp_path: Path) -> 
 )
 def test_where_it_lies(given: str, expected: str) -> None:
     location: Location = locate(given)
-    assert log_file(location) == Path(expected)
+    assert location.beside(FILE_NAME) == Path(expected)
 
 
 def test_the_times_of_a_real_run_add_up(interrupted: Run) -> None:

@@ -21,10 +21,9 @@ class SoFar:
 
     def __init__(self, objectives: Sequence[Objective], reference: Measurement) -> None:
         self._objectives = objectives
-        self._signs_M = np.array([objective.sign for objective in objectives if objective.steers])
         self._reference_M = maximized(reference, objectives)
-        self._best_M = np.full(len(self._signs_M), -np.inf)
-        self._front_NM = np.zeros((0, len(self._signs_M)))
+        self._best_M = np.full(len(self._reference_M), -np.inf)
+        self._front_NM = np.zeros((0, len(self._reference_M)))
         self._volume: float | None = 0.0
         self.counts = {"scored": 0, "stopped": 0, "failed": 0}
 
@@ -44,9 +43,10 @@ class SoFar:
         self._volume = None
 
     @property
-    def best(self) -> list[float]:
+    def best(self) -> dict[str, float]:
         """The best value of each objective that steers, in the user's sign; infinite before there is one."""
-        return [float(value) for value in self._signs_M * self._best_M]
+        steering = [objective for objective in self._objectives if objective.steers]
+        return {one.name: one.sign * float(value) for one, value in zip(steering, self._best_M, strict=True)}
 
     @property
     def num_on_front(self) -> int:

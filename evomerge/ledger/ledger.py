@@ -175,6 +175,11 @@ class Ledger:
             found = held(self._database, connection, self._run)
         return found[0] if found else None
 
+    def created(self) -> float:
+        """Return when the run was created, in Unix seconds: what tells it from others of its name."""
+        with self._database.reading() as connection:
+            return float(self._column(connection, tables.runs.c.created))
+
     def last_written(self) -> float:
         """Return when a trial was last issued or finished, or the run begun, in Unix seconds."""
         latest = select(func.max(tables.trials.c.issued), func.max(tables.trials.c.finished))

@@ -155,8 +155,9 @@ class SearchProgress:
         if not so_far.counts["scored"]:
             return
         ended = "".join(f" · {so_far.counts[how]} {how}" for how in ("stopped", "failed") if so_far.counts[how])
-        best = " ".join(f"{value:.2f}" for value in so_far.best[:4]) + (" ..." if len(so_far.best) > 4 else "")
-        self._progress.update(self._task, note=f"best {best} · hv {so_far.volume:.2g}{ended}")
+        best = [f"{value:.2f}" for value in so_far.best.values()]
+        shown = " ".join(best[:4]) + (" ..." if len(best) > 4 else "")
+        self._progress.update(self._task, note=f"best {shown} · hv {so_far.volume:.2g}{ended}")
 
 
 def print_front(run: Run, *, everything: bool = False) -> None:

@@ -41,7 +41,7 @@ def test_best_front_and_volume_are_those_of_all_trials(seed: int) -> None:
         assert so_far.volume == pytest.approx(front_hypervolume(trials[:n], OBJECTIVES, base), abs=1e-12)
         assert so_far.num_on_front == len(front_of(trials[:n], OBJECTIVES))
     values_NM = np.array([[score.value for score in one.measurement.scores.values()] for one in trials])  # type: ignore[union-attr]
-    assert so_far.best == [values_NM[:, 0].max(), values_NM[:, 1].min()]
+    assert so_far.best == {"math": values_NM[:, 0].max(), "loss": values_NM[:, 1].min()}
 
 
 def test_what_failed_or_was_stopped_only_counts() -> None:
