@@ -4,6 +4,7 @@ One class a tracker; a step is a trial's place among the results. A session that
 tracker's run of before: ``identity`` is the same for all sessions of a run, and differs between runs.
 """
 
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ class TensorboardOptions(Options):
 
 
 class MlflowOptions(Options):
-    """MLflow at a tracking server's address, or in a folder (default: what MLFLOW_TRACKING_URI says)."""
+    """MLflow; uri: of its server or database, as MLflow reads it (default: what MLFLOW_TRACKING_URI says)."""
 
     kind: Literal["mlflow"] = "mlflow"
     uri: str | None = None
@@ -48,10 +49,9 @@ class MlflowOptions(Options):
             )
         return self
 
-    def located(self, folder: Path) -> "MlflowOptions":
-        """Return the options with an absolute path, given relative to a folder."""
-        is_path = self.uri is not None and ":" not in self.uri
-        return self.model_copy(update={"uri": _located(self.uri, folder)}) if is_path else self
+    def located(self, folder: Path) -> "MlflowOptions":  # noqa: ARG002
+        """Return the options: they hold no path of ours."""
+        return self
 
 
 class WandbOptions(Options):
@@ -136,10 +136,11 @@ class Mlflow:
     TAG = "evomerge.run"
 
     def __init__(self, options: MlflowOptions, run: Tracked) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # the terminal is the search's
         self._client = MlflowClient(options.uri)
         experiment = self._client.get_experiment_by_name(options.experiment)
         place = experiment.experiment_id if experiment else self._client.create_experiment(options.experiment)
