@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from evomerge.assemble import PROPOSERS
+from evomerge.assemble import proposer_type
 from evomerge.clock import Clock
 from evomerge.course import Course, Leg
 from evomerge.draining import Draining
@@ -109,11 +109,11 @@ class Driver:
             history=leg.history,
             best=leg.best,
         )
-        proposer = PROPOSERS[stage.proposer](problem, stage.options)  # type: ignore[call-arg]
-        results = [trial for trial in in_order(trials) if trial.stage == number]
+        proposer = proposer_type(stage.proposer, "search")(problem, stage.options)  # type: ignore[call-arg]
+        results = deque(trial for trial in in_order(trials) if trial.stage == number)
         for trial in (trial for trial in trials if trial.stage == number):
             while results and (results[0].order or 0) < trial.known:
-                proposer.tell(observe(results.pop(0), self.plan.objectives))
+                proposer.tell(observe(results.popleft(), self.plan.objectives))
             proposer.recall(trial.candidate)
         for trial in results:
             proposer.tell(observe(trial, self.plan.objectives))

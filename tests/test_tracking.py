@@ -117,6 +117,7 @@ def wandb_records(data: bytes) -> Iterator[bytes]:
 def test_wandb_offline(make_campaign: Make, tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="pip install 'evomerge[wandb]'")
     from wandb.proto.wandb_internal_pb2 import Record
+
     campaign = tracked(make_campaign, {"kind": "wandb", "mode": "offline", "folder": str(tmp_path / "w")})
     run = search(campaign, tmp_path / "run")
     (path,) = (tmp_path / "w").rglob("*.wandb")
