@@ -321,6 +321,8 @@ def _facts(plan: "Plan", findings: "Findings") -> dict[str, Any]:
         "hashes": findings.hashes,
         "decisions": decisions(plan.experts.values(), plan.dtype),
         "items": findings.items,
+        "sums": {measure: sums_KS.tolist() for measure, sums_KS in findings.sums.items()},
+        "losses": sorted(findings.losses),
         "sources": {split: all_sources(plan.objectives, plan.sources(split)) for split in ("search", "test")},
         "stages": [],
     }
