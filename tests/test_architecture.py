@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "evomerge"
 LAYERS = (
-    {"records", "errors", "strict", "chat", "clock"},
+    {"records", "errors", "strict", "chat", "scatter", "clock"},
     {"kernels"},
     {"operators", "space", "splits", "front", "evidence"},
     {"materialize", "ledger", "surrogates", "descent_rules"},
@@ -33,7 +33,22 @@ LAYERS = (
         "recipe_file",
     },
     {"interop"},
-    {"run", "mirror", "replay", "runs", "check", "claims", "export", "card", "guard", "times", "tracking"},
+    {
+        "run",
+        "mirror",
+        "replay",
+        "runs",
+        "check",
+        "claims",
+        "export",
+        "card",
+        "guard",
+        "times",
+        "tracking",
+        "card_metadata",
+        "push",
+        "front_picture",
+    },
     {"report"},
     {"cli"},
 )
@@ -50,6 +65,8 @@ CONFINED = {  # library -> where alone it may be imported
     "sqlalchemy": {"ledger"},
     "psycopg": {"ledger"},
     "moocore": {"front"},
+    "PIL": {"scatter"},
+    "huggingface_hub": {"materialize", "push"},
     "plotly": {"report"},
     "rich": {"report"},
     "typer": {"cli"},
