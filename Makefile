@@ -7,7 +7,8 @@ SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help setup demo test test-ray test-all lint format docs bench-overhead bench-materialize bench-digits bench-evaluate \
-        bench-coverage bench-ledger bench-orderings bench-racing bench-search bench-surrogates clean
+        bench-coverage bench-ledger bench-orderings bench-racing bench-scale bench-search bench-surrogates \
+        clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -78,6 +79,9 @@ bench-ledger: setup  ## Size and speed of a ledger of 10,000 trials (ten minutes
 
 bench-racing: setup  ## What a race saves in items for the same hypervolume, over ten seeds
 	@$(BIN)/python benchmarks/racing.py
+
+bench-scale: setup  ## How far one driver reaches: two Ray workers, 1,000 simulated ones, 100,000 trials (half an hour)
+	@$(BIN)/python benchmarks/scale.py
 
 bench-search: setup  ## Searchers at equal cost: hypervolume against cost, ten seeds (hours)
 	@$(BIN)/python -m benchmarks.search

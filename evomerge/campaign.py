@@ -35,6 +35,7 @@ from evomerge.sections import (
 )
 from evomerge.space.shares import ShareOptions
 from evomerge.strict import parse, read_yaml
+from evomerge.trackers import KINDS, TrackerOptions, kind_of
 from evomerge.workers.inline import InlineOptions
 from evomerge.workers.ray_pool import RayOptions
 
@@ -56,6 +57,7 @@ class Campaign(Options):
     search: Literal["auto"] | list[StageSection] = "auto"
     budget: BudgetSection
     workers: WorkersSection = InlineOptions()
+    trackers: list[TrackerOptions] = []
     device: str = "auto"
     residence: Literal["auto", "resident", "int8", "host"] = "auto"
     seed: int = Field(default=0, ge=0)
@@ -78,6 +80,14 @@ class Campaign(Options):
         kind = given.get("kind") if isinstance(given, Mapping) else getattr(given, "kind", None)
         if kind not in WORKERS:
             raise ValueError(f"unknown kind {kind!r}{did_you_mean(str(kind), WORKERS)}")
+        return given
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _known_trackers(cls, given: Any) -> Any:
+        for one in given if isinstance(given, list) else []:
+            if (kind := kind_of(one)) not in KINDS:
+                raise ValueError(f"unknown kind {kind!r}{did_you_mean(str(kind), KINDS)}")
         return given
 
     @property
@@ -154,7 +164,9 @@ class Campaign(Options):
 
     def meaning(self) -> dict[str, Any]:
         """Return the keys that change what a score means or what is proposed; a run is bound to them."""
-        exclude = {"budget", "workers", "name", "device"} | ({"residence"} if self.residence != "int8" else set())
+        exclude = {"budget", "workers", "trackers", "name", "device"} | (
+            {"residence"} if self.residence != "int8" else set()
+        )
         return self.model_dump(mode="json", exclude=exclude)
 
 
@@ -183,7 +195,12 @@ def _located(campaign: Campaign, folder: Path) -> Campaign:
     """Make every path absolute, so that a campaign means the same wherever it is read again."""
     evaluation = _located_evaluation(campaign.evaluation, folder)
     experts = {name: locate(location, folder) for name, location in campaign.experts.items()}
-    update: dict[str, Any] = {"base": locate(campaign.base, folder), "experts": experts, "evaluation": evaluation}
+    update: dict[str, Any] = {
+        "base": locate(campaign.base, folder),
+        "experts": experts,
+        "evaluation": evaluation,
+        "trackers": [tracker.located(folder) for tracker in campaign.trackers],
+    }
     if isinstance(campaign.workers, RayOptions):
         update["workers"] = campaign.workers.located(folder)
     return campaign.model_copy(update=update)

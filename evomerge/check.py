@@ -13,6 +13,7 @@ from evomerge.records import Measurement
 from evomerge.references import reference_recipes
 from evomerge.scorer import Scorer
 from evomerge.stages import Stage, make_stages, stage_cost
+from evomerge.trackers import require_clients
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,7 @@ def check_campaign(campaign: Campaign, loading: Callable[[str], None]) -> CheckR
     """
     plan = make_plan(campaign)
     make_stages(campaign, plan)  # mistakes come to light before the weights are loaded
+    require_clients(campaign.trackers)
     scorer = Scorer(plan, loading)
     plan = scorer.plan
     stages = make_stages(campaign, plan)  # with what the rehearsal showed of the evaluator

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from evomerge.clock import Clock
 from evomerge.course import Course
 from evomerge.draining import Draining
 from evomerge.errors import EvoMergeError
@@ -76,23 +77,35 @@ class Driver:
         pending = {trial.number: trial for trial in trials if trial.order is None}
         for trial in pending.values():
             pool.submit(trial.number, trial.candidate, "search")
+            self.watcher.issue(trial)
+        clock = Clock()
         num_issued = len(trials)
         while True:
             while room := 0 if self.draining else min(pool.num_free, num_evaluations - num_issued):
                 asked = proposer.ask(room, [trial.candidate for trial in pending.values()])
+                clock.lap("propose")
                 if not asked:
                     break
-                for candidate in asked:
-                    trial = self.ledger.issue(number, num_issued, candidate)
-                    pool.submit(trial.number, candidate, "search")
+                issued = self.ledger.issue_all(number, num_issued, asked)
+                clock.lap("record")
+                for trial in issued:
+                    pool.submit(trial.number, trial.candidate, "search")
                     pending[trial.number] = trial
-                    num_issued += 1
+                    clock.lap("submit")
+                    self.watcher.issue(trial)
+                    clock.lap("show")
+                num_issued += len(issued)
             if not pending:
                 return self._stop_if_asked()
             result = next(pool.results())
+            clock.lap("wait")
+            result = replace(result, fate={**result.fate, "driver": clock.take()})
             trial = self._record(pending.pop(result.key), result)
+            clock.lap("record")
             proposer.tell(observe(trial, self.plan.objectives))
+            clock.lap("propose")
             self.watcher.advance(trial)
+            clock.lap("show")
 
     def _record(self, trial: Trial, result: Result) -> Trial:
         outcome = result.outcome

@@ -18,7 +18,7 @@ from evomerge.front.front import front_hypervolume, front_of, maximized
 from evomerge.front.pick import knee, prefer
 from evomerge.ledger.ledger import Ledger
 from evomerge.ledger.location import Location, locate
-from evomerge.records import Measurement, Objective, Split, Trial
+from evomerge.records import Measurement, Objective, Split, Trial, digest
 from evomerge.sections import DataFlowSection, SpaceChanges
 from evomerge.space.choice import chosen
 from evomerge.space.data_flow import layers_on
@@ -265,10 +265,13 @@ def search(
     from evomerge.course import Course
     from evomerge.draining import Draining
     from evomerge.driver import Driver
+    from evomerge.log import Log
     from evomerge.plan import make_plan
     from evomerge.pools import open_pool
     from evomerge.stages import make_stages
-    from evomerge.watcher import Unwatched
+    from evomerge.trackers import require_clients
+    from evomerge.tracking import Tracking
+    from evomerge.watcher import Watchers
 
     location = locate(location).called(campaign.name)
     Ledger.upgrade(location)
@@ -280,8 +283,17 @@ def search(
     with closing(Ledger.drive(location, campaign.name)) as ledger:
         plan = make_plan(campaign)
         make_stages(campaign, plan)  # mistakes come to light before the weights are loaded
-        watcher = watcher or Unwatched()
-        with open_pool(campaign, plan, watcher.note) as (pool, findings):
+        require_clients(campaign.trackers)
+        log = Log(location, campaign)
+        shown = Watchers([log, *([watcher] if watcher else [])])
+        identity = f"{campaign.name}-{digest(ledger.created())[:12]}"
+        tracking = Tracking(campaign, location, identity, shown.note)
+        watcher = Watchers([tracking, shown])
+        with (
+            log.session(resumed=ledger.has_begun),
+            tracking,
+            open_pool(campaign, plan, watcher.note) as (pool, findings),
+        ):
             plan = plan.with_findings(findings)
             stages = make_stages(campaign, plan)  # with what the workers have found out
             dumped = campaign.model_dump(mode="json")

@@ -1,6 +1,5 @@
 """The scorer: owns the resident model; subject -> recipe -> merged model -> measurement."""
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -8,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from evomerge.clock import Clock
 from evomerge.descend import Descender
 from evomerge.errors import CandidateError, DataError, EvoMergeError
 from evomerge.evaluators.evaluator import LOSS, ItemScores, companion_of
@@ -160,16 +160,11 @@ def _in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-class _Clock:
-    """Seconds by part; waits for the GPU where there is one."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+class _Clock(Clock):
+    """Waits for the GPU where there is one."""
 
     def lap(self, part: str) -> None:
+        """Count the time since the last lap to a part."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[part] = now - self._last
-        self._last = now
+        super().lap(part)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Float, cast, create_engine, event, extract, func, literal, select
+from sqlalchemy import ColumnElement, Connection, Float, bindparam, cast, create_engine, event, extract, func, select
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DatabaseError, IntegrityError
 
@@ -80,7 +80,7 @@ class Database:
     def now(self) -> ColumnElement[float]:
         """Unix seconds, by a clock that all drivers of the database share."""
         if self._is_sqlite:
-            return literal(time.time())
+            return bindparam(None, type_=Float(), callable_=time.time)  # when it is used
         return cast(extract("epoch", func.clock_timestamp()), Float)
 
     def close(self) -> None:

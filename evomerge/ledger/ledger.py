@@ -9,7 +9,7 @@ What items scored is read when somebody asks for it.
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -31,6 +31,35 @@ OF_ONE_MEASUREMENT = select(tables.items).where(  # made once: it is asked for t
     tables.items.c.split == bindparam("of_split"),
     tables.items.c.subject == bindparam("of_subject"),
 )
+
+
+def _next(column: Any) -> Any:
+    """The next free number of a dense sequence of a run, which starts at 0."""
+    return select(func.coalesce(func.max(column), -1) + 1).where(column.table.c.run == bindparam("of_run"))
+
+
+def _following(column: Any) -> Any:
+    return _next(column).scalar_subquery()
+
+
+# What every trial needs is made once, too.
+ISSUE = (
+    insert(tables.trials)
+    .values(number=_following(tables.trials.c.number), known=_following(tables.trials.c.finish_order))
+    .returning(tables.trials.c.number, tables.trials.c.known)
+)
+END = (
+    update(tables.trials)
+    .where(
+        tables.trials.c.run == bindparam("of_run"),
+        tables.trials.c.number == bindparam("of_number"),
+        tables.trials.c.finish_order.is_(None),
+    )
+    .values(finish_order=_following(tables.trials.c.finish_order))
+    .returning(tables.trials.c.finish_order)
+)
+MEASURE = insert(tables.measurements).values(place=_following(tables.measurements.c.place))
+SCORES, ITEMS = insert(tables.scores), insert(tables.items)
 
 
 class Ledger:
@@ -146,6 +175,11 @@ class Ledger:
             found = held(self._database, connection, self._run)
         return found[0] if found else None
 
+    def created(self) -> float:
+        """Return when the run was created, in Unix seconds: what tells it from others of its name."""
+        with self._database.reading() as connection:
+            return float(self._column(connection, tables.runs.c.created))
+
     def last_written(self) -> float:
         """Return when a trial was last issued or finished, or the run begun, in Unix seconds."""
         latest = select(func.max(tables.trials.c.issued), func.max(tables.trials.c.finished))
@@ -176,21 +210,22 @@ class Ledger:
 
     def issue(self, stage: int, index: int, candidate: Candidate) -> Trial:
         """Commit a candidate before it is submitted, with the number of results known by now."""
+        return self.issue_all(stage, index, [candidate])[0]
+
+    def issue_all(self, stage: int, first: int, candidates: Sequence[Candidate]) -> list[Trial]:
+        """Commit candidates together before they are submitted; ``first`` is the index of the first in its stage."""
+        trials = []
         with self._writing() as connection:
-            number = self._next(connection, tables.trials.c.number)
-            known = self._next(connection, tables.trials.c.finish_order)
-            connection.execute(
-                insert(tables.trials).values(
-                    run=self._run,
-                    number=number,
-                    stage=stage,
-                    stage_index=index,
-                    candidate=json.dumps(asdict(candidate)),
-                    known=known,
-                    issued=time.time(),
-                )
-            )
-        return Trial(number=number, stage=stage, index=index, candidate=candidate, known=known)
+            for index, candidate in enumerate(candidates, start=first):
+                row = {
+                    "run": self._run,
+                    "stage": stage,
+                    "stage_index": index,
+                    "candidate": json.dumps(asdict(candidate)),
+                }
+                number, known = connection.execute(ISSUE, {"of_run": self._run, **row, "issued": time.time()}).one()
+                trials.append(Trial(number=number, stage=stage, index=index, candidate=candidate, known=known))
+        return trials
 
     def record(
         self,
@@ -206,15 +241,10 @@ class Ledger:
         measurement = outcome if isinstance(outcome, Measurement) else None
         failure = outcome.replace("\0", "\\0") if isinstance(outcome, str) else None  # which PostgreSQL cannot hold
         with self._writing() as connection:
-            order = self._next(connection, tables.trials.c.finish_order)
-            pending = (
-                self._own(tables.trials)
-                & (tables.trials.c.number == trial.number)
-                & tables.trials.c.finish_order.is_(None)
-            )
-            ending = {"finish_order": order, "finished": time.time(), "fingerprint": fingerprint, "failure": failure}
-            ending["fate"] = json.dumps(fate) if fate else None
-            if connection.execute(update(tables.trials).where(pending).values(ending)).rowcount != 1:
+            ending = {"finished": time.time(), "fingerprint": fingerprint, "failure": failure}
+            ending |= {"of_run": self._run, "of_number": trial.number, "fate": json.dumps(fate) if fate else None}
+            order = connection.execute(END, ending).scalar_one_or_none()
+            if order is None:
                 raise EvoMergeError(
                     f"trial {trial.number} is not pending: it was never issued, or has its result already"
                 )
@@ -246,7 +276,7 @@ class Ledger:
         Going on with the same front after an interruption is the same touch.
         """
         with self._writing() as connection:
-            num_finished = self._next(connection, tables.trials.c.finish_order)
+            num_finished = connection.execute(_next(tables.trials.c.finish_order), {"of_run": self._run}).scalar_one()
             touches = json.loads(self._column(connection, tables.runs.c.test_touches))
             if num_finished not in touches:
                 self._update_run(connection, test_touches=json.dumps([*touches, num_finished]))
@@ -277,17 +307,11 @@ class Ledger:
     def _update_run(self, connection: Connection, **values: str) -> None:
         connection.execute(update(tables.runs).where(tables.runs.c.id == self._run).values(values))
 
-    def _next(self, connection: Connection, column: Any) -> int:
-        """Return the next free number of a dense sequence that starts at 0."""
-        highest = connection.execute(select(func.max(column)).where(self._own(column.table))).scalar()
-        return 0 if highest is None else int(highest) + 1
-
     def _insert(self, connection: Connection, subject: str, measurement: Measurement) -> None:
-        place = self._next(connection, tables.measurements.c.place)
-        of_measurement, of_scores, of_items = rows_of({"run": self._run, "subject": subject}, place, measurement)
-        connection.execute(insert(tables.measurements).values(of_measurement))
-        connection.execute(insert(tables.scores), of_scores)
-        connection.execute(insert(tables.items), of_items)
+        of_measurement, of_scores, of_items = rows_of({"run": self._run, "subject": subject}, measurement)
+        connection.execute(MEASURE, {"of_run": self._run, **of_measurement})
+        connection.execute(SCORES, of_scores)
+        connection.execute(ITEMS, of_items)
 
     def _read(self, connection: Connection, split: Split) -> dict[str, Measurement]:
         """Read measurements with their scores, but not their items."""

@@ -40,6 +40,15 @@ class Location:
             raise RunError(f"{self}: a run in a database has no folder for {name}; say where with --out")
         return self.folder / name
 
+    def beside(self, name: str) -> Path:
+        """Return where what goes with the run lies: in its folder; of a database, beside its file, or under runs/.
+
+        In a database, the location must have the run's name.
+        """
+        if self.folder is not None:
+            return self.folder / name
+        return (self.path.parent if self.path else Path("runs")) / f"{self.name}.{name}"
+
     @property
     def path(self) -> Path | None:
         """The file of an SQLite database."""

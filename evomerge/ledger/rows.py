@@ -97,15 +97,14 @@ def measurement_of(row: Any, split: Split, scores: Mapping[str, Score]) -> Measu
     )
 
 
-def rows_of(key: Row, place: int, measurement: Measurement) -> tuple[Row, list[Row], list[Row]]:
-    """Return the rows of a measurement, of its scores and of their items.
+def rows_of(key: Row, measurement: Measurement) -> tuple[Row, list[Row], list[Row]]:
+    """Return the rows of a measurement (all but its place), of its scores and of their items.
 
-    key: run and subject; place: of the measurement among those of the run.
+    key: run and subject.
     """
     key = {**key, "split": measurement.split}
     of_measurement = {
         **key,
-        "place": place,
         "cost": measurement.cost,
         "seconds": json.dumps(dict(measurement.seconds)),
         "weights": measurement.weights,

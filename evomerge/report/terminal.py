@@ -28,7 +28,7 @@ from evomerge.claims import claims
 from evomerge.errors import EvoMergeError, RunError
 from evomerge.export import Exported, Verification
 from evomerge.families.family import make
-from evomerge.front.front import front_hypervolume, front_of, maximized
+from evomerge.front.so_far import SoFar
 from evomerge.guard import GuardReport
 from evomerge.ledger.location import Location, locate
 from evomerge.materialize.adapter import WEIGHTS as ADAPTER_WEIGHTS
@@ -42,6 +42,7 @@ from evomerge.space.choice import COEFFICIENT
 from evomerge.space.space import Dimension
 from evomerge.splits import SPLITS
 from evomerge.stages import Stage
+from evomerge.times import times_of
 
 NUM_ROWS = 12
 console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 100)
@@ -105,10 +106,7 @@ class SearchProgress:
         self.has_begun = False
         self._loading, self._progress = loading, make_progress()
         self._task: TaskID | None = None
-        self._run: Run | None = None
-        self._front: list[Trial] = []
-        self._best_M = np.array(-np.inf)  # maximized
-        self._counts = {"scored": 0, "stopped": 0, "failed": 0}
+        self._so_far: SoFar | None = None
 
     def __enter__(self) -> "SearchProgress":
         return self
@@ -130,14 +128,22 @@ class SearchProgress:
             self._progress.start()
         self._task = self._progress.add_task(title, total=total, completed=done, note="", visible=done < total)
         if title == "search":
-            self._run = open_run(self.location)
-            self._show([trial for trial in self._run.trials if trial.order is not None])
+            run = open_run(self.location)
+            self._so_far = SoFar(run.objectives, run.searched["base"])
+            for trial in run.trials:
+                if trial.order is not None:
+                    self._so_far.add(trial)
+            self._show(self._so_far)
+
+    def issue(self, trial: Trial) -> None:
+        """Nothing to show."""
 
     def advance(self, trial: Trial | None) -> None:
         """Move the bar by one."""
         assert self._task is not None
-        if trial is not None:
-            self._show([trial])
+        if trial is not None and self._so_far is not None:
+            self._so_far.add(trial)
+            self._show(self._so_far)
         self._progress.advance(self._task)
 
     def note(self, line: str) -> None:
@@ -147,24 +153,14 @@ class SearchProgress:
         else:
             self._loading(line)
 
-    def _show(self, trials: Sequence[Trial]) -> None:
-        """Show what further trials change; of those before, only the front is kept."""
-        assert self._run is not None
+    def _show(self, so_far: SoFar) -> None:
         assert self._task is not None
-        for trial in trials:
-            if trial.measurement is None or trial.measurement.stopped:
-                self._counts["stopped" if trial.measurement else "failed"] += 1
-                continue
-            self._counts["scored"] += 1
-            self._best_M = np.maximum(self._best_M, maximized(trial.measurement, self._run.objectives))
-        if not self._counts["scored"]:
+        if not so_far.counts["scored"]:
             return
-        self._front = front_of([*self._front, *trials], self._run.objectives)
-        volume = front_hypervolume(self._front, self._run.objectives, self._run.searched["base"])
-        fates = "".join(f" · {self._counts[fate]} {fate}" for fate in ("stopped", "failed") if self._counts[fate])
-        best = [objective.sign * value for objective, value in zip(self._run.steering, self._best_M, strict=True)]
-        shown = " ".join(f"{value:.2f}" for value in best[:4]) + (" ..." if len(best) > 4 else "")
-        self._progress.update(self._task, note=f"best {shown} · hv {volume:.2g}{fates}")
+        ended = "".join(f" · {so_far.counts[how]} {how}" for how in ("stopped", "failed") if so_far.counts[how])
+        best = [f"{value:.2f}" for value in so_far.best.values()]
+        shown = " ".join(best[:4]) + (" ..." if len(best) > 4 else "")
+        self._progress.update(self._task, note=f"best {shown} · hv {so_far.volume:.2g}{ended}")
 
 
 def print_front(run: Run, *, everything: bool = False) -> None:
@@ -220,9 +216,13 @@ def print_finished(run: Run, file: Path, *, was_finished: bool) -> None:
     if was_finished:
         remedy = f"; raise budget.evaluations in {file} to extend it" if num_trials == budget else ""
         say(f"this campaign had finished: nothing was done{remedy}")
-    whole = sum(run.seconds.values())
-    shares = ", ".join(f"{part} {spent / whole:.0%}" for part, spent in run.seconds.items())
-    say(f"workers  {whole:.0f} s: {shares}")
+    say(f"workers  {_shares(run.seconds)}")
+    times = times_of(run.trials)
+    if times.workers:
+        each = sorted(worker.utilisation for worker in times.workers)
+        spread = f", each {each[0]:.1%} to {each[-1]:.1%}" if len(each) > 1 else ""
+        say(f"         {len(each)} of them, busy {times.utilisation:.1%} of the search{spread}")
+        say(f"driver   {_shares(times.driver)}")
     say(f"run      {run.location}")
     if not run.front:
         return
@@ -418,6 +418,12 @@ def _chain(stages: Sequence[Stage]) -> str:
         + (f" ({stage.reason})" if stage.reason else "")
         for stage in stages
     )
+
+
+def _shares(seconds: Mapping[str, float]) -> str:
+    """A time and where it went, by part."""
+    whole = sum(seconds.values())
+    return f"{whole:.0f} s: " + ", ".join(f"{part} {spent / max(whole, 1e-9):.0%}" for part, spent in seconds.items())
 
 
 def _duration(seconds: float) -> str:

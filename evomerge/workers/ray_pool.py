@@ -160,13 +160,15 @@ class _Job:
 
 @dataclass(slots=True)
 class _Slot:
-    """A worker: ``ref`` is what it is at; starting as long as it is nowhere."""
+    """A worker: ``ref`` is what it is at; starting as long as it is nowhere; at it, or idle, since ``since``."""
 
     actor: Any
     ref: Any = None
     where: str = ""
     job: _Job | None = None
     deadline: float = float("inf")
+    since: float = 0.0
+    idle_s: float = 0.0
 
 
 class RayPool:
@@ -247,7 +249,9 @@ class RayPool:
                 slot.job = job = self._jobs.popleft()
                 job.attempts += 1
                 slot.ref = slot.actor.score.remote(self._stage, self._stage_refs, job.subject, job.split, job.items)
-                slot.deadline = time.monotonic() + (self._options.timeout_s or float("inf"))
+                now = time.monotonic()
+                slot.deadline = now + (self._options.timeout_s or float("inf"))
+                slot.idle_s, slot.since = now - slot.since, now
 
     def _step(self, limit_s: float) -> None:
         """Wait until something happens, or a while; and see to it."""
@@ -296,7 +300,7 @@ class RayPool:
             return self._leave_out(
                 slot, f"the worker on {brought.where} reads other checkpoints or items, and is left out"
             )
-        slot.where, self._dead_starts = brought.where, 0
+        slot.where, slot.since, self._dead_starts = brought.where, time.monotonic(), 0
         if self._is_waiting:
             self.notify("a worker has come; the search goes on")
             self._is_waiting = False
@@ -433,15 +437,15 @@ def _times(whole: float, part: float) -> int:
 
 
 def _result(job: _Job, slot: _Slot, outcome: Outcome) -> Result:
+    now = time.monotonic()
     fate: dict[str, Any] = {"worker": slot.where, "attempts": job.attempts}
+    fate |= {"queue_s": slot.since - job.submitted, "busy_s": now - slot.since, "idle_s": slot.idle_s}
+    slot.since = now
     if job.deaths:
         fate["deaths"] = job.deaths
     if isinstance(outcome, CandidateError):
         fate |= {"kind": outcome.kind}
-        return Result(job.key, outcome, fate)
-    return Result(
-        job.key, outcome, fate | {"queue_s": time.monotonic() - job.submitted - sum(outcome.seconds.values())}
-    )
+    return Result(job.key, outcome, fate)
 
 
 def first_line(error: BaseException) -> str:

@@ -82,6 +82,16 @@ class PoolContract:
         assert results[1].fate["kind"] == "failed"
         assert results[2].outcome.cost == 2.0
 
+    def test_each_result_says_who_brought_it_and_where_the_time_went(self) -> None:
+        pool = self.make()
+        for key, x in enumerate((1.0, -1.0, 2.0)):
+            pool.submit(key, Candidate(point=(x,)), "search")
+        for result in pool.results():
+            assert result.fate["worker"]
+            assert result.fate["busy_s"] > 0
+            assert result.fate["idle_s"] >= 0
+            assert result.fate.get("queue_s", 0.0) >= 0
+
     def test_a_failure_of_ours_is_not_hidden(self) -> None:
         pool = self.make()
         pool.submit(0, Candidate(point=(101.0,)), "search")

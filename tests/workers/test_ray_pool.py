@@ -120,6 +120,16 @@ def open_pool(tmp_path: Path, notes: list[str]) -> Iterator[Any]:
         pool.close()
 
 
+def test_what_waits_for_a_worker_waits_while_it_is_busy(open_pool: Any) -> None:
+    pool = open_pool(count=1)
+    for key in range(2):
+        pool.submit(key, point(Actor.WHO), "search")
+    first, second = (result.fate for result in pool.results())
+    assert first["worker"] == second["worker"]
+    assert second["queue_s"] > 0
+    assert first["busy_s"] >= 0.2  # it sleeps so long
+
+
 def test_a_candidate_whose_worker_dies_goes_to_another(
     open_pool: Any, notes: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
