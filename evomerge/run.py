@@ -90,6 +90,16 @@ class Run:
         return [trial for trial in self.trials if trial.measurement and trial.measurement.stopped]
 
     @property
+    def failures(self) -> dict[str, int]:
+        """Kind of failure -> how many trials ended so, most first."""
+        return dict(Counter(trial.fate.get("kind", "failed") for trial in self.trials if trial.failure).most_common())
+
+    @property
+    def halved(self) -> list[Trial]:
+        """Trials that fitted memory, if at all, only in batches of half the size."""
+        return [trial for trial in self.trials if trial.fate.get("halved")]
+
+    @property
     def cost(self) -> float:
         """Full-evaluation equivalents of all trials."""
         return sum(trial.measurement.cost for trial in self.trials if trial.measurement)

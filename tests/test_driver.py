@@ -309,14 +309,14 @@ def test_two_drivers_do_not_share_a_run(make_campaign: Callable[..., Campaign], 
 def test_a_failed_candidate_is_a_failed_trial_and_the_campaign_goes_on(
     make_campaign: Callable[..., Campaign], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The evaluator breaks down on some candidates: out of memory on one, NaN on another."""
+    """The evaluator breaks down on some candidates: it raises on one, and gives NaN for another."""
     score, calls = ClassificationEvaluator.score, iter(range(10**6))
 
     def flaky(self: Any, model: Any, task: str, items: Any) -> Any:
         scores = score(self, model, task, items)
         call = next(calls)
         if call == 51:
-            raise torch.OutOfMemoryError("out of memory")
+            raise RuntimeError("broken")
         if call == 54:
             scores["accuracy"][:3] = np.nan
         return scores
@@ -326,9 +326,10 @@ def test_a_failed_candidate_is_a_failed_trial_and_the_campaign_goes_on(
     failures = [trial.failure for trial in run.trials if trial.failure]
     assert len(run.trials) == 12
     assert len(failures) == 2
-    assert failures[0] == "OutOfMemoryError: out of memory"
+    assert failures[0] == "RuntimeError: broken"
     assert "3 of" in failures[1]
     assert "no finite accuracy" in failures[1]
+    assert run.failures == {"evaluator error": 1, "not finite": 1}
     assert run.is_finished
 
 

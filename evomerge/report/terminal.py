@@ -424,9 +424,16 @@ def _print_notes(run: Run, num_hidden: int, *, compact: bool) -> None:
         console.print(f"· {sentence}")
     if run.tested and run.has_one_metric:
         say(f"over scalar: paired difference of the mean to {run.best_scalar}, the best single coefficient")
-    failed = [trial for trial in run.trials if trial.failure]
-    if failed:
-        say(f"{len(failed)} of {len(run.trials)} trials failed; the last: {failed[-1].failure}")
+    if run.failures:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in run.failures.items())
+        last = [trial for trial in run.trials if trial.failure][-1]
+        say(f"{sum(run.failures.values())} of {len(run.trials)} trials failed ({kinds})")
+        say(f"the last of them, trial {last.number}: {last.failure}")
+    if run.halved:
+        say(
+            f"{len(run.halved)} of {len(run.trials)} trials had to be tried again in batches of half the size to fit "
+            "memory: with a smaller batch_size they would not be scored twice"
+        )
     if run.stopped:
         say(
             f"{len(run.stopped)} of {len(run.trials)} trials were stopped early: all trials together cost "

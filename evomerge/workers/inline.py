@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from evomerge.errors import CandidateError
 from evomerge.records import Options, Split, TaskItems
-from evomerge.workers.pool import Result, Scorer, Subject
+from evomerge.workers.pool import Outcome, Result, Scorer, Subject, fate_of
 
 
 class InlineOptions(Options):
@@ -40,6 +40,8 @@ class InlinePool:
         while self._queue:
             key, subject, split, items = self._queue.popleft()
             try:
-                yield Result(key, self.scorer.score(subject, split, items))
+                outcome: Outcome = self.scorer.score(subject, split, items)
             except CandidateError as error:
-                yield Result(key, error, {"kind": error.kind})
+                error.__cause__ = error.__context__ = error.__traceback__ = None  # their frames hold tensors
+                outcome = error
+            yield Result(key, outcome, fate_of(outcome))

@@ -27,7 +27,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from evomerge.errors import CampaignError, CandidateError, EvoMergeError
 from evomerge.records import Measurement, Options, Split, TaskItems
-from evomerge.workers.pool import Outcome, Result, Scorer, Subject
+from evomerge.workers.pool import Outcome, Result, Scorer, Subject, fate_of
 
 LOOK_S = 5.0  # between looks at the cluster while nothing happens
 MAX_DEAD_STARTS = 3  # in a row, until one worker has opened
@@ -403,12 +403,9 @@ def _result(job: _Job, slot: _Slot, outcome: Outcome) -> Result:
     fate: dict[str, Any] = {"worker": slot.where, "attempts": job.attempts}
     if job.deaths:
         fate["deaths"] = job.deaths
-    if isinstance(outcome, CandidateError):
-        fate |= {"kind": outcome.kind}
-        return Result(job.key, outcome, fate)
-    return Result(
-        job.key, outcome, fate | {"queue_s": time.monotonic() - job.submitted - sum(outcome.seconds.values())}
-    )
+    if isinstance(outcome, Measurement):
+        fate["queue_s"] = time.monotonic() - job.submitted - sum(outcome.seconds.values())
+    return Result(job.key, outcome, fate | fate_of(outcome))
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,116 @@
+"""Faults in the midst of a real campaign: what they do to a trial's fate, and that the campaign goes on."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from silent_watcher import Silent
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from evomerge.campaign import Campaign
+from evomerge.errors import EvoMergeError
+from evomerge.families.family import FamilySummary
+from evomerge.report.terminal import print_finished
+from evomerge.run import Run, search
+
+BATCH = 32
+
+
+class Memory:
+    """Room for so many images a forward; more raise what a GPU's allocator raises."""
+
+    def __init__(self) -> None:
+        self.room = 10**6
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if isinstance(module, nn.Conv2d) and len(inputs[0]) > self.room:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. {len(inputs[0])} images")
+
+
+@pytest.fixture
+def memory() -> Iterator[Memory]:
+    held = Memory()
+    hook = register_module_forward_pre_hook(held)
+    yield held
+    hook.remove()
+
+
+class Shrinking(Silent):
+    """Leaves other room after some search trials."""
+
+    def __init__(self, memory: Memory, room_after: dict[int, int]) -> None:
+        super().__init__()
+        self.memory, self.room_after = memory, room_after
+
+    def advance(self, trial: Any) -> None:
+        super().advance(trial)
+        if trial is not None:
+            self.memory.room = self.room_after.get(trial.number, self.memory.room)
+
+
+@pytest.fixture
+def campaign(make_campaign: Callable[..., Campaign], small_digits: FamilySummary) -> Callable[..., Campaign]:
+    def make(batch_size: int = BATCH, **changes: Any) -> Campaign:
+        evaluation = {"kind": "classification", "data": str(small_digits.path / "data"), "batch_size": batch_size}
+        return make_campaign(**{"evaluation": evaluation, "search": [{"proposer": "sobol"}], **changes})
+
+    return make
+
+
+def items_of(run: Run) -> list[dict[str, list[float]]]:
+    return [
+        {name: score.items.tolist() for name, score in trial.measurement.scores.items()}
+        for trial in run.trials
+        if trial.measurement
+    ]
+
+
+def test_what_does_not_fit_memory_is_scored_in_half_batches_or_fails(
+    campaign: Callable[..., Campaign], memory: Memory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each candidate begins with whole batches: the last two are scored as if nothing had happened before."""
+    budget = {"evaluations": 8}
+    watcher = Shrinking(memory, {1: BATCH // 2, 3: BATCH // 2 - 1, 5: 10**6})
+    run = search(campaign(budget=budget), tmp_path / "run", watcher=watcher)
+    assert [trial.fate for trial in run.trials] == [
+        *[{}] * 2,
+        *[{"halved": True}] * 2,
+        *[{"kind": "out of memory", "halved": True}] * 2,
+        *[{}] * 2,
+    ]
+    assert run.trials[4].failure == (
+        "OutOfMemoryError: CUDA out of memory. 16 images; nor did it fit in batches of half the size"
+    )
+    assert run.failures == {"out of memory": 2}
+    whole = items_of(search(campaign(budget=budget), tmp_path / "whole"))
+    small = items_of(search(campaign(BATCH // 2, budget=budget), tmp_path / "small"))
+    assert items_of(run) == [*whole[:2], *small[2:4], *whole[6:]]
+    print_finished(run, Path("campaign.yaml"), was_finished=False)
+    printed = capsys.readouterr().out
+    assert "2 of 8 trials failed (2 out of memory)" in printed
+    assert "4 of 8 trials had to be tried again in batches of half the size" in printed
+
+
+def test_a_descent_that_does_not_fit_memory_goes_on_in_halves_and_arrives_at_the_same_place(
+    campaign: Callable[..., Campaign], memory: Memory, tmp_path: Path
+) -> None:
+    stages = [{"proposer": "adamerging", "loss": "ce", "steps": 4, "batch_size": 2 * BATCH}]
+    changes = {"search": stages, "budget": {"evaluations": 2}}
+    whole = search(campaign(**changes), tmp_path / "whole")
+    run = search(campaign(**changes), tmp_path / "run", watcher=Shrinking(memory, {0: BATCH}))
+    assert [trial.fate for trial in run.trials] == [{}, {"halved": True}]
+    assert run.trials[0].point == whole.trials[0].point
+    np.testing.assert_allclose(run.trials[1].point, whole.trials[1].point, rtol=1e-4)
+    assert run.trials[1].measurement.cost == whole.trials[1].measurement.cost
+
+
+def test_a_base_that_does_not_fit_memory_ends_the_run_with_its_reason(
+    campaign: Callable[..., Campaign], memory: Memory, tmp_path: Path
+) -> None:
+    memory.room = 2  # the rehearsal's items
+    with pytest.raises(EvoMergeError, match="base cannot be scored on the search items: .*out of memory.*half the size"):
+        search(campaign(), tmp_path / "run")
