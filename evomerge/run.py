@@ -302,10 +302,10 @@ def search(
         _require_same_meaning(run, campaign)
         if run.is_finished and campaign.budget.evaluations <= run.campaign.budget.evaluations:
             return run
-    with closing(Ledger.drive(location, campaign.name)) as ledger:
+    watcher = watcher or Unwatched()
+    with closing(Ledger.drive(location, campaign.name, watcher.note)) as ledger:
         plan = make_plan(campaign)
         make_stages(campaign, plan)  # mistakes come to light before the weights are loaded
-        watcher = watcher or Unwatched()
         with open_pool(campaign, plan, watcher.note) as (pool, findings):
             plan = plan.with_findings(findings)
             stages = make_stages(campaign, plan)  # with what the workers have found out

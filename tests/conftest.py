@@ -63,8 +63,8 @@ def digits4() -> FamilySummary:
 def postgresql() -> Iterator[str]:
     """URL of a real server's database; started for the first test that wants it."""
     try:
-        with served() as url:
-            yield url
+        with served() as server:
+            yield server.url
     except NoServerError as error:
         pytest.skip(str(error))
 

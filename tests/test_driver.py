@@ -14,10 +14,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from silent_watcher import Interrupt, Interrupting, Silent
-from sqlalchemy import Engine, event
 
 from evomerge.campaign import Campaign, read_campaign
 from evomerge.course import Course
@@ -262,33 +260,6 @@ def test_an_interruption_while_the_front_is_tested_is_no_second_touch(
     run = search(campaign, tmp_path / "run", watcher=Silent())
     assert run.is_finished
     assert run.ledger.num_test_touches() == 1
-
-
-def test_a_ledger_that_cannot_be_written_is_said_in_one_line(
-    make_campaign: Callable[..., Campaign], tmp_path: Path
-) -> None:
-    """A full disk: SQLite's own page limit stands in for it; what is recorded stays and the run goes on later."""
-
-    class Filling(Silent):
-        def advance(self, trial: object) -> None:
-            super().advance(trial)
-            if isinstance(trial, Trial) and trial.number == 2:
-                event.listen(Engine, "begin", no_room)
-
-    def no_room(connection: Any) -> None:
-        pages = connection.exec_driver_sql("pragma page_count").scalar()
-        connection.exec_driver_sql(f"pragma max_page_count = {pages}")
-
-    campaign = make_campaign(budget={"evaluations": 400}, search=[{"proposer": "sobol"}])
-    try:
-        with pytest.raises(EvoMergeError, match="cannot be written .*full.*the same command goes on"):
-            search(campaign, tmp_path / "run", watcher=Filling())
-    finally:
-        event.remove(Engine, "begin", no_room)
-    recorded = [trial for trial in open_run(tmp_path / "run").trials if trial.order is not None]
-    assert 3 <= len(recorded) < 400
-    shorter = campaign.model_copy(update={"budget": budget(len(recorded) + 2)})
-    assert search(shorter, tmp_path / "run", watcher=Silent()).is_finished
 
 
 def test_two_drivers_do_not_share_a_run(make_campaign: Callable[..., Campaign], tmp_path: Path) -> None:

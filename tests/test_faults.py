@@ -1,6 +1,11 @@
 """Faults in the midst of a real campaign: what they do to a trial's fate, and that the campaign goes on."""
 
+import os
+import re
+import signal
+import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +19,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from evomerge.campaign import Campaign
 from evomerge.errors import EvoMergeError
 from evomerge.families.family import FamilySummary
+from evomerge.ledger import database
 from evomerge.report.terminal import print_finished
-from evomerge.run import Run, search
+from evomerge.run import Run, open_run, search
 
 BATCH = 32
 
@@ -112,5 +118,72 @@ def test_a_base_that_does_not_fit_memory_ends_the_run_with_its_reason(
     campaign: Callable[..., Campaign], memory: Memory, tmp_path: Path
 ) -> None:
     memory.room = 2  # the rehearsal's items
-    with pytest.raises(EvoMergeError, match="base cannot be scored on the search items: .*out of memory.*half the size"):
+    with pytest.raises(
+        EvoMergeError, match="base cannot be scored on the search items: .*out of memory.*half the size"
+    ):
         search(campaign(), tmp_path / "run")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a few megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+class Filling(Silent):
+    """Fills the disk up after some search trials; does something when the search waits for room."""
+
+    def __init__(self, disk: Path, after: int, when_waiting: Callable[["Filling"], object]) -> None:
+        super().__init__()
+        self.filler, self.after, self.when_waiting = disk / "filler", after, when_waiting
+
+    def advance(self, trial: Any) -> None:
+        super().advance(trial)
+        if trial is not None and trial.number == self.after:
+            with self.filler.open("wb", buffering=0) as file, suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+
+    def note(self, line: str) -> None:
+        super().note(line)
+        if "the search waits" in line:
+            self.when_waiting(self)
+
+    def make_room(self) -> None:
+        self.filler.unlink()
+
+    def press_ctrl_c_twice(self) -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_disk_that_fills_up_is_waited_for_and_nothing_is_lost(
+    campaign: Callable[..., Campaign], small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C stops a search that waits; the same command goes on, waits again, and goes on when there is room."""
+    monkeypatch.setattr(database, "RETRY_S", 0.02)
+    budget = {"evaluations": 8}
+    with pytest.raises(KeyboardInterrupt):
+        search(campaign(budget=budget), small_disk / "run", watcher=Filling(small_disk, 2, Filling.press_ctrl_c_twice))
+    assert {trial.order for trial in open_run(small_disk / "run").trials} <= {0, 1, 2, None}
+    (small_disk / "filler").unlink()
+    watcher = Filling(small_disk, 5, Filling.make_room)
+    run = search(campaign(budget=budget), small_disk / "run", watcher=watcher)
+    waiting, going_on = (line for line in watcher.notes if str(small_disk) in line and "used again" in line)
+    assert re.search(
+        r"run cannot be written \(database or disk is full; expected 10 MB of room, found 0\.\d MB\); "
+        r"the search waits with its results in memory",
+        waiting,
+    )
+    assert going_on.endswith("can be used again; the search goes on")
+    assert [(trial.number, trial.order) for trial in run.trials] == [(number, number) for number in range(8)]
+    assert items_of(run) == items_of(search(campaign(budget=budget), tmp_path / "whole"))
+    assert run.is_finished
