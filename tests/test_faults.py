@@ -78,27 +78,28 @@ def items_of(run: Run) -> list[dict[str, list[float]]]:
 def test_what_does_not_fit_memory_is_scored_in_half_batches_or_fails(
     campaign: Callable[..., Campaign], memory: Memory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each candidate begins with whole batches: the last two are scored as if nothing had happened before."""
-    budget = {"evaluations": 8}
-    watcher = Shrinking(memory, {1: BATCH // 2, 3: BATCH // 2 - 1, 5: 10**6})
+    """Each candidate begins with whole batches: the last is scored as if nothing had happened before."""
+    budget = {"evaluations": 4}
+    watcher = Shrinking(memory, {0: BATCH // 2, 1: BATCH // 2 - 1, 2: 10**6})
     run = search(campaign(budget=budget), tmp_path / "run", watcher=watcher)
     assert [trial.fate for trial in run.trials] == [
-        *[{}] * 2,
-        *[{"halved": True}] * 2,
-        *[{"kind": "out of memory", "halved": True}] * 2,
-        *[{}] * 2,
+        {},
+        {"halved": True},
+        {"kind": "out of memory", "halved": True},
+        {},
     ]
-    assert run.trials[4].failure == (
+    assert run.trials[2].failure == (
         "OutOfMemoryError: CUDA out of memory. 16 images; nor did it fit in batches of half the size"
     )
-    assert run.failures == {"out of memory": 2}
+    assert run.failures == {"out of memory": 1}
     whole = items_of(search(campaign(budget=budget), tmp_path / "whole"))
     small = items_of(search(campaign(BATCH // 2, budget=budget), tmp_path / "small"))
-    assert items_of(run) == [*whole[:2], *small[2:4], *whole[6:]]
+    assert items_of(run) == [whole[0], small[1], whole[3]]
+    assert whole[1] != small[1], "roundings tell them apart"
     print_finished(run, Path("campaign.yaml"), was_finished=False)
     printed = capsys.readouterr().out
-    assert "2 of 8 trials failed (2 out of memory)" in printed
-    assert "4 of 8 trials had to be tried again in batches of half the size" in printed
+    assert "1 of 4 trials failed (1 out of memory)" in printed
+    assert "2 of 4 trials had to be tried again in batches of half the size" in printed
 
 
 def test_a_descent_that_does_not_fit_memory_goes_on_in_halves_and_arrives_at_the_same_place(
@@ -161,6 +162,8 @@ class Filling(Silent):
         self.filler.unlink()
 
     def press_ctrl_c_twice(self) -> None:
+        """There is room again when the lease is given back; a process that ends without that is known to be dead."""
+        self.make_room()
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -173,8 +176,7 @@ def test_a_disk_that_fills_up_is_waited_for_and_nothing_is_lost(
     budget = {"evaluations": 8}
     with pytest.raises(KeyboardInterrupt):
         search(campaign(budget=budget), small_disk / "run", watcher=Filling(small_disk, 2, Filling.press_ctrl_c_twice))
-    assert {trial.order for trial in open_run(small_disk / "run").trials} <= {0, 1, 2, None}
-    (small_disk / "filler").unlink()
+    assert max(trial.order or 0 for trial in open_run(small_disk / "run").trials) == 2
     watcher = Filling(small_disk, 5, Filling.make_room)
     run = search(campaign(budget=budget), small_disk / "run", watcher=watcher)
     waiting, going_on = (line for line in watcher.notes if str(small_disk) in line and "used again" in line)

@@ -3,13 +3,16 @@
 A driver outlasts what may pass: a full disk, a server that is away. Its results are in memory meanwhile.
 """
 
+import os
 import shutil
 import sqlite3
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from sqlalchemy import ColumnElement, Connection, Float, cast, create_engine, event, extract, func, literal, select
 from sqlalchemy.engine import URL
@@ -153,13 +156,21 @@ class Database:
 
 def _engine(url: URL) -> Any:
     if url.get_backend_name() == "sqlite":
-        return create_engine(url)
+        return create_engine(_as_it_lies(url))
     try:
         engine = create_engine(url, pool_pre_ping=True)
     except ImportError as error:
         raise RunError("a PostgreSQL database needs psycopg: pip install 'evomerge[postgresql]'") from error
     event.listen(engine, "connect", _limit)
     return engine
+
+
+def _as_it_lies(url: URL) -> URL:
+    """Let a file on a read-only medium be read: SQLite cannot lay its shared memory beside it, and need not."""
+    path = Path(str(url.database))
+    if not path.is_file() or os.access(path.parent, os.W_OK) or Path(f"{path}-wal").exists():
+        return url
+    return url.set(database=f"file:{quote(str(path))}", query={"mode": "ro", "immutable": "1", "uri": "true"})
 
 
 def _limit(connection: Any, _: object) -> None:

@@ -252,9 +252,8 @@ class Ledger:
         """Return all trials in the order of issue, with their search measurements."""
         query = select(tables.trials).where(self._own(tables.trials)).order_by(tables.trials.c.number)
         with self._database.reading() as connection:
-            rows = connection.execute(query).all()
             measured = self._read(connection, "search")
-        return [trial_of(row, measured.get(f"trial:{row.number}")) for row in rows]
+            return [trial_of(row, measured.get(f"trial:{row.number}")) for row in connection.execute(query)]
 
     @_patient
     def measure(self, subject: str, measurement: Measurement) -> None:
@@ -325,13 +324,14 @@ class Ledger:
         query = select(
             columns.subject, columns.objective, columns.value, columns.stderr, columns.loss, columns.loss_stderr
         )
+        read = partial(self._items, split)
         scores: dict[str, dict[str, Score]] = {}
         items: dict[str, LazyItems] = {}
-        for subject, objective, *numbers in connection.execute(self._on(query, tables.scores, split)).all():
+        for subject, objective, *numbers in connection.execute(self._on(query, tables.scores, split)):
             if subject not in scores:
-                scores[subject], items[subject] = {}, LazyItems(partial(self._items, split, subject))
+                scores[subject], items[subject] = {}, LazyItems(read, subject)
             scores[subject][objective] = StoredScore(objective, numbers, items[subject])
-        rows = connection.execute(self._on(select(tables.measurements), tables.measurements, split)).all()
+        rows = connection.execute(self._on(select(tables.measurements), tables.measurements, split))
         return {row.subject: measurement_of(row, split, scores.get(row.subject, {})) for row in rows}
 
     def _on(self, query: Any, table: Any, split: Split) -> Any:
