@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from evomerge.errors import CheckpointError, EvoMergeError
 from evomerge.kernels.layout import Layout
-from evomerge.materialize.checkpoint import Checkpoint
+from evomerge.materialize.checkpoint import Checkpoint, still_there
 from evomerge.records import TensorIndex, TensorInfo
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -90,7 +90,7 @@ def tied_names(model: nn.Module) -> frozenset[str]:
 
 def load_model(checkpoint: Checkpoint, dtype: str) -> nn.Module:
     """Load a checkpoint on the CPU; every tensor must be found and used. Raises: CheckpointError otherwise."""
-    with quiet_transformers():
+    with quiet_transformers(), still_there(checkpoint.name, checkpoint.folder):
         model, report = model_class(checkpoint).from_pretrained(
             checkpoint.folder,
             dtype=DTYPES[dtype],

@@ -270,7 +270,8 @@ def print_check(file: Path, report: CheckReport) -> None:
         "memory", f"{plan.size_bytes / 1e6:,.1f} MB for base, experts and the merged model; activations come on top"
     )
     table.add_row("merging", f"{_residence(report)}; {report.kernels}")
-    table.add_row("one evaluation", f"{_duration(report.evaluation_s)} (timed)")
+    halved = ", in batches of half the size: whole ones do not fit memory" if report.evaluation.halved else ""
+    table.add_row("one evaluation", f"{_duration(report.evaluation_s)} (timed{halved})")
     bound = "at most" if plan.fidelity else "about"
     table.add_row(
         "whole run",

@@ -161,6 +161,7 @@ class RayPool:
         self._stage, self._stage_refs = 0, list[Any]()
         self._shared: list[Any] = []
         self._dead_starts, self._num_left_out = 0, 0
+        self._told: set[str] = set()  # why workers were left out
         self._looked, self._is_waiting = time.monotonic(), False
         self.findings: Any = None
         try:
@@ -274,12 +275,14 @@ class RayPool:
         slot.where, self._dead_starts = brought.where, 0
         if self._is_waiting:
             self.notify("a worker has come; the search goes on")
-            self._is_waiting = False
+            self._is_waiting, self._num_left_out = False, 0
         return None
 
     def _leave_out(self, slot: _Slot, why: str) -> None:
-        """Do without a worker that would fail again wherever Ray puts it."""
-        self.notify(why)
+        """Do without a worker that would fail again wherever Ray puts it; while there is none, they go on trying."""
+        if why not in self._told:
+            self.notify(why)
+            self._told.add(why)
         self._drop(slot)
         self._num_left_out += 1
 
