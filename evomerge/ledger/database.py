@@ -100,17 +100,17 @@ class Database:
 
         notify is told once that this takes a while, and why, and when it is over; without it, nothing is waited for.
         """
+        if notify is None:
+            return work()
         is_waiting = False
         while True:
             try:
                 result = work()
             except _PassingError as error:
-                if notify is None:
-                    raise
                 if not is_waiting:
                     notify(
-                        f"{error.what}; the search waits with its results in memory, and goes on by itself when it "
-                        "can be used again; Ctrl-C twice stops"
+                        f"{error.what}; the search waits with its results in memory, and goes on by itself when it can "
+                        "be used again; Ctrl-C twice stops"
                     )
                 is_waiting = True
             else:

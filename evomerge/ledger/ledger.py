@@ -42,7 +42,7 @@ def _patient(
     """Let a method that is one transaction be tried until the database has room and is there, if the ledger waits."""
 
     @wraps(transaction)
-    def outlasting(ledger: "Ledger", *args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:
+    def outlasting(ledger: "Ledger", /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:
         return ledger._database.outlast(lambda: transaction(ledger, *args, **kwargs), ledger._notify)
 
     return outlasting
