@@ -8,7 +8,7 @@ from evomerge.evidence.summary import Summarizer
 from evomerge.fidelity.race import Race, RaceOptions
 from evomerge.plan import Plan
 from evomerge.records import Candidate, Measurement, Split, TaskItems, Trial, in_order
-from evomerge.workers.pool import SECONDS, Pool, Result, Subject
+from evomerge.workers.pool import SECONDS, Pool, Result, Subject, fate_of
 
 
 def make_race(plan: Plan, options: RaceOptions, references: Mapping[str, Measurement], seed: int) -> Race:
@@ -79,14 +79,19 @@ class RacingPool:
             items = self._race.next_items(measurement)
             if items is None:
                 self._finished[f"trial:{key}"] = self._summarizer.add(measurement)
-                yield replace(result, outcome=measurement)
+                yield _complete(result, measurement)
                 continue
             estimate = self._race.estimate(measurement, self._finished)
             reason = self._race.verdict(self._summarizer.add(estimate), self._finished)
             if reason is not None:
-                yield replace(result, outcome=replace(estimate, stopped=reason))
+                yield _complete(result, replace(estimate, stopped=reason))
                 continue
             # A descent is done once: the later rounds score where it ended.
             subject = Candidate(point=measurement.arrival.point) if measurement.arrival else runner.subject
             self._running[key] = _Runner(subject, measurement, seconds)
             self._pool.submit(key, subject, measurement.split, items)
+
+
+def _complete(result: Result, measurement: Measurement) -> Result:
+    """Return the result of the last round as that of all rounds."""
+    return replace(result, outcome=measurement, fate={**result.fate, **fate_of(measurement)})

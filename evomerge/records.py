@@ -263,6 +263,7 @@ class Measurement:
     stopped says why a race left the other items out; values and standard errors are then estimates of what all items
     would have given. cost is in full-evaluation equivalents (a forward over all search items of all tasks = 1, with
     backward = 3); seconds says where the time went. weights is the hash of the merged tensors where it was asked for.
+    halved: it did not fit memory, and was made in batches of half the size (a trial's fate says so too).
     """
 
     split: Split
@@ -272,6 +273,7 @@ class Measurement:
     weights: str | None = None
     arrival: Arrival | None = None
     stopped: str | None = None
+    halved: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -90,6 +90,16 @@ class Run:
         return [trial for trial in self.trials if trial.measurement and trial.measurement.stopped]
 
     @property
+    def failures(self) -> dict[str, int]:
+        """Kind of failure -> how many trials ended so, most first."""
+        return dict(Counter(trial.fate.get("kind", "failed") for trial in self.trials if trial.failure).most_common())
+
+    @property
+    def halved(self) -> list[Trial]:
+        """Trials that fitted memory, if at all, only in batches of half the size."""
+        return [trial for trial in self.trials if trial.fate.get("halved")]
+
+    @property
     def cost(self) -> float:
         """Full-evaluation equivalents of all trials."""
         return sum(trial.measurement.cost for trial in self.trials if trial.measurement)
@@ -280,12 +290,12 @@ def search(
         _require_same_meaning(run, campaign)
         if run.is_finished and campaign.budget.evaluations <= run.campaign.budget.evaluations:
             return run
-    with closing(Ledger.drive(location, campaign.name)) as ledger:
+    log = Log(location, campaign)
+    shown = Watchers([log, *([watcher] if watcher else [])])
+    with closing(Ledger.drive(location, campaign.name, shown.note)) as ledger:
         plan = make_plan(campaign)
         make_stages(campaign, plan)  # mistakes come to light before the weights are loaded
         require_clients(campaign.trackers)
-        log = Log(location, campaign)
-        shown = Watchers([log, *([watcher] if watcher else [])])
         identity = f"{campaign.name}-{digest(ledger.created())[:12]}"
         tracking = Tracking(campaign, location, identity, shown.note)
         watcher = Watchers([tracking, shown])

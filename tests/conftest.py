@@ -1,5 +1,6 @@
 import os
 import secrets
+import subprocess
 import uuid
 
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -68,8 +69,8 @@ def digits4() -> FamilySummary:
 def postgresql() -> Iterator[str]:
     """URL of a real server's database; started for the first test that wants it."""
     try:
-        with served() as url:
-            yield url
+        with served() as server:
+            yield server.url
     except NoServerError as error:
         pytest.skip(str(error))
 
@@ -90,6 +91,20 @@ def empty_postgresql(postgresql: str) -> str:
     with psycopg.connect(postgresql, autocommit=True) as connection:
         connection.execute(f"create database {name}")
     return postgresql.replace("/postgres?", f"/{name}?")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a few megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.fixture

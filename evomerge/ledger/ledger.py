@@ -9,11 +9,11 @@ What items scored is read when somebody asks for it.
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
@@ -25,6 +25,9 @@ from evomerge.ledger.location import Location
 from evomerge.ledger.migration import make_tables, schema_version, upgrade_from_2
 from evomerge.ledger.rows import ItemNumbers, LazyItems, StoredScore, item_numbers_of, measurement_of, rows_of, trial_of
 from evomerge.records import Candidate, Measurement, Score, Split, Trial
+
+Parameters = ParamSpec("Parameters")
+Returned = TypeVar("Returned")
 
 OF_ONE_MEASUREMENT = select(tables.items).where(  # made once: it is asked for thousands of times
     tables.items.c.run == bindparam("of_run"),
@@ -62,19 +65,33 @@ MEASURE = insert(tables.measurements).values(place=_following(tables.measurement
 SCORES, ITEMS = insert(tables.scores), insert(tables.items)
 
 
+def _patient(
+    transaction: "Callable[Concatenate[Ledger, Parameters], Returned]",
+) -> "Callable[Concatenate[Ledger, Parameters], Returned]":
+    """Let a method that is one transaction be tried until the database has room and is there, if the ledger waits."""
+
+    @wraps(transaction)
+    def outlasting(ledger: "Ledger", /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:
+        return ledger._database.outlast(lambda: transaction(ledger, *args, **kwargs), ledger._notify)
+
+    return outlasting
+
+
 class Ledger:
     """One run's record, opened for reading (``open``) or held by its driver (``drive``)."""
 
     def __init__(self, location: Location, database: Database, run: int, lease: Lease | None = None) -> None:
         self.location = location
         self._database, self._run, self._lease = database, run, lease
+        self._notify: Callable[[str], None] | None = None
 
     @classmethod
-    def drive(cls, location: Location, name: str) -> "Ledger":
+    def drive(cls, location: Location, name: str, notify: Callable[[str], None] | None = None) -> "Ledger":
         """Take the lease on a run, which need not be there yet; ``close`` gives it back.
 
-        name: of the run where the location does not say. Raises: RunError if another process drives it, or the
-        location cannot hold a ledger of this version.
+        name: of the run where the location does not say. notify: with it, the ledger that is returned waits where the
+        disk is full or the server away, and says so; without it, it raises RunError.
+        Raises: RunError if another process drives it, or the location cannot hold a ledger of this version.
         """
         database = Database(location)
         database.make_folder()
@@ -87,7 +104,9 @@ class Ledger:
             lease = Lease(database, run, location)
             lease.take(connection)
         lease.keep()
-        return cls(location, database, run, lease)
+        ledger = cls(location, database, run, lease)
+        ledger._notify = notify
+        return ledger
 
     @classmethod
     def open(cls, location: Location) -> "Ledger":
@@ -151,6 +170,7 @@ class Ledger:
         with self._database.reading() as connection:
             return self._column(connection, tables.runs.c.campaign) is not None
 
+    @_patient
     def begin(self, campaign: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """Commit a campaign, and the facts that readers need (both JSON)."""
         with self._writing() as connection:
@@ -188,11 +208,13 @@ class Ledger:
             times.append(self._column(connection, tables.runs.c.created))
         return max(float(time) for time in times if time is not None)
 
+    @_patient
     def update_campaign(self, campaign: Mapping[str, Any]) -> None:
         """Note a campaign that differs in its budget or workers."""
         with self._writing() as connection:
             self._update_run(connection, campaign=json.dumps(campaign))
 
+    @_patient
     def begin_stage(self, number: int, facts: Mapping[str, Any]) -> None:
         """Commit what readers need to know of a stage (JSON) before its first trial is issued; once is enough."""
         with self._writing() as connection:
@@ -202,6 +224,7 @@ class Ledger:
                 stages.append(facts)
                 self._update_run(connection, facts=json.dumps(noted))
 
+    @_patient
     def finish(self, num_evaluations: int) -> None:
         """Note that the search has come to its end within a budget of so many, and the front's test scores are here."""
         with self._writing() as connection:
@@ -212,6 +235,7 @@ class Ledger:
         """Commit a candidate before it is submitted, with the number of results known by now."""
         return self.issue_all(stage, index, [candidate])[0]
 
+    @_patient
     def issue_all(self, stage: int, first: int, candidates: Sequence[Candidate]) -> list[Trial]:
         """Commit candidates together before they are submitted; ``first`` is the index of the first in its stage."""
         trials = []
@@ -227,6 +251,7 @@ class Ledger:
                 trials.append(Trial(number=number, stage=stage, index=index, candidate=candidate, known=known))
         return trials
 
+    @_patient
     def record(
         self,
         trial: Trial,
@@ -252,24 +277,27 @@ class Ledger:
                 self._insert(connection, f"trial:{trial.number}", measurement)
         return replace(trial, order=order, measurement=measurement, failure=failure, fate=fate or {})
 
+    @_patient
     def trials(self) -> list[Trial]:
         """Return all trials in the order of issue, with their search measurements."""
         query = select(tables.trials).where(self._own(tables.trials)).order_by(tables.trials.c.number)
         with self._database.reading() as connection:
-            rows = connection.execute(query).all()
             measured = self._read(connection, "search")
-        return [trial_of(row, measured.get(f"trial:{row.number}")) for row in rows]
+            return [trial_of(row, measured.get(f"trial:{row.number}")) for row in connection.execute(query)]
 
+    @_patient
     def measure(self, subject: str, measurement: Measurement) -> None:
         """Commit a measurement that is no trial: a reference model's, or test scores."""
         with self._writing() as connection:
             self._insert(connection, subject, measurement)
 
+    @_patient
     def measurements(self, split: Split) -> dict[str, Measurement]:
         """Return subject -> measurement on a split, trials and references alike."""
         with self._database.reading() as connection:
             return self._read(connection, split)
 
+    @_patient
     def touch_test_items(self) -> None:
         """Note that the front of the trials finished by now is about to be scored on the test items.
 
@@ -297,6 +325,7 @@ class Ledger:
         """The rows of this run."""
         return table.c.run == self._run
 
+    @_patient
     def _json(self, column: Any) -> Any:
         with self._database.reading() as connection:
             return json.loads(self._column(connection, column))
@@ -319,18 +348,20 @@ class Ledger:
         query = select(
             columns.subject, columns.objective, columns.value, columns.stderr, columns.loss, columns.loss_stderr
         )
+        read = partial(self._items, split)
         scores: dict[str, dict[str, Score]] = {}
         items: dict[str, LazyItems] = {}
-        for subject, objective, *numbers in connection.execute(self._on(query, tables.scores, split)).all():
+        for subject, objective, *numbers in connection.execute(self._on(query, tables.scores, split)):
             if subject not in scores:
-                scores[subject], items[subject] = {}, LazyItems(partial(self._items, split, subject))
+                scores[subject], items[subject] = {}, LazyItems(read, subject)
             scores[subject][objective] = StoredScore(objective, numbers, items[subject])
-        rows = connection.execute(self._on(select(tables.measurements), tables.measurements, split)).all()
+        rows = connection.execute(self._on(select(tables.measurements), tables.measurements, split))
         return {row.subject: measurement_of(row, split, scores.get(row.subject, {})) for row in rows}
 
     def _on(self, query: Any, table: Any, split: Split) -> Any:
         return query.where(self._own(table), table.c.split == split).order_by(table.c.place)
 
+    @_patient
     def _items(self, split: Split, subject: str) -> dict[str, ItemNumbers]:
         """Read what the items of one measurement scored, by objective."""
         key = {"of_run": self._run, "of_split": split, "of_subject": subject}

@@ -18,17 +18,17 @@ Row = dict[str, Any]
 
 
 class LazyItems:
-    """What the items of one measurement score, by objective: read once, when somebody asks."""
+    """What the items of a subject's measurement score, by objective: read once, when somebody asks."""
 
-    __slots__ = ("_numbers", "_read")
+    __slots__ = ("_numbers", "_read", "_subject")
 
-    def __init__(self, read: Callable[[], Mapping[str, ItemNumbers]]) -> None:
-        self._read = read
+    def __init__(self, read: Callable[[str], Mapping[str, ItemNumbers]], subject: str) -> None:
+        self._read, self._subject = read, subject
         self._numbers: Mapping[str, ItemNumbers] | None = None
 
     def __getitem__(self, objective: str) -> ItemNumbers:
         if self._numbers is None:
-            self._numbers = self._read()
+            self._numbers = self._read(self._subject)
         return self._numbers[objective]
 
 

@@ -107,7 +107,7 @@ class Materializer:
         state = self._prepare(operator, values)
         operator.merge(self.out_P, self._sources_of(operator), operator.weights(values, state), state, changed)
         if flawed := self.layout.first_non_finite(self.out_P, changed):
-            raise CandidateError(f"the merged tensor {flawed} is not finite")
+            raise CandidateError(f"the merged tensor {flawed} is not finite", "not finite")
         if self.residence == "host":
             self.resident.ship(self.out_P, changed)
         self._built = operator, recipe, values
@@ -140,7 +140,7 @@ class Materializer:
                 value.backward()
                 number = float(value.detach())
                 if not math.isfinite(number):
-                    raise CandidateError(f"the loss is {number}")
+                    raise CandidateError(f"the loss is {number}", "not finite")
                 slopes = torch.autograd.grad(
                     weights_KS, list(values.values()), products_KS, retain_graph=True, allow_unused=True
                 )

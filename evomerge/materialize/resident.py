@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from evomerge.errors import CheckpointError, EvoMergeError
 from evomerge.kernels.layout import BLOCK, Layout
-from evomerge.materialize.checkpoint import Checkpoint
+from evomerge.materialize.checkpoint import Checkpoint, still_there
 from evomerge.materialize.spread import Room, settle, spread
 from evomerge.records import TensorIndex, TensorInfo
 
@@ -91,7 +91,7 @@ def tied_names(model: nn.Module) -> frozenset[str]:
 
 def load_model(checkpoint: Checkpoint, dtype: str) -> nn.Module:
     """Load a checkpoint on the CPU; every tensor must be found and used. Raises: CheckpointError otherwise."""
-    with quiet_transformers():
+    with quiet_transformers(), still_there(checkpoint.name, checkpoint.folder):
         model, report = model_class(checkpoint).from_pretrained(
             checkpoint.folder,
             dtype=DTYPES[dtype],

@@ -287,7 +287,8 @@ def print_check(file: Path, report: CheckReport) -> None:
         "memory", f"{plan.size_bytes / 1e6:,.1f} MB for base, experts and the merged model; activations come on top"
     )
     table.add_row("merging", f"{_residence(report)}; {report.kernels}")
-    table.add_row("one evaluation", f"{_duration(report.evaluation_s)} (timed)")
+    halved = ", in batches of half the size: whole ones do not fit memory" if report.evaluation.halved else ""
+    table.add_row("one evaluation", f"{_duration(report.evaluation_s)} (timed{halved})")
     bound = "at most" if plan.fidelity else "about"
     table.add_row(
         "whole run",
@@ -449,9 +450,16 @@ def _print_notes(run: Run, num_hidden: int, *, compact: bool) -> None:
         console.print(f"· {sentence}")
     if run.tested and run.has_one_metric:
         say(f"over scalar: paired difference of the mean to {run.best_scalar}, the best single coefficient")
-    failed = [trial for trial in run.trials if trial.failure]
-    if failed:
-        say(f"{len(failed)} of {len(run.trials)} trials failed; the last: {failed[-1].failure}")
+    if run.failures:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in run.failures.items())
+        last = [trial for trial in run.trials if trial.failure][-1]
+        say(f"{sum(run.failures.values())} of {len(run.trials)} trials failed ({kinds})")
+        say(f"the last of them, trial {last.number}: {last.failure}")
+    if run.halved:
+        say(
+            f"{len(run.halved)} of {len(run.trials)} trials had to be tried again in batches of half the size to fit "
+            "memory: with a smaller batch_size they would not be scored twice"
+        )
     if run.stopped:
         say(
             f"{len(run.stopped)} of {len(run.trials)} trials were stopped early: all trials together cost "

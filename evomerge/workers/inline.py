@@ -7,7 +7,7 @@ from typing import Any, Literal
 from evomerge.clock import Clock
 from evomerge.errors import CandidateError
 from evomerge.records import Options, Split, TaskItems
-from evomerge.workers.pool import Outcome, Result, Scorer, Subject
+from evomerge.workers.pool import Outcome, Result, Scorer, Subject, fate_of
 
 HERE = "inline"
 
@@ -46,8 +46,9 @@ class InlinePool:
             self._clock.lap("idle_s")
             outcome: Outcome
             try:
-                outcome, kind = self.scorer.score(subject, split, items), {}
+                outcome = self.scorer.score(subject, split, items)
             except CandidateError as error:
-                outcome, kind = error, {"kind": error.kind}
+                error.__cause__ = error.__context__ = error.__traceback__ = None  # their frames hold tensors
+                outcome = error
             self._clock.lap("busy_s")
-            yield Result(key, outcome, {"worker": HERE, **self._clock.take(), **kind})
+            yield Result(key, outcome, {"worker": HERE, **self._clock.take(), **fate_of(outcome)})

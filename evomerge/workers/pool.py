@@ -37,6 +37,12 @@ class Result:
     fate: Mapping[str, Any] = field(default_factory=dict)
 
 
+def fate_of(outcome: Outcome) -> dict[str, Any]:
+    """Return what an outcome says itself of how it came about."""
+    kind = {"kind": outcome.kind} if isinstance(outcome, CandidateError) else {}
+    return {**kind, "halved": True} if outcome.halved else kind
+
+
 class Pool(Protocol):
     """Scores subjects on its workers, none of which waits for another."""
 

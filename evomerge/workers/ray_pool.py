@@ -27,7 +27,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from evomerge.errors import CampaignError, CandidateError, EvoMergeError
 from evomerge.records import Measurement, Options, Split, TaskItems
-from evomerge.workers.pool import Outcome, Result, Scorer, Subject
+from evomerge.workers.pool import Outcome, Result, Scorer, Subject, fate_of
 
 LOOK_S = 5.0  # between looks at the cluster while nothing happens
 MAX_DEAD_STARTS = 3  # in a row, until one worker has opened
@@ -188,6 +188,7 @@ class RayPool:
         self._stage, self._stage_refs = 0, list[Any]()
         self._shared: list[Any] = []
         self._dead_starts, self._num_left_out = 0, 0
+        self._told: set[str] = set()  # why workers were left out
         self._looked, self._is_waiting = time.monotonic(), False
         self.findings: Any = None
         try:
@@ -303,12 +304,14 @@ class RayPool:
         slot.where, slot.since, self._dead_starts = brought.where, time.monotonic(), 0
         if self._is_waiting:
             self.notify("a worker has come; the search goes on")
-            self._is_waiting = False
+            self._is_waiting, self._num_left_out = False, 0
         return None
 
     def _leave_out(self, slot: _Slot, why: str) -> None:
-        """Do without a worker that would fail again wherever Ray puts it."""
-        self.notify(why)
+        """Do without a worker that would fail again wherever Ray puts it; while there is none, they go on trying."""
+        if why not in self._told:
+            self.notify(why)
+            self._told.add(why)
         self._drop(slot)
         self._num_left_out += 1
 
@@ -443,9 +446,7 @@ def _result(job: _Job, slot: _Slot, outcome: Outcome) -> Result:
     slot.since = now
     if job.deaths:
         fate["deaths"] = job.deaths
-    if isinstance(outcome, CandidateError):
-        fate |= {"kind": outcome.kind}
-    return Result(job.key, outcome, fate)
+    return Result(job.key, outcome, fate | fate_of(outcome))
 
 
 def first_line(error: BaseException) -> str:
