@@ -113,7 +113,9 @@ class Tensorboard:
     def __init__(self, options: TensorboardOptions, run: Tracked) -> None:
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(options.folder or str(run.folder / "tensorboard"), flush_secs=10)
+        folder = options.folder or str(run.folder / "tensorboard")
+        # Files are named after the second: a session that follows at once would write over the one before.
+        self._writer = SummaryWriter(folder, flush_secs=10, filename_suffix=f".{time.time_ns()}")
         self._writer.add_text("campaign", _markdown(("key", "value"), list(run.campaign.items())))
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
