@@ -8,21 +8,19 @@ import numpy as np
 import torch
 
 from evomerge.card import model_card
-from evomerge.course import Course
-from evomerge.errors import EvoMergeError, RunError
 from evomerge.evaluators.evaluator import ItemScores
 from evomerge.interop.read import read_any_recipe
 from evomerge.interop.write import write_mergekit
-from evomerge.materialize.arrangement import Output
 from evomerge.materialize.checkpoint import open_checkpoint
 from evomerge.materialize.materializer import Materializer
 from evomerge.materialize.residence import Place
 from evomerge.materialize.resident import load_model
 from evomerge.materialize.write import require_new, write_checkpoint
 from evomerge.plan import choose_device, decisions, make_plan
+from evomerge.rebuild import rebuild
 from evomerge.recipe_file import write_recipe
 from evomerge.records import Split, Trial
-from evomerge.run import Run, require_same_inputs
+from evomerge.run import Run
 from evomerge.scorer import objective_score
 
 Loading = Callable[[str], None]
@@ -45,26 +43,7 @@ def export_trial(run: Run, trial: Trial, out: Path, loading: Loading) -> None:
     Raises: RunError if the checkpoints changed; EvoMergeError if the tensors are not those that were tested.
     """
     require_new(out)
-    plan = make_plan(run.campaign)
-    course = Course(run.campaign, plan, run.changes)
-    course.leg(trial.stage, run.trials)
-    recipe = course.recipe(trial)
-    materializer = Materializer(
-        plan.base,
-        list(plan.experts.values()),
-        dtype=plan.dtype,
-        output=Output(layers=recipe.layers),
-        place=plan.place,
-        progress=loading,
-    )
-    require_same_inputs(run, materializer.hashes, plan.evaluator.digest)
-    materializer.build(plan.operators[recipe.operator], recipe)
-    tested = run.tested.get(f"trial:{trial.number}")
-    if tested and tested.weights != materializer.weights_hash():
-        raise EvoMergeError(
-            f"trial {trial.number}: the rebuilt tensors differ from those that were tested: another device, "
-            f"number of threads or version of torch; rebuild where the run was made"
-        )
+    plan, recipe, materializer = rebuild(run, trial, loading)
 
     def add(folder: Path) -> None:
         write_recipe(recipe, folder / "recipe.yaml")
@@ -137,15 +116,3 @@ def verify_export(run: Run, trial: Trial, folder: Path, loading: Loading) -> lis
                 )
             )
     return rows
-
-
-def parse_preference(text: str) -> dict[str, float]:
-    """Read ``a=2,b=1``. Raises: RunError."""
-    preference = {}
-    for part in text.split(","):
-        name, _, weight = part.partition("=")
-        try:
-            preference[name.strip()] = float(weight)
-        except ValueError as error:
-            raise RunError(f"--prefer: expected NAME=WEIGHT,... such as a=2,b=1, found {part!r}") from error
-    return preference
