@@ -11,7 +11,7 @@ from evomerge.report.tables import Column, Row, Shown, make_table, short, with_e
 from evomerge.rescore import Rescored
 from evomerge.run import Run, open_run
 
-FOOTNOTE = "± is one standard error, ranges are 95 % intervals; paired over the same items and clustered by source"
+FOOTNOTE = "± is one standard error, ranges are 95 % intervals; paired by item and clustered by source"
 
 
 def comparison(place: str, one: str, other: str | None) -> Shown:

@@ -20,7 +20,7 @@ def runs(summaries: Sequence[RunSummary], place: Location) -> Shown:
         Column("front", lambda row: str(row["num_on_front"])),
         Column("best", lambda row: _number(row["best"])),
         Column("hypervolume", lambda row: _number(row["hypervolume"])),
-        Column("last written", lambda row: _local(row["written"]), is_number=False),
+        Column("last written", lambda row: local(row["written"]), is_number=False),
     ]
     readable = [row for row in rows if row["problem"] is None]
     table = make_table(f"runs in {place}: the front by search items", columns, readable)
@@ -57,8 +57,9 @@ def iso(seconds: float | None) -> str | None:
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
-def _local(written: str | None) -> str:
-    return "" if written is None else datetime.fromisoformat(written).astimezone().strftime("%Y-%m-%d %H:%M")
+def local(time: str | None) -> str:
+    """Return an ISO time as the clock on the wall had it."""
+    return "" if time is None else datetime.fromisoformat(time).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def _number(value: float | None) -> str:

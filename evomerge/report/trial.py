@@ -12,7 +12,7 @@ from evomerge.frames import place_of
 from evomerge.records import Trial
 from evomerge.report.console import COMMAND, duration
 from evomerge.report.pairs import FOOTNOTE, difference_columns, label, pair_row
-from evomerge.report.runs import iso
+from evomerge.report.runs import iso, local
 from evomerge.report.tables import Column, Row, Shown, make_table, short
 from evomerge.run import Run
 
@@ -49,7 +49,7 @@ def trial(run: Run, shown: Trial, *, everything: bool = False) -> Shown:
         where = run.location.quoted
         people += [
             f"next     {COMMAND} export {where} --trial {shown.number} --out merged",
-            f"         {COMMAND} compare {where} {shown.number} knee",
+            f"         {COMMAND} compare {where} {shown.number} {'uniform' if facts['is_knee'] else 'knee'}",
         ]
     return Shown(tables={"scores": scores, "differences": differences, "numbers": numbers}, facts=facts, people=people)
 
@@ -99,8 +99,8 @@ def _about(run: Run, shown: Trial, facts: Mapping[str, Any]) -> list[RenderableT
         parts = ", ".join(f"{part} {duration(seconds)}" for part, seconds in facts["seconds"].items())
         lines.append(f"cost     {facts['cost']:.3g} full-evaluation equivalents ({parts})")
     if facts["issued"]:
-        until = f", finished {facts['finished']}" if facts["finished"] else ""
-        lines.append(f"time     issued {facts['issued']}{until}")
+        until = f", finished {local(facts['finished'])}" if facts["finished"] else ""
+        lines.append(f"time     issued {local(facts['issued'])}{until}")
     extra = {key: value for key, value in shown.fate.items() if isinstance(value, str | int)}
     if extra:
         lines.append("fate     " + ", ".join(f"{key} {value}" for key, value in extra.items()))
