@@ -16,6 +16,7 @@ from rich.progress import (
 )
 
 console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 100)
+aside = Console(highlight=False, markup=False, emoji=False, stderr=True)  # for progress beside what scripts read
 
 
 def _command() -> str:
@@ -32,7 +33,7 @@ def say(line: str) -> None:
     console.print(line, soft_wrap=True)
 
 
-def make_progress() -> Progress:
+def make_progress(to: Console = console) -> Progress:
     """Return a progress bar with counts, time spent and time left."""
     return Progress(
         TextColumn("{task.description:<16}"),
@@ -42,15 +43,15 @@ def make_progress() -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
-        console=console,
+        console=to,
     )
 
 
 class Loading:
     """A status line that says which checkpoint is being loaded, until something better is shown."""
 
-    def __init__(self) -> None:
-        self._status = console.status("loading")
+    def __init__(self, to: Console = console) -> None:
+        self._status = to.status("loading")
 
     def __call__(self, name: str) -> None:
         """Say what is being loaded."""

@@ -19,9 +19,7 @@ def operators() -> Shown:
         ),
     ]
     title = "operators: parameter = default [searched from, to]; * one number for the whole merge"
-    closing = (
-        "A campaign or recipe says: operator: {name: ties, density: 0.3}; the coefficients have their own section."
-    )
+    closing = "A campaign or recipe says: operator: {name: ties, density: 0.3}; coefficients stand elsewhere."
     table = make_table(title, columns, rows)
     table.show_lines = True
     return Shown(tables={"operators": rows}, people=[table, closing])

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.text import Text
+
 from evomerge.comparison import ModelComparison, RunComparison, compare_models, compare_runs, subject_of
 from evomerge.errors import RunError
 from evomerge.evidence.pairs import Pair
@@ -128,7 +130,7 @@ def run_comparison(compared: RunComparison) -> Shown:
         "same_items": compared.has_same_items,
     }
     table = make_table(f"two runs in {names}", columns, rows)
-    return Shown(tables={"runs": rows}, facts=facts, people=[table, *notes])
+    return Shown(tables={"runs": rows}, facts=facts, people=[table, *map(Text, notes)])
 
 
 def rescored(run: Run, found: Rescored) -> Shown:
@@ -157,7 +159,7 @@ def rescored(run: Run, found: Rescored) -> Shown:
     return Shown(
         tables={"models": models, "objectives": rows},
         facts={"run": run.location, "model": subject, "items": found.num_items},
-        people=[scores, make_table(f"{label(subject)} less the best expert", beside, rows), *notes],
+        people=[scores, make_table(f"{label(subject)} less the best expert", beside, rows), *map(Text, notes)],
     )
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from rich.console import Group
-from rich.padding import Padding
 from rich.text import Text
 
 from evomerge.records import Floats, Objective
@@ -16,6 +15,7 @@ from evomerge.run import Run
 HEIGHT = 16
 MAX_WIDTH = 100
 MARGIN = 9  # left of the frame, for the numbers of the vertical axis
+DASHES = 24  # a reference model's line has a character for so many halves of a column
 NUM_TICKS = 5  # about so many numbers an axis
 FRONT, DOMINATED, REFERENCE, KNEE = "bold blue", "dim", "magenta", "bold yellow"
 
@@ -52,8 +52,8 @@ def _pair_plot(run: Run, knee: int | None) -> Group:
     others = [t.number for t in run.trials if t.state == "scored" and t.number not in members]
     dominated = "others, by search items" if run.tested else "others"
     marks = [Marks(dominated, "·", DOMINATED, points([f"trial:{n}" for n in others], tested=False))]
-    marks += [Marks(name, sign, REFERENCE, points([subject])) for subject, name, sign in _reference_signs(run)]
     marks.append(Marks("front", "●", FRONT, points([f"trial:{n}" for n in members])))
+    marks += [Marks(name, sign, REFERENCE, points([subject])) for subject, name, sign in _reference_signs(run)]
     marks += [Marks("knee", "◆", KNEE, points([f"trial:{knee}"]))] if knee is not None else []
     return scatter(marks, _axis(x), _axis(y))
 
@@ -67,9 +67,10 @@ def _progress_plot(run: Run) -> Group:
     best = objective.sign * np.maximum.accumulate(objective.sign * values)
     everywhere = np.linspace(place[0], place[-1], 2 * MAX_WIDTH)
     marks = []
-    for subject, name, sign in _reference_signs(run):
-        value = run.searched[subject].scores[objective.name].value
-        marks.append(Marks(name, sign, REFERENCE, np.stack([everywhere, np.full(len(everywhere), value)], axis=1)))
+    for number, (subject, name, sign) in enumerate(_reference_signs(run)):
+        places = everywhere[4 * number :: DASHES]  # so that of two lines in one row either is seen
+        values_N = np.full(len(places), run.searched[subject].scores[objective.name].value)
+        marks.append(Marks(name, sign, REFERENCE, np.stack([places, values_N], axis=1)))
     steps = np.clip(np.searchsorted(place, everywhere, side="right") - 1, 0, None)
     marks.append(Marks("trials", "·", DOMINATED, np.stack([place, values], axis=1)))
     marks.append(Marks("best so far", "●", FRONT, np.stack([everywhere, best[steps]], axis=1)))
@@ -113,14 +114,20 @@ def scatter(marks: Sequence[Marks], x_title: str, y_title: str) -> Group:
         start = min(max(0, column - len(text) // 2), len(labels) - len(text))
         labels[start : start + len(text)] = text
     picture.append(f"{'':{MARGIN - 1}}└{''.join(axis)}\n{'':{MARGIN}}{''.join(labels).rstrip()}  {x_title}")
-    return Group(picture, Padding(_legend(marks), (0, 0, 0, MARGIN)))
+    return Group(picture, _legend(marks, width))
 
 
-def _legend(marks: Sequence[Marks]) -> Text:
-    legend = Text()
+def _legend(marks: Sequence[Marks], width: int) -> Text:
+    """Return what the characters mean, in lines that do not part a character from its name."""
+    legend, room = Text(" " * MARGIN, no_wrap=True), width
     for of_kind in marks:
+        length = len(of_kind.name) + 4
+        if length > room:
+            legend.append("\n" + " " * MARGIN)
+            room = width
         legend.append(of_kind.sign, of_kind.style)
-        legend.append(f"\N{NO-BREAK SPACE}{of_kind.name.replace(' ', chr(0xA0))}  ")
+        legend.append(f" {of_kind.name}  ")
+        room -= length
     return legend
 
 

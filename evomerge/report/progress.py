@@ -14,7 +14,7 @@ from evomerge.front.front import front_hypervolume, front_of, maximized
 from evomerge.ledger.location import Location, locate
 from evomerge.mirror import mirror as run_mirror
 from evomerge.records import Trial
-from evomerge.report.console import COMMAND, Loading, console, make_progress, say
+from evomerge.report.console import COMMAND, Loading, aside, console, make_progress, say
 from evomerge.rescore import Rescored
 from evomerge.rescore import rescore as run_rescore
 from evomerge.run import Run, open_run
@@ -112,8 +112,8 @@ def mirror(run: Run, url: str, name: str) -> None:
 
 
 def rescore(run: Run, trial: Trial, tasks: Path) -> Rescored:
-    """Score a model and its references on further tasks behind a progress bar, which scripts do not see."""
-    with Loading() as loading, make_progress() as progress:
+    """Score a model and its references on further tasks behind a progress bar, which scripts do not read."""
+    with Loading(aside) as loading, make_progress(aside) as progress:
         bar = progress.add_task("models", total=None, note="", visible=False)
 
         def advance(done: int, total: int) -> None:

@@ -20,7 +20,7 @@ def runs(summaries: Sequence[RunSummary], place: Location) -> Shown:
         Column("front", lambda row: str(row["num_on_front"])),
         Column("best", lambda row: _number(row["best"])),
         Column("hypervolume", lambda row: _number(row["hypervolume"])),
-        Column("last written", lambda row: local(row["written"]), is_number=False),
+        Column("last written", lambda row: local(row["written"])[:16], is_number=False),
     ]
     readable = [row for row in rows if row["problem"] is None]
     table = make_table(f"runs in {place}: the front by search items", columns, readable)

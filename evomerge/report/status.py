@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import RenderableType
+from rich.text import Text
 
 from evomerge.records import Trial
 from evomerge.report.console import COMMAND, duration
@@ -67,7 +68,7 @@ def _lines(of_run: RunStatus, row: Row) -> list[RenderableType]:
         best = ", ".join(f"{name} {value:.4g}" for name, value in of_run.best.items())
         front = f"; {summary.num_on_front} models on the front" if len(run.steering) > 1 else ""
         volume = "" if summary.hypervolume is None else f", hypervolume {summary.hypervolume:.4g} above the base"
-        lines.append(f"found    best {best}{front}{volume} (search items)")
+        lines.append(Text(f"found    best {best}{front}{volume} (search items)"))
     lines.append(f"time     {_timing(of_run)}")
     for number, (reason, count) in enumerate(of_run.failures.items()):
         shown = reason if len(reason) <= MAX_REASON else reason[: MAX_REASON - 3] + "..."
