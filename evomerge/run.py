@@ -262,6 +262,9 @@ class Run:
 
         return materialize(self, self.pick(trial=trial if isinstance(trial, int) else trial.number))
 
+    def __repr__(self) -> str:
+        return f"Run of {self.campaign.name} in {self.location}"
+
     def _repr_html_(self) -> str:
         """What a notebook shows: the front, beside the reference models."""
         from evomerge.frames import as_html
