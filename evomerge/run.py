@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evomerge.campaign import Campaign, DataFlowSection, SpaceChanges
+from evomerge.campaign import Campaign
 from evomerge.errors import RunError
 from evomerge.evidence.compare import paired_difference
 from evomerge.evidence.summary import Summarizer, all_sources
@@ -16,6 +16,7 @@ from evomerge.front.front import Front, front_hypervolume, front_of
 from evomerge.ledger.ledger import Ledger
 from evomerge.ledger.location import Location, locate
 from evomerge.records import Measurement, Objective, Split, Trial
+from evomerge.sections import DataFlowSection, SpaceChanges
 from evomerge.space.choice import chosen
 from evomerge.space.data_flow import layers_on
 
