@@ -117,7 +117,7 @@ def test_the_plot_shows_the_front_beside_what_was_there(run: Run) -> None:
         assert f"{sign} {name}" in legend
     assert {"◆", "B", "·"} <= set(frame)
     assert "turned ↓" in picture
-    assert re.search(r"^ +0\.\d+ ┤", picture, flags=re.MULTILINE)
+    assert re.search(r"^ +\d\.\d+ ┤", picture, flags=re.MULTILINE)
 
 
 def test_one_objective_is_plotted_over_its_results(make_campaign: Callable[..., Campaign], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from evomerge.rescore import Rescored
 from evomerge.run import Run, open_run
 
 FOOTNOTE = "± is one standard error, ranges are 95 % intervals; paired by item and clustered by source"
+OBJECTIVE = Column("objective", lambda row: row["objective"] + (" ↓" if row["direction"] == "min" else ""), False)
 
 
 def comparison(place: str, one: str, other: str | None) -> Shown:
@@ -31,7 +32,7 @@ def model_comparison(run: Run, compared: ModelComparison) -> Shown:
     rows = [pair_row(compared.ours, compared.theirs, pair) for pair in compared.pairs]
     ours, theirs = (label(subject) for subject in (compared.ours, compared.theirs))
     columns = [
-        Column("objective", lambda row: row["objective"] + (" ↓" if row["direction"] == "min" else ""), False),
+        OBJECTIVE,
         Column(ours, lambda row: with_error(row["value"], row["stderr"])),
         Column(theirs, lambda row: with_error(row["other_value"], row["other_stderr"])),
         *difference_columns(),
@@ -147,7 +148,7 @@ def rescored(run: Run, found: Rescored) -> Shown:
         faint=lambda row: row["model"] != subject,
     )
     beside = [
-        Column("objective", lambda row: row["objective"] + (" ↓" if row["direction"] == "min" else ""), False),
+        OBJECTIVE,
         Column("best expert", lambda row: label(row["other"]).removeprefix("expert "), False),
         *difference_columns(),
     ]

@@ -5,13 +5,14 @@ from typing import Any
 
 import numpy as np
 from rich.console import RenderableType
+from rich.table import Table
 
 from evomerge.comparison import compare_models
 from evomerge.evidence.intervals import score_intervals
 from evomerge.frames import place_of
 from evomerge.records import Trial
 from evomerge.report.console import COMMAND, duration
-from evomerge.report.pairs import FOOTNOTE, difference_columns, label, pair_row
+from evomerge.report.pairs import FOOTNOTE, OBJECTIVE, difference_columns, label, pair_row
 from evomerge.report.runs import iso, local
 from evomerge.report.tables import Column, Row, Shown, make_table, short
 from evomerge.run import Run
@@ -36,21 +37,14 @@ def trial(run: Run, shown: Trial, *, everything: bool = False) -> Shown:
     if scores:
         people.append(make_table("", _score_columns(), scores))
     if differences:
-        split = "test" if f"trial:{shown.number}" in run.tested else "search"
-        columns = [
-            Column("over", lambda row: label(row["other"]), False),
-            Column("objective", lambda row: row["objective"] + (" ↓" if row["direction"] == "min" else ""), False),
-            *difference_columns(),
-        ]
-        people += [make_table(f"less each model that was there before, on {split} items", columns, differences)]
-        people += [FOOTNOTE]
+        people += [_difference_table(run, shown, differences), FOOTNOTE]
     people += _coefficients(numbers, everything=everything)
     if shown.measurement:
         where = run.location.quoted
-        people += [
-            f"next     {COMMAND} export {where} --trial {shown.number} --out merged",
-            f"         {COMMAND} compare {where} {shown.number} {'uniform' if facts['is_knee'] else 'knee'}",
-        ]
+        people.append(f"next     {COMMAND} export {where} --trial {shown.number} --out merged")
+        if shown.state == "scored":
+            other = "uniform" if facts["is_knee"] or not run.front else "knee"
+            people.append(f"         {COMMAND} compare {where} {shown.number} {other}")
     return Shown(tables={"scores": scores, "differences": differences, "numbers": numbers}, facts=facts, people=people)
 
 
@@ -143,7 +137,7 @@ def _score_columns() -> list[Column]:
         return Column("95 %", text)
 
     return [
-        Column("objective", lambda row: row["objective"] + (" ↓" if row["direction"] == "min" else ""), False),
+        OBJECTIVE,
         Column("measure", lambda row: row["measure"], False),
         value("search"),
         interval("search"),
@@ -158,6 +152,15 @@ def _differences(run: Run, shown: Trial) -> list[dict[str, Any]]:
     others += [run.best_scalar] if run.tested else []
     subject = f"trial:{shown.number}"
     return [pair_row(subject, other, pair) for other in others for pair in compare_models(run, subject, other).pairs]
+
+
+def _difference_table(run: Run, shown: Trial, differences: Sequence[Row]) -> Table:
+    """Show the objectives that steer; the parts of summaries are in the JSON."""
+    split = "test" if f"trial:{shown.number}" in run.tested else "search"
+    columns = [Column("over", lambda row: label(row["other"]), False), OBJECTIVE, *difference_columns()]
+    steering = {objective.name for objective in run.steering}
+    rows = [row for row in differences if row["objective"] in steering]
+    return make_table(f"less each model that was there before, on {split} items", columns, rows)
 
 
 def _coefficients(numbers: Sequence[Row], *, everything: bool) -> list[RenderableType]:
