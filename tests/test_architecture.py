@@ -26,6 +26,7 @@ LAYERS = (
         "references",
         "racing",
         "driver",
+        "watcher",
         "draining",
         "pools",
         "recipe_file",
@@ -34,6 +35,7 @@ LAYERS = (
     {
         "run",
         "mirror",
+        "replay",
         "runs",
         "check",
         "claims",
