@@ -92,9 +92,10 @@ def as_html(run: "Run") -> str:
     lines = []
     for subject in subjects:
         cells = score_cells(run, subject)
+        numbers = [(cells[f"{split}/{o.name}"], cells[f"{split}_stderr/{o.name}"]) for o in run.objectives]
         scores = "".join(
-            f"<td>{cells[f'{split}/{objective.name}']:.3f} ± {cells[f'{split}_stderr/{objective.name}']:.3f}</td>"
-            for objective in run.objectives
+            "<td></td>" if value is None or stderr is None else f"<td>{value:.3f} ± {stderr:.3f}</td>"
+            for value, stderr in numbers
         )
         lines.append(f"<tr><td>{html.escape(subject.replace(':', ' '))}</td>{scores}</tr>")
     hidden = len(run.front) - NUM_SHOWN

@@ -299,6 +299,24 @@ def test_status_of_a_run_that_is_driven(make_campaign: Callable[..., Campaign], 
         current_status(locate(tmp_path / "empty"))
 
 
+def test_a_front_that_grows_after_its_test_scores_is_shown(
+    make_campaign: Callable[..., Campaign], tmp_path: Path
+) -> None:
+    """The old members have test values, the new ones have none yet."""
+    wide = {"search": [{"proposer": "sobol"}], "objectives": OBJECTIVES}
+    search(make_campaign(**wide, budget={"evaluations": 1}), tmp_path / "run", watcher=Silent())
+    with pytest.raises(Interrupt):
+        search(make_campaign(**wide, budget={"evaluations": 20}), tmp_path / "run", watcher=Interrupting(after=15))
+    run = evomerge.open(tmp_path / "run")
+    new = [trial.number for trial in run.front if f"trial:{trial.number}" not in run.tested]
+    assert new
+    assert "models without numbers are new" in invoke("front", tmp_path / "run")
+    assert run.front_frame().set_index("trial").loc[new, "test/parity"].isna().all()
+    assert f"<td>trial {new[0]}</td><td></td>" in run._repr_html_()
+    (drawn,) = (trace for trace in evomerge.figures.front(run).data if trace.name == "front")
+    assert len(drawn.x) == len(run.front)
+
+
 def test_nothing_is_shown_before_anything_is_scored(make_campaign: Callable[..., Campaign], tmp_path: Path) -> None:
     class Early(Interrupting):
         def advance(self, trial: object) -> None:

@@ -35,7 +35,7 @@ def front(run: Run) -> "Figure":
         return parallel_coordinates(run)
     import plotly.graph_objects as go
 
-    measured = run.tested or run.searched
+    measured = {**run.searched, **run.tested}  # what has no test values yet has its search values
     members = _subjects(run.front)
     others = _subjects([t for t in run.trials if t.state == "scored" and f"trial:{t.number}" not in members])
     drawn = [_points(run, run.searched, others, "others (search values)", {"color": FAINT, "size": 5, "opacity": 0.5})]

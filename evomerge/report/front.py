@@ -100,14 +100,21 @@ def _columns(run: Run, split: str, knee: int | None) -> list[Column]:
     columns = [Column("model", model, is_number=False), *(score(objective.name) for objective in run.objectives)]
     if run.has_one_metric:
         names = [objective.name for objective in run.steering]
-        columns.append(Column("mean", lambda row: f"{np.mean([row[f'{split}/{name}'] for name in names]):.3f}"))
+        columns.append(Column("mean", lambda row: _mean_of([row[f"{split}/{name}"] for name in names])))
         if run.tested:
             columns.append(Column("over scalar", lambda row: _over(row, run.best_scalar)))
     return columns
 
 
 def _over(row: Row, best_scalar: str) -> str:
-    return "" if row["model"] == best_scalar else signed(row["over_scalar"], row["over_scalar_stderr"])
+    if row["model"] == best_scalar or row["over_scalar"] is None:
+        return ""
+    return signed(row["over_scalar"], row["over_scalar_stderr"])
+
+
+def _mean_of(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{np.mean(known):.3f}" if known else ""
 
 
 def _is_compact(run: Run) -> bool:
@@ -137,6 +144,8 @@ def _notes(run: Run, sentences: Sequence[str], *, num_hidden: int) -> list[Rende
             f"{len(run.stopped)} of {len(run.trials)} trials were stopped early: all trials together cost "
             f"{run.cost:.0f} full evaluations"
         )
+    if run.tested and not all(f"trial:{trial.number}" in run.tested for trial in run.front):
+        notes.append("models without numbers are new: they are scored on the test items when the search has ended")
     if _is_compact(run) and run.tested:
         worst = max(score.stderr for measurement in run.tested.values() for score in measurement.scores.values())
         notes.append(f"standard errors of single scores are at most {worst:.3f}")

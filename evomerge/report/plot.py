@@ -41,7 +41,7 @@ def front_plot(run: Run, knee: int | None) -> Group | None:
 
 def _pair_plot(run: Run, knee: int | None) -> Group:
     """Dominated trials by search values; front and reference models by test values, where they have some."""
-    measured = run.tested or run.searched
+    measured = {**run.searched, **run.tested}  # what has no test values yet has its search values
     x, y = run.steering
 
     def points(subjects: Sequence[str], *, tested: bool = True) -> Floats:
