@@ -20,21 +20,13 @@ class LiveModel(NamedTuple):
     processor: Any | None
 
 
-class Rebuilt(NamedTuple):
-    """A trial's recipe, and the materializer that holds its model."""
-
-    plan: Plan
-    recipe: Recipe
-    materializer: Materializer
-
-
-def rebuild(run: Run, trial: Trial, loading: Callable[[str], None] = lambda _: None) -> Rebuilt:
-    """Merge a trial's model again.
+def rebuild(
+    run: Run, plan: Plan, trial: Trial, recipe: Recipe, loading: Callable[[str], None] = lambda _: None
+) -> Materializer:
+    """Return a materializer that holds a trial's model.
 
     Raises: RunError if checkpoints or items changed; EvoMergeError if the tensors are not those that were tested.
     """
-    plan = make_plan(run.campaign)
-    recipe = recipe_of(run, trial, plan)
     materializer = Materializer(
         plan.base,
         list(plan.experts.values()),
@@ -46,7 +38,7 @@ def rebuild(run: Run, trial: Trial, loading: Callable[[str], None] = lambda _: N
     require_same_inputs(run, materializer.hashes, plan.evaluator.digest)
     materializer.build(plan.operators[recipe.operator], recipe)
     require_tested(run, trial, materializer.weights_hash())
-    return Rebuilt(plan, recipe, materializer)
+    return materializer
 
 
 def recipe_of(run: Run, trial: Trial, plan: Plan) -> Recipe:
@@ -68,5 +60,6 @@ def require_tested(run: Run, trial: Trial, weights: str | None) -> None:
 
 def materialize(run: Run, trial: Trial, loading: Callable[[str], None] = lambda _: None) -> LiveModel:
     """Return a trial's model, alive: in memory on the run's device, ready to predict. Raises: as ``rebuild``."""
-    rebuilt = rebuild(run, trial, loading)
-    return LiveModel(rebuilt.materializer.module, load_processor(rebuilt.plan.base))
+    plan = make_plan(run.campaign)
+    materializer = rebuild(run, plan, trial, recipe_of(run, trial, plan), loading)
+    return LiveModel(materializer.module, load_processor(plan.base))

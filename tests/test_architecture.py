@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "evomerge"
 LAYERS = (
-    {"records", "errors", "strict", "chat"},
+    {"records", "errors", "strict", "chat", "scatter"},
     {"kernels"},
     {"operators", "space", "splits", "front", "evidence"},
     {"materialize", "ledger", "surrogates", "descent_rules"},
@@ -47,6 +47,9 @@ LAYERS = (
         "rebuild",
         "rescore",
         "status",
+        "card_metadata",
+        "push",
+        "front_picture",
     },
     {"report"},
     {"cli"},
@@ -65,6 +68,8 @@ CONFINED = {  # library -> where alone it may be imported
     "psycopg": {"ledger"},
     "moocore": {"front"},
     "pandas": {"frames", "run"},  # run.py names the type alone
+    "PIL": {"scatter"},
+    "huggingface_hub": {"materialize", "push"},
     "plotly": {"report"},
     "rich": {"report"},
     "typer": {"cli"},
