@@ -38,7 +38,8 @@ from evomerge.families.family import make
 from evomerge.ledger.location import locate
 from evomerge.plan import Findings, Plan, make_plan
 from evomerge.records import Candidate, Measurement, Recipe, Score, Split, TaskItems
-from evomerge.report.terminal import Loading, SearchProgress
+from evomerge.report.console import Loading
+from evomerge.report.progress import SearchProgress
 from evomerge.run import search
 from evomerge.scorer import Scorer
 from evomerge.times import times_of

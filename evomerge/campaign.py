@@ -185,6 +185,27 @@ def read_campaign(path: str | Path, workers: str | None = None) -> Campaign:
     return _located(campaign, path.resolve().parent)
 
 
+def read_tasks(path: str | Path, campaign: Campaign) -> Campaign:
+    """Return a campaign with the evaluation and objectives of a file in place of its own, to score its models anew.
+
+    Nothing is searched, so nothing is split. Raises: CampaignError that names the key.
+    """
+    path = Path(path)
+    data = read_yaml(path)
+    if unknown := sorted(data.keys() - {"evaluation", "objectives"}):
+        raise CampaignError(f"{path}: {unknown[0]}: expected evaluation and objectives alone, as a campaign has them")
+    if isinstance(data.get("evaluation"), Mapping) and "split" in data["evaluation"]:
+        raise CampaignError(f"{path}: evaluation.split: all items are scored and none steers; leave split out")
+    rest = {"name": campaign.name, "base": campaign.base, "experts": campaign.experts, "budget": {"evaluations": 1}}
+    try:
+        read = parse(Campaign, {**rest, **data}, "")
+        _check_names(read)
+    except CampaignError as error:
+        raise CampaignError(f"{path}: {error}") from error.__cause__
+    evaluation = _located_evaluation(read.evaluation, path.resolve().parent)
+    return campaign.model_copy(update={"evaluation": evaluation, "objectives": read.objectives, "fidelity": None})
+
+
 def locate(location: str, folder: Path) -> str:
     """Return the absolute path of a checkpoint given relative to a file's folder; a Hugging Face id stays as it is."""
     path = folder / Path(location).expanduser()

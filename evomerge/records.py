@@ -23,6 +23,7 @@ TaskItems = Mapping[str, Items]
 Direction = Literal["max", "min"]
 Split = Literal["adapt", "search", "test"]
 Summary = Literal["mean", "worst"]
+TrialState = Literal["pending", "scored", "stopped", "failed"]
 
 
 class Options(BaseModel):
@@ -300,6 +301,13 @@ class Trial:
         """The point that was scored: where the descent ended, if there was one."""
         arrival = self.measurement.arrival if self.measurement else None
         return arrival.point if arrival else self.candidate.point
+
+    @property
+    def state(self) -> TrialState:
+        """Pending until it has its result; then scored on all items, stopped by a race before that, or failed."""
+        if self.order is None:
+            return "pending"
+        return "failed" if self.measurement is None else "stopped" if self.measurement.stopped else "scored"
 
 
 def in_order(trials: Iterable[Trial]) -> list[Trial]:

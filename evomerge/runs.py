@@ -35,10 +35,11 @@ def summarize_runs(place: Location) -> list[RunSummary]:
 
     A folder that is a run is listed alone, as is a run that is named.
     """
-    return [_summary(location) for location in _locations(place)]
+    return [summarize_run(location) for location in run_locations(place)]
 
 
-def _locations(place: Location) -> Iterator[Location]:
+def run_locations(place: Location) -> Iterator[Location]:
+    """Yield where the runs of a folder or a database are. Raises: RunError if there is no such place."""
     if place.folder is None:
         names = [place.name] if place.name else sorted(Ledger.names(place))
         yield from (replace(place, name=name) for name in names)
@@ -51,14 +52,16 @@ def _locations(place: Location) -> Iterator[Location]:
         yield place
 
 
-def _summary(location: Location) -> RunSummary:
+def summarize_run(location: Location) -> RunSummary:
+    """Return a run in a few numbers, or why it cannot be read."""
     try:
-        return _summary_of(open_run(location))
+        return summary_of(open_run(location))
     except RunError as error:
         return RunSummary(location=location, problem=str(error))
 
 
-def _summary_of(run: Run) -> RunSummary:
+def summary_of(run: Run) -> RunSummary:
+    """Return an open run in a few numbers."""
     holder = run.ledger.holder()
     state = "running" if holder else "finished" if run.is_finished else "stopped"
     finished = [trial for trial in run.trials if trial.order is not None]

@@ -88,7 +88,8 @@ def test_help_lists_the_commands() -> None:
     done = evomerge("--help")
     assert done.returncode == 0
     assert all(
-        command in done.stdout for command in ("check", "search", "front", "report", "export", "merge", "families")
+        command in done.stdout
+        for command in ("check", "search", "front", "status", "show", "compare", "score", "export", "merge", "families")
     )
 
 
@@ -206,8 +207,12 @@ MISTAKES = [
     (("export", "RUN", "--trial", "99", "--out", "x"), "no trial 99; there are trials 0 to 24"),
     (("export", "RUN", "--prefer", "rot91=2", "--out", "x"), "no objective 'rot91'; did you mean 'rot90'?"),
     (("export", "RUN", "--prefer", "rot90=-1", "--out", "x"), "expected a weight of 0 or more, found -1"),
-    (("export", "RUN", "--prefer", "rot90", "--out", "x"), "expected NAME=WEIGHT,... such as a=2,b=1, found 'rot90'"),
+    (("export", "RUN", "--prefer", "rot90", "--out", "x"), "expected NAME=NUMBER,... such as a=2,b=1, found 'rot90'"),
     (("export", "RUN", "--prefer", "rot90=0,parity=0", "--out", "x"), "all weights are 0"),
+    (("export", "RUN", "--min", "rot90=2", "--out", "x"), "--min rot90=2: expected a model on the front that keeps it"),
+    (("export", "RUN", "--max", "rot90", "--out", "x"), "--max: expected NAME=NUMBER,... such as a=2,b=1"),
+    (("show", "RUN", "99"), "no trial 99; there are trials 0 to 24"),
+    (("front", "RUN", "--json", "--csv"), "--json and --csv: expected one of them"),
     (("export", "RUN", "--knee", "--out", "RUN"), "expected a folder that is new or empty"),
     (("export", "RUN", "--knee", "--out", "x", "--shard-size", "5"), "--shard-size: expected a size such as 5GB"),
     (("export", "RUN", "--knee", "--out", "x", "--private"), "--private: says how --push creates its repository"),

@@ -27,8 +27,8 @@ from evomerge.ledger.location import FILE_NAME
 from evomerge.plan import make_plan
 from evomerge.records import Trial
 from evomerge.replay import replay
+from evomerge.report.front import print_finished, print_front
 from evomerge.report.html import write_report
-from evomerge.report.terminal import print_finished, print_front
 from evomerge.run import Run, open_run, search
 from evomerge.stages import make_stages
 

@@ -23,7 +23,7 @@ from evomerge.ledger import database
 from evomerge.materialize.checkpoint import open_checkpoint
 from evomerge.materialize.resident import load_model
 from evomerge.records import Trial
-from evomerge.report.terminal import print_finished
+from evomerge.report.front import print_finished
 from evomerge.run import Run, open_run, search
 
 BATCH = 32

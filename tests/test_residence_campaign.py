@@ -10,7 +10,7 @@ from evomerge.campaign import Campaign
 from evomerge.check import check_campaign
 from evomerge.errors import RunError
 from evomerge.export import export_trial, verify_export
-from evomerge.report.terminal import print_check
+from evomerge.report.checked import print_check
 from evomerge.run import search
 
 Make = Callable[..., Campaign]

@@ -285,6 +285,13 @@ class Ledger:
             measured = self._read(connection, "search")
             return [trial_of(row, measured.get(f"trial:{row.number}")) for row in connection.execute(query)]
 
+    def times(self) -> dict[int, tuple[float, float | None]]:
+        """Return trial -> when it was issued and when it finished (None: not yet), in Unix seconds."""
+        columns = tables.trials.c
+        query = select(columns.number, columns.issued, columns.finished).where(self._own(tables.trials))
+        with self._database.reading() as connection:
+            return {row.number: (row.issued, row.finished) for row in connection.execute(query).all()}
+
     @_patient
     def measure(self, subject: str, measurement: Measurement) -> None:
         """Commit a measurement that is no trial: a reference model's, or test scores."""

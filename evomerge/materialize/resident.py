@@ -111,6 +111,17 @@ def load_model(checkpoint: Checkpoint, dtype: str) -> nn.Module:
     return loaded
 
 
+def load_processor(checkpoint: Checkpoint) -> Any | None:
+    """Return the checkpoint's tokenizer or processor, by the files that lie in its folder; None if there are none."""
+    from transformers import AutoProcessor
+
+    names = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
+    if not any((checkpoint.folder / name).is_file() for name in names):
+        return None
+    with quiet_transformers():
+        return AutoProcessor.from_pretrained(checkpoint.folder, local_files_only=True)
+
+
 def merged_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return every parameter and persistent floating buffer, tied ones once, in the model's order.
 

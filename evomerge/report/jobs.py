@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from evomerge.report.terminal import COMMAND, console, say
+from evomerge.report.console import COMMAND, console, say
 from evomerge.submit import DRAIN_S, Submitted
 from evomerge.workers.jobs import Job
 
