@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from evomerge.errors import RunError
 from evomerge.ledger.ledger import Ledger
@@ -35,10 +36,18 @@ def summarize_runs(place: Location) -> list[RunSummary]:
 
     A folder that is a run is listed alone, as is a run that is named.
     """
-    return [_summary(location) for location in _locations(place)]
+    return [summarize_run(location) for location in run_locations(place)]
 
 
-def _locations(place: Location) -> Iterator[Location]:
+def find_runs(given: str) -> Location:
+    """Return a place with runs: a folder of many, a run's own, its name under runs/, or a database's URL."""
+    location = locate(given)
+    named = locate(Path("runs") / given) if location.folder else location
+    return location if not location.is_missing or named.is_missing else named
+
+
+def run_locations(place: Location) -> Iterator[Location]:
+    """Yield where the runs of a folder or a database are. Raises: RunError if there is no such place."""
     if place.folder is None:
         names = [place.name] if place.name else sorted(Ledger.names(place))
         yield from (replace(place, name=name) for name in names)
@@ -51,7 +60,8 @@ def _locations(place: Location) -> Iterator[Location]:
         yield place
 
 
-def _summary(location: Location) -> RunSummary:
+def summarize_run(location: Location) -> RunSummary:
+    """Return a run in a few numbers, or why it cannot be read."""
     try:
         return _summary_of(open_run(location))
     except RunError as error:

@@ -48,6 +48,8 @@ CONFINED = {  # library -> where alone it may be imported
     "moocore": {"front"},
     "plotly": {"report"},
     "rich": {"report"},
+    "starlette": {"report"},
+    "uvicorn": {"report"},
     "typer": {"cli"},
     "ray": {"workers"},
     "lm_eval": {"evaluators"},
@@ -105,7 +107,7 @@ def test_libraries_are_confined() -> None:
 def test_import_and_help_load_nothing_heavy() -> None:
     program = (
         "import sys, evomerge, evomerge.cli; "
-        "heavy = {'torch', 'transformers', 'optuna', 'cma', 'ray', 'lm_eval', 'plotly', 'sqlalchemy', 'numpy'}; "
+        "heavy = {'torch', 'transformers', 'optuna', 'cma', 'ray', 'lm_eval', 'plotly', 'sqlalchemy', 'numpy', 'starlette'}; "
         "print(sorted(heavy & sys.modules.keys()))"
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout

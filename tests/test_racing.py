@@ -107,7 +107,8 @@ def test_a_race_is_shown(raced: Run, tmp_path: Path, capsys: pytest.CaptureFixtu
     print_front(raced)
     assert f"{len(raced.stopped)} of 60 trials were stopped early" in capsys.readouterr().out
     write_report(raced, tmp_path / "report.html")
-    assert "stopped early (estimates)" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    (reason,) = {trial.measurement.stopped for trial in raced.stopped if trial.measurement}
+    assert f'"stopped":{{"texts":["","{reason}"]' in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_descents_race_from_where_they_end(campaign: Callable[..., Campaign], tmp_path: Path) -> None:

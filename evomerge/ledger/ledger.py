@@ -154,6 +154,17 @@ class Ledger:
             times.append(self._column(connection, tables.runs.c.created))
         return max(float(time) for time in times if time is not None)
 
+    def stamp(self) -> str:
+        """Return a text that changes whenever something is written, by which a reader knows whether to look again."""
+        trials, measurements, runs = tables.trials.c, tables.measurements.c, tables.runs.c
+        counts = select(func.max(trials.number), func.max(trials.finish_order)).where(self._own(tables.trials))
+        places = select(func.max(measurements.place)).where(self._own(tables.measurements))
+        texts = select(*(func.length(column) for column in (runs.campaign, runs.facts, runs.test_touches)))
+        with self._database.reading() as connection:
+            found = [*connection.execute(counts).one(), *connection.execute(places).one()]
+            found += connection.execute(texts.where(runs.id == self._run)).one()
+        return ".".join("" if number is None else str(number) for number in found)
+
     def update_campaign(self, campaign: Mapping[str, Any]) -> None:
         """Note a campaign that differs in its budget or workers."""
         with self._writing() as connection:
