@@ -6,8 +6,9 @@ BIN := $(VENV)/bin
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test test-ray test-browser test-all lint format bench-overhead bench-materialize bench-digits bench-evaluate \
-        bench-coverage bench-ledger bench-orderings bench-page bench-racing bench-search bench-surrogates clean
+.PHONY: help setup demo test test-ray test-browser test-all lint format docs bench-overhead bench-materialize \
+        bench-digits bench-evaluate bench-coverage bench-ledger bench-orderings bench-page bench-racing bench-search \
+        bench-surrogates clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -55,6 +56,10 @@ lint: setup  ## ruff and mypy --strict
 
 format: setup  ## Format the code
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+docs: setup  ## Build docs/ as pages in .cache/site; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "open .cache/site/index.html"
 
 bench-overhead: setup  ## Milliseconds a candidate beyond the forward: driver, ledger, materialization
 	@$(BIN)/python benchmarks/overhead.py

@@ -36,7 +36,7 @@ COLUMNS = ("trials", "on the front", "report, MB", "to make it, s", "to interact
 
 
 class World:
-    """What made-up models score: each expert's coefficients help its own objective, and less and less of the others'."""
+    """What made-up models score: an expert's coefficients help its own objective, and harm most of the others."""
 
     def __init__(self, objectives: tuple[str, ...], seed: int = 0) -> None:
         rng = np.random.default_rng(seed)

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evomerge.assemble import PROPOSERS
-from evomerge.campaign import BudgetSection, Campaign, StageSection, read_campaign
+from evomerge.campaign import Campaign, read_campaign
 from evomerge.errors import CampaignError
 from evomerge.evidence.scores import score_of
 from evomerge.families.family import make
@@ -34,6 +34,7 @@ from evomerge.records import Floats, Measurement, Observation, TaskItems
 from evomerge.references import reference_recipes
 from evomerge.run import search
 from evomerge.scorer import Scorer
+from evomerge.sections import BudgetSection, StageSection
 from evomerge.splits import split_items
 
 NUM_CANDIDATES = {"digits4": 160, "text": 60}

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from evomerge.errors import CampaignError, did_you_mean
 from evomerge.evaluators.callable import CallableEvaluator, CallableOptions
@@ -11,6 +11,7 @@ from evomerge.evaluators.classification import ClassificationEvaluator, Classifi
 from evomerge.evaluators.embedding import EmbeddingEvaluator, EmbeddingOptions
 from evomerge.evaluators.evaluator import Evaluator, Wanted
 from evomerge.evaluators.generation import GenerationEvaluator, GenerationOptions
+from evomerge.evaluators.importing import load
 from evomerge.evaluators.language import LanguageEvaluator, LanguageOptions
 from evomerge.evaluators.lm_eval import LmEvalEvaluator
 from evomerge.evaluators.lm_eval_tasks import LmEvalOptions
@@ -149,6 +150,26 @@ EVALUATORS = {
     "lm_eval": EvaluatorEntry(LmEvalOptions, LmEvalEvaluator, ("include_path",)),
 }
 SEVERAL = "several"  # the kind of a list of these
+
+
+def operator_type(name: object, where: str) -> type[Operator]:
+    """Return the operator of a name, or a user's own, ``module:Class``. Raises: CampaignError that names the place."""
+    return _own_or_ours(OPERATORS, name, "operator", where)
+
+
+def proposer_type(name: object, where: str) -> type[Proposer]:
+    """Return the proposer of a name, or a user's own, ``module:Class``. Raises: CampaignError that names the place."""
+    return _own_or_ours(PROPOSERS, name, "proposer", where)
+
+
+def _own_or_ours(table: Mapping[str, Entry], name: object, kind: str, where: str) -> Entry:
+    if not isinstance(name, str) or ":" not in name:
+        return look_up(table, name, kind, where)
+    _, found = load(name, f"{where}: {kind}")
+    if not issubclass(getattr(found, "options_type", object), Options):
+        raise CampaignError(f"{where}: {kind} {name}: expected a class with an options_type, found {found!r:.60}")
+    found.name = name  # type: ignore[attr-defined]  # what recipes call it, so that they find it again
+    return cast(Entry, found)
 
 
 def look_up(table: Mapping[str, Entry], name: object, kind: str, where: str) -> Entry:

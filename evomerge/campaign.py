@@ -1,243 +1,43 @@
 """The campaign file, strictly read: every mistake is named with its path in the file.
 
-The sections say what a user may write; names (of operators, proposers, evaluators) and their options are checked
+``sections.py`` says what a user may write; names (of operators, proposers, evaluators) and their options are checked
 against the tables of ``assemble.py``.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from evomerge import assemble
 from evomerge.errors import CampaignError, did_you_mean
 from evomerge.fidelity.race import RaceOptions
 from evomerge.operators.passthrough import Passthrough
-from evomerge.records import Options, Split
+from evomerge.records import Options
+from evomerge.sections import (
+    WORKERS,
+    AnySpace,
+    BudgetSection,
+    CoefficientSection,
+    DataFlowSection,
+    EvaluatorSection,
+    Name,
+    ObjectiveSection,
+    SeveralSection,
+    SpaceChanges,
+    SpaceSection,
+    SplitSection,
+    StageSection,
+    WorkersSection,
+    space_kind,
+)
 from evomerge.space.shares import ShareOptions
-from evomerge.strict import NAME, parse, read_yaml
+from evomerge.strict import parse, read_yaml
 from evomerge.workers.inline import InlineOptions
-from evomerge.workers.ray_pool import RayOptions
-
-Name = Annotated[str, Field(pattern=NAME)]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-
-class BoundsSection(Options):
-    """Where a number is searched (default: the operator's range), one a group.
-
-    knots: instead, this many numbers evenly spaced over the depth of the network, with straight lines between; 1 is one
-    number for all groups that the range is for.
-    """
-
-    low: float | None = None
-    high: float | None = None
-    knots: int | None = Field(default=None, ge=1)
-
-
-class RangeSection(BoundsSection):
-    """A searched number, which starts where it says (default: where the operator does, within the bounds)."""
-
-    start: float | None = None
-
-
-class CoefficientSection(BoundsSection):
-    """The coefficients' range; they can start at the experts' shares, too, as far as the bounds allow."""
-
-    start: float | ShareOptions | None = None
-
-
-BEST = "best"
-
-Fixed = float | Annotated[list[float], Field(min_length=1)] | Literal["best"]
-"""A number; numbers evenly spaced over the depth of the network, with straight lines between; in stages, ``best``: what
-the best trial of the stages before has."""
-
-Exceptions = dict[str, Fixed | RangeSection]
-"""By "expert/group" pattern, a fixed number or a range of its own; the first that matches wins."""
-
-
-class ParameterSection(RangeSection):
-    """A searched operator parameter: one number for the whole model (an expert), one a group, or knots over depth."""
-
-    per: Literal["model", "group"] | None = None
-    exceptions: Exceptions = {}
-
-    @model_validator(mode="after")
-    def _say_it_once(self) -> "ParameterSection":
-        if self.per and self.knots:
-            raise ValueError("give per or knots, not both: knots are laid over the groups")
-        return self
-
-
-class SpaceSection(Options):
-    """Which tensors share a number, and where the coefficients are searched."""
-
-    kind: Literal["parameter", "data_flow"] = "parameter"  # data_flow: another section, see ``AnySpace``
-    preset: str | None = None
-    groups: Literal["model", "layer", "module", "tensor"] | dict[str, str | list[str]] = "layer"
-    coefficient: Fixed | CoefficientSection = CoefficientSection()
-    exceptions: dict[str, Fixed | CoefficientSection] = {}
-
-
-class ScaleSection(Options):
-    """The range of the scales on what layers read."""
-
-    low: float = 0.5
-    high: float = 1.5
-    start: float = 1.0
-
-
-class DataFlowSection(Options):
-    """Layers of the experts in one sequence: they stand there ``repeats`` times, and at most max_layers are on.
-
-    scale: of what a layer reads, searched for each layer; a number is the same for all and not searched.
-    """
-
-    kind: Literal["data_flow"]
-    repeats: int = Field(default=2, ge=1)
-    max_layers: int | None = Field(default=None, ge=1)
-    scale: float | ScaleSection = ScaleSection()
-
-
-def _space_kind(given: Any) -> str:
-    kind = given.get("kind") if isinstance(given, Mapping) else getattr(given, "kind", None)
-    return DataFlowSection.__name__ if kind == "data_flow" else SpaceSection.__name__
-
-
-AnySpace = Annotated[
-    Annotated[SpaceSection, Tag(SpaceSection.__name__)] | Annotated[DataFlowSection, Tag(DataFlowSection.__name__)],
-    Discriminator(_space_kind),
-]
-
-
-class StageSpaceSection(Options):
-    """Keys of the space that a stage replaces by its own."""
-
-    groups: Literal["model", "layer", "module", "tensor"] | dict[str, str | list[str]] | None = None
-    coefficient: Fixed | RangeSection | None = None
-    exceptions: Exceptions | None = None
-
-
-class SpaceChanges(Options):
-    """What a stage changes: keys of the space, parameters of the operator, and how many experts take part.
-
-    keep_experts: those that matter most in the best recipe of the stages before; the others' coefficients are 0.
-    """
-
-    space: StageSpaceSection = StageSpaceSection()
-    operator: dict[str, Any] = {}
-    keep_experts: int | None = Field(default=None, ge=1)
-
-
-Names = Annotated[list[Name], Field(min_length=2)]
-
-
-class ObjectiveSection(Options):
-    """A metric of a task (direction only where the metric does not say), or the mean or worst of other objectives.
-
-    An objective that a summary is made of steers through it alone. normalized_by: part -> the expert by whose own score
-    it is divided.
-    """
-
-    name: Name
-    task: str | None = None
-    metric: str | None = None
-    mean: Names | None = None
-    worst: Names | None = None
-    normalized_by: dict[Name, str] = {}
-    direction: Literal["max", "min"] | None = None
-    floor: float | None = None
-    ceiling: float | None = None
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> "ObjectiveSection":
-        given = [key for key in ("task", "metric", "mean", "worst", "direction") if getattr(self, key) is not None]
-        if given not in (["task", "metric"], ["task", "metric", "direction"], ["mean"], ["worst"]):
-            raise ValueError(
-                "expected task and metric (and direction, where the metric does not say), or mean, or worst; found "
-                f"{', '.join(given) or 'none of them'}"
-            )
-        if self.normalized_by and self.task:
-            raise ValueError("normalized_by goes with mean or worst")
-        return self
-
-    @property
-    def parts(self) -> list[str]:
-        """The objectives that a summary is made of; none of a metric."""
-        return self.mean or self.worst or []
-
-
-class SplitSection(Options):
-    """Shares of the items, by source."""
-
-    adapt: float = Field(default=0.2, ge=0, lt=1)
-    search: float = Field(default=0.4, gt=0, lt=1)
-    test: float = Field(default=0.4, gt=0, lt=1)
-
-    def shares(self) -> dict[Split, float]:
-        """Split -> share."""
-        return {"adapt": self.adapt, "search": self.search, "test": self.test}
-
-    @model_validator(mode="after")
-    def _sum_to_one(self) -> "SplitSection":
-        if abs(self.adapt + self.search + self.test - 1) > 1e-6:
-            raise ValueError(f"expected shares that sum to 1, found {self.adapt + self.search + self.test:g}")
-        return self
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluatorSection:
-    """One evaluator's kind and options, and what it scores: task -> metrics. where: its path in the file."""
-
-    kind: str
-    options: Options
-    wanted: Mapping[str, list[str]]
-    where: str
-
-
-class SeveralSection(Options):
-    """Several evaluators in one campaign, each with the tasks that it scores."""
-
-    kind: str
-    evaluators: list[dict[str, Any]] = Field(min_length=1)
-
-
-class BudgetSection(Options):
-    """How long to search: candidates scored on all search items."""
-
-    evaluations: int = Field(ge=1)
-
-
-WORKERS: dict[Any, type[Options]] = {"inline": InlineOptions, "ray": RayOptions}
-
-
-def _workers_kind(given: Any) -> str:
-    return WORKERS[given["kind"] if isinstance(given, Mapping) else given.kind].__name__
-
-
-WorkersSection = Annotated[
-    Annotated[InlineOptions, Tag(InlineOptions.__name__)] | Annotated[RayOptions, Tag(RayOptions.__name__)],
-    Discriminator(_workers_kind),
-]
-"""Where candidates are scored."""
-
-
-class StageSection(SpaceChanges):
-    """One search: a proposer, its share of the budget (default: what is left), its options, and its own space."""
-
-    proposer: str
-    evaluations: int | None = Field(default=None, ge=1)
-    options: dict[str, Any] = {}
-
-    @property
-    def changes(self) -> SpaceChanges:
-        """What the stage changes of the space."""
-        return SpaceChanges(space=self.space, operator=self.operator, keep_experts=self.keep_experts)
 
 
 class Campaign(Options):
@@ -263,7 +63,7 @@ class Campaign(Options):
     @classmethod
     def _layers_are_taken_as_they_are(cls, given: Any) -> Any:
         """A data-flow space merges nothing: its operator is passthrough, and need not be given."""
-        if isinstance(given, Mapping) and _space_kind(given.get("space")) == DataFlowSection.__name__:
+        if isinstance(given, Mapping) and space_kind(given.get("space")) == DataFlowSection.__name__:
             return {"operator": {"name": Passthrough.name}, **given}
         return given
 
@@ -318,7 +118,11 @@ class Campaign(Options):
         """The options of a listed stage's proposer."""
         assert not isinstance(self.search, str)
         stage = self.search[number]
-        return parse(assemble.PROPOSERS[stage.proposer].options_type, stage.options, f"search[{number}]")
+        return parse(
+            assemble.proposer_type(stage.proposer, f"search[{number}].proposer").options_type,
+            stage.options,
+            f"search[{number}]",
+        )
 
     def changed(self, changes: SpaceChanges) -> "Campaign":
         """Return the campaign with a stage's space and parameters in place of its own. Raises: CampaignError."""
@@ -336,7 +140,9 @@ class Campaign(Options):
             raise CampaignError(
                 f"operator.name: expected one of {', '.join(names)}, whose parameters change, found {name!r}"
             )
-        if fixed := [key for key in changes if key in assemble.OPERATORS[name].options_type.model_fields]:
+        if fixed := [
+            key for key in changes if key in assemble.operator_type(name, "operator.name").options_type.model_fields
+        ]:
             raise CampaignError(
                 f"operator.{fixed[0]}: an option is the same in all stages; give it in the campaign's own operator"
             )
@@ -423,7 +229,7 @@ def _several(section: Mapping[str, Any], wanted: Mapping[str, list[str]]) -> lis
 def _check_names(campaign: Campaign) -> None:
     """Look the names up that the sections only hold as text, and the options that go with them."""
     for where, section in campaign.operators.items():
-        assemble.look_up(assemble.OPERATORS, section.get("name"), "operator", f"{where}.name")
+        assemble.operator_type(section.get("name"), f"{where}.name")
     if doubles := sorted({name for name in campaign.operator_names if campaign.operator_names.count(name) > 1}):
         raise CampaignError(f"operator: {doubles[0]} is listed twice; list it once, the search ranges over its numbers")
     if isinstance(campaign.space, DataFlowSection) and campaign.operator != {"name": Passthrough.name}:
@@ -435,7 +241,7 @@ def _check_names(campaign: Campaign) -> None:
     _check_objectives(campaign)
     _ = campaign.evaluators
     for number, stage in enumerate([] if isinstance(campaign.search, str) else campaign.search):
-        proposer = assemble.look_up(assemble.PROPOSERS, stage.proposer, "proposer", f"search[{number}].proposer")
+        proposer = assemble.proposer_type(stage.proposer, f"search[{number}].proposer")
         campaign.stage_options(number)
         if proposer.needs_gradients and shares.adapt == 0:
             raise CampaignError(

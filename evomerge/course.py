@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.campaign import Campaign, SpaceChanges
+from evomerge.campaign import Campaign
 from evomerge.errors import CampaignError
 from evomerge.front.front import observe
 from evomerge.plan import Plan, with_space
 from evomerge.proposers.proposer import rank
 from evomerge.records import Observation, Recipe, TensorIndex, Trial, in_order
+from evomerge.sections import SpaceChanges
 from evomerge.space.choice import COEFFICIENT
 from evomerge.space.data_flow import DataFlow
 from evomerge.space.regroup import by_tensor

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from evomerge.assemble import PROPOSERS
+from evomerge.assemble import proposer_type
 from evomerge.course import Course, Leg
 from evomerge.draining import Draining
 from evomerge.errors import EvoMergeError
@@ -112,7 +112,7 @@ class Driver:
             history=leg.history,
             best=leg.best,
         )
-        proposer = PROPOSERS[stage.proposer](problem, stage.options)  # type: ignore[call-arg]
+        proposer = proposer_type(stage.proposer, "search")(problem, stage.options)  # type: ignore[call-arg]
         results = [trial for trial in in_order(trials) if trial.stage == number]
         for trial in (trial for trial in trials if trial.stage == number):
             while results and (results[0].order or 0) < trial.known:

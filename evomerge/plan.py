@@ -8,24 +8,13 @@ Shape letters: K experts, G groups, S tensors.
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from evomerge.assemble import EVALUATORS, OPERATORS, look_up
-from evomerge.campaign import (
-    BEST,
-    Campaign,
-    CoefficientSection,
-    DataFlowSection,
-    Fixed,
-    ObjectiveSection,
-    ParameterSection,
-    RangeSection,
-    ScaleSection,
-    SpaceSection,
-)
+from evomerge.assemble import EVALUATORS
+from evomerge.campaign import Campaign
 from evomerge.errors import CampaignError, did_you_mean
 from evomerge.evaluators.evaluator import Evaluator
 from evomerge.evaluators.several import SeveralEvaluators
@@ -35,23 +24,22 @@ from evomerge.kernels.sources import Sources
 from evomerge.materialize.adapter import Adapter, open_expert
 from evomerge.materialize.arrangement import arrange
 from evomerge.materialize.checkpoint import Checkpoint, fit_to_base, open_checkpoint
-from evomerge.materialize.paths import describe, path_depth
+from evomerge.materialize.paths import describe
 from evomerge.materialize.residence import Place, Residence
 from evomerge.materialize.resident import empty_model, tensor_index, tied_names
 from evomerge.materialize.vocabulary import vocabulary_tensors
 from evomerge.operators.linear import TaskArithmetic
 from evomerge.operators.operator import Operator
 from evomerge.operators.passthrough import Passthrough
-from evomerge.records import Floats, Layers, Objective, ParameterSpec, Recipe, Split, TensorIndex
-from evomerge.space.choice import Choice, is_coefficient
-from evomerge.space.data_flow import SCALE, DataFlow
-from evomerge.space.depth import group_depths
+from evomerge.records import Floats, Layers, Objective, Recipe, Split, TensorIndex
+from evomerge.sections import ObjectiveSection, SpaceSection
+from evomerge.space.choice import Choice
+from evomerge.space.data_flow import DataFlow
 from evomerge.space.groups import Groups, make_groups
 from evomerge.space.regroup import group_sizes, regrouped
-from evomerge.space.shares import EXPONENTS, Measure, ShareOptions
-from evomerge.space.space import Range, Searched, Setting, Space, check_setting
+from evomerge.space.shares import EXPONENTS, Measure
+from evomerge.spaces import make_choice, make_space
 from evomerge.splits import TaskSplits, split_items
-from evomerge.strict import parse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,7 +220,7 @@ def make_recipe(
 def make_plan(campaign: Campaign) -> Plan:
     """Check everything that can be checked without loading weights. Raises: InputError."""
     base, experts, tensors = open_checkpoints(campaign.base, campaign.experts)
-    groups, operators, space = _make_space(campaign, base, experts, tensors)
+    groups, operators, space = make_space(campaign, base, experts, tensors)
     evaluator = _make_evaluator(campaign, base)
     objectives = _objectives(campaign, evaluator)
     aggregated = next((objective for objective in objectives if aggregate_of(objective, evaluator)), None)
@@ -272,7 +260,7 @@ def with_space(plan: Plan, campaign: Campaign, found: Mapping[str, Recipe], left
     section = campaign.space
     assert isinstance(section, SpaceSection)  # no stage changes a data-flow space
     groups = make_groups(plan.tensors, section.groups)
-    _, space = _make_choice(campaign, section, plan.tensors, groups, found, left_out)
+    _, space = make_choice(campaign, section, plan.tensors, groups, found, left_out)
     return replace(plan, groups=groups, space=space).started()
 
 
@@ -307,30 +295,6 @@ def decisions(experts: Iterable[Checkpoint | Adapter], dtype: str) -> list[str]:
     return found
 
 
-def make_operator(section: Mapping[str, Any], where: str = "operator") -> tuple[Operator, dict[str, Any]]:
-    """Return the named operator with its options, and what the section says of its parameters."""
-    operator_type = look_up(OPERATORS, section.get("name"), "operator", f"{where}.name")
-    options = {key: value for key, value in section.items() if key in operator_type.options_type.model_fields}
-    operator = operator_type(parse(operator_type.options_type, options, where))  # type: ignore[call-arg]
-    parameters = [spec.name for spec in operator.parameters if not is_coefficient(spec.name)]
-    settings = {key: value for key, value in section.items() if key not in options and key != "name"}
-    for key in settings:
-        if key not in parameters:
-            if is_coefficient(key):
-                raise CampaignError(f"{where}.coefficient: coefficients are given under space.coefficient")
-            known = [*operator_type.options_type.model_fields, *parameters]
-            raise CampaignError(f"{where}.{key}: unknown key{did_you_mean(key, known)}")
-    return operator, settings
-
-
-def fixed_number(given: Any, where: str, further: str = "") -> float | tuple[float, ...]:
-    """Read a number, or a list of numbers over depth. Raises: CampaignError; further: what else may stand there."""
-    numbers = given if isinstance(given, list) else [given]
-    if not numbers or any(isinstance(number, bool) or not isinstance(number, int | float) for number in numbers):
-        raise CampaignError(f"{where}: expected a number or a list of numbers over depth{further}, found {given!r}")
-    return tuple(map(float, numbers)) if isinstance(given, list) else float(given)
-
-
 def choose_device(asked: str) -> str:
     """Return the device to merge and score on: what was asked for, or a GPU where there is one."""
     if asked == "auto":
@@ -341,141 +305,6 @@ def choose_device(asked: str) -> str:
         reason = str(error).splitlines()[0]
         raise CampaignError(f"device: {asked!r} cannot be used here ({reason}); try auto or cpu") from error
     return asked
-
-
-def _make_space(
-    campaign: Campaign, base: Checkpoint, experts: Mapping[str, Checkpoint | Adapter], tensors: TensorIndex
-) -> tuple[Groups, dict[str, Operator], Choice | DataFlow]:
-    section = campaign.space
-    if isinstance(section, DataFlowSection):
-        space = _make_data_flow(section, base, experts, tensors)
-        return make_groups(tensors, "layer"), {Passthrough.name: Passthrough()}, space
-    groups = make_groups(tensors, section.groups)
-    return groups, *_make_choice(campaign, section, tensors, groups)
-
-
-def _make_data_flow(
-    section: DataFlowSection, base: Checkpoint, experts: Mapping[str, Checkpoint | Adapter], tensors: TensorIndex
-) -> DataFlow:
-    """Raises: CampaignError if an expert's layers cannot stand in another model as they are."""
-    for expert in experts.values():
-        if isinstance(expert, Adapter):
-            raise CampaignError(f"{expert.name}: an adapter has no layers of its own; merge it with the base first")
-        if expert.alignment is not None:
-            raise CampaignError(f"{expert.name}: another vocabulary than the base's; a data-flow space needs the same")
-    scale = Range(**section.scale.model_dump()) if isinstance(section.scale, ScaleSection) else section.scale
-    check_setting(SCALE, scale, "space.scale")
-    return DataFlow(
-        list(experts),
-        path_depth(base, tensors),
-        repeats=section.repeats,
-        max_layers=section.max_layers,
-        scale=scale,
-    )
-
-
-def _make_choice(
-    campaign: Campaign,
-    section: SpaceSection,
-    tensors: TensorIndex,
-    groups: Groups,
-    found: Mapping[str, Recipe] | None = None,
-    left_out: Collection[str] = (),
-) -> tuple[dict[str, Operator], Choice]:
-    """Return the operators and the choice between their spaces, which share experts, groups and coefficients."""
-    operators: dict[str, Operator] = {}
-    spaces: dict[str, Space] = {}
-    depths = group_depths(tensors, groups)
-    for where, given in campaign.operators.items():
-        operator, settings = make_operator(given, where)
-        best = regrouped(found[operator.name], groups, tensors) if found else {}
-        searched = [
-            _coefficient(spec, section, best.get(spec.name), left_out)
-            if is_coefficient(spec.name)
-            else _parameter(spec, settings.get(spec.name, spec.default), where, best.get(spec.name), left_out)
-            for spec in operator.parameters
-        ]
-        operators[operator.name] = operator
-        try:
-            spaces[operator.name] = Space(list(campaign.experts), groups, depths, searched)
-        except CampaignError as error:
-            raise CampaignError(str(error) if where == "operator" else f"{where}: {error}") from error
-    _require_use(section, operators)
-    return operators, Choice(spaces)
-
-
-def _require_use(section: SpaceSection, operators: Mapping[str, Operator]) -> None:
-    """Refuse coefficients that no operator has; those of a preset are for the operators that have some."""
-    given = (
-        "exceptions" if section.exceptions else "coefficient" if section.coefficient != CoefficientSection() else None
-    )
-    if any(is_coefficient(spec.name) for operator in operators.values() for spec in operator.parameters):
-        return
-    if given and section.preset is None:
-        raise CampaignError(
-            f"space.{given}: there is no coefficient in {' or '.join(operators)}; give the numbers under operator"
-        )
-
-
-def _coefficient(
-    spec: ParameterSpec, section: SpaceSection, best_KG: Floats | None, left_out: Collection[str]
-) -> Searched:
-    return Searched(
-        spec=spec,
-        setting=_setting(spec, section.coefficient, best_KG, "space.coefficient"),
-        exceptions={
-            place: _setting(spec, given, best_KG, f"space.exceptions.{place}")
-            for place, given in section.exceptions.items()
-        },
-        left_out=dict.fromkeys(left_out, 0.0),
-    )
-
-
-def _parameter(
-    spec: ParameterSpec, given: Any, where: str, best_KG: Floats | None, left_out: Collection[str]
-) -> Searched:
-    """Read what a campaign says of one of the operator's other parameters; a range is one number unless it says so."""
-    where = f"{where}.{spec.name}"
-    idle = dict.fromkeys(left_out, spec.default)  # of experts whose coefficient is 0
-    if given == BEST:
-        return Searched(spec=spec, setting=_setting(spec, given, best_KG, where), left_out=idle)
-    if not isinstance(given, Mapping):
-        number = fixed_number(given, where, " or {low, high, start, per, knots, exceptions}")
-        return Searched(spec=spec, setting=number, left_out=idle)
-    section = parse(ParameterSection, given, where)
-    knots = None if section.per == "group" else section.knots or 1
-    exceptions = {
-        place: _setting(spec, given, best_KG, f"{where}.exceptions.{place}")
-        for place, given in section.exceptions.items()
-    }
-    return Searched(spec=spec, setting=_range(spec, section, knots), exceptions=exceptions, left_out=idle)
-
-
-def _setting(
-    spec: ParameterSpec, given: Fixed | RangeSection | CoefficientSection, best_KG: Floats | None, where: str
-) -> Setting:
-    match given:
-        case RangeSection() | CoefficientSection():
-            return _range(spec, given, given.knots)
-        case list():
-            return tuple(given)
-        case str():
-            if best_KG is None:
-                raise CampaignError(
-                    f"{where}: best is what earlier stages have found, and there are none; give a number or a range"
-                )
-            return best_KG
-        case _:
-            return float(given)
-
-
-def _range(spec: ParameterSpec, given: RangeSection | CoefficientSection, knots: int | None) -> Range:
-    """Fill what a range leaves open from the operator's own: the default start is moved into the bounds."""
-    shares = given.start if isinstance(given.start, ShareOptions) else None
-    low = spec.low if given.low is None else given.low
-    high = spec.high if given.high is None else given.high
-    start = given.start if isinstance(given.start, float) else min(max(spec.default, low), high)
-    return Range(low=low, high=high, start=start, knots=knots, shares=shares)
 
 
 def _make_evaluator(campaign: Campaign, base: Checkpoint) -> Evaluator:

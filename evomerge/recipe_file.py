@@ -35,12 +35,13 @@ from evomerge.materialize.adapter import Adapter
 from evomerge.materialize.arrangement import Output, rows_of
 from evomerge.materialize.checkpoint import Checkpoint
 from evomerge.operators.operator import Operator
-from evomerge.plan import fixed_number, make_operator, make_recipe, open_checkpoints
+from evomerge.plan import make_recipe, open_checkpoints
 from evomerge.records import Floats, Layers, Options, ParameterSpec, Recipe, TensorIndex
 from evomerge.space.choice import COEFFICIENT
 from evomerge.space.depth import Depths, group_depths
 from evomerge.space.groups import Groups, first_match, make_groups
 from evomerge.space.space import at_depth, check_setting
+from evomerge.spaces import fixed_number, make_operator
 from evomerge.strict import parse, read_yaml
 
 Span = Annotated[list[int], Field(min_length=2, max_length=2)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evomerge.campaign import Campaign, DataFlowSection, SpaceChanges
+from evomerge.campaign import Campaign
 from evomerge.errors import RunError, did_you_mean
 from evomerge.evidence.compare import paired_difference
 from evomerge.evidence.summary import Summarizer, all_sources
@@ -19,6 +19,7 @@ from evomerge.front.pick import knee, prefer
 from evomerge.ledger.ledger import Ledger
 from evomerge.ledger.location import Location, locate
 from evomerge.records import Measurement, Objective, Split, Trial
+from evomerge.sections import DataFlowSection, SpaceChanges
 from evomerge.space.choice import chosen
 from evomerge.space.data_flow import layers_on
 

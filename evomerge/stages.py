@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field, replace
 
-from evomerge.assemble import PROPOSERS
-from evomerge.campaign import Campaign, SpaceChanges, StageSpaceSection
+from evomerge.assemble import proposer_type
+from evomerge.campaign import Campaign
 from evomerge.course import Course
 from evomerge.errors import CampaignError
 from evomerge.plan import Plan
@@ -14,6 +14,7 @@ from evomerge.proposers.legs import DescentOptions
 from evomerge.proposers.proposer import Problem
 from evomerge.proposers.surrogate import Surrogate, SurrogateOptions
 from evomerge.records import Options
+from evomerge.sections import SpaceChanges, StageSpaceSection
 from evomerge.space.groups import block_modules
 
 AUTO_LEGS = 6  # of a descent of one objective
@@ -84,7 +85,8 @@ def _tried(stage: Stage, number: int, course: Course, seed: int) -> Stage:
         if stage.changes == SpaceChanges():
             raise
         raise CampaignError(f"search[{number}]: {error}") from error
-    if PROPOSERS[stage.proposer].needs_gradients and plan.rigid:
+    of_name = proposer_type(stage.proposer, f"search[{number}].proposer")
+    if of_name.needs_gradients and plan.rigid:
         raise CampaignError(
             f"search[{number}].proposer: {stage.proposer} needs gradients, which {plan.rigid} does not "
             "give; use task_arithmetic or linear, or another proposer"
@@ -108,7 +110,7 @@ def _tried(stage: Stage, number: int, course: Course, seed: int) -> Stage:
         tasks=tuple(plan.splits),
         experts=tuple(plan.experts),
     )
-    PROPOSERS[stage.proposer](problem, stage.options)  # type: ignore[call-arg]
+    of_name(problem, stage.options)  # type: ignore[call-arg]
     return replace(stage, num_dimensions=len(plan.space))
 
 

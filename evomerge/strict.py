@@ -108,15 +108,15 @@ def _fields_at(section: type[Options], steps: Sequence[Any]) -> list[str]:
     current, alternatives = section, [section]
     for step in steps:
         if isinstance(step, str) and step in current.model_fields:
-            alternatives = list(_sections_in(current.model_fields[step].annotation)) or alternatives
+            alternatives = list(sections_in(current.model_fields[step].annotation)) or alternatives
             current = alternatives[0]
         current = next((other for other in alternatives if other.__name__ == step), current)
     return [name for name, field in current.model_fields.items() if not field.exclude]
 
 
-def _sections_in(annotation: Any) -> Iterator[type[Options]]:
+def sections_in(annotation: Any) -> Iterator[type[Options]]:
     """Yield the sections that a type is or is made of: ``list[Section] | float`` holds one."""
     if isinstance(annotation, type) and issubclass(annotation, Options):
         yield annotation
     for inner in get_args(annotation):
-        yield from _sections_in(inner)
+        yield from sections_in(inner)

@@ -13,8 +13,10 @@ LAYERS = (
     {"materialize", "ledger", "surrogates", "descent_rules"},
     {"proposers", "evaluators", "fidelity", "workers", "families"},
     {
+        "sections",
         "campaign",
         "assemble",
+        "spaces",
         "plan",
         "scorer",
         "descend",

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: a real process, its output, its exit status."""
+"""The command line as a user meets it: a real process where that matters, its output, its exit status."""
 
 import json
 import os
@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 import yaml
 from transformers import AutoModel
 
+from evomerge import cli
 from evomerge.families.family import FamilySummary
 from evomerge.ledger.ledger import Ledger
 from evomerge.ledger.location import locate
@@ -23,10 +25,35 @@ from evomerge.run import open_run
 ROOT = Path(__file__).parent.parent
 
 
+class Typed(NamedTuple):
+    """What a command left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 def evomerge(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "error", "-m", "evomerge.cli", *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300, check=False)
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Typed]:
+    """Type a command into this process: what a new one does, without its imports."""
+
+    def type_(*words: object, cwd: Path | None = None) -> Typed:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["evomerge", *map(str, words)])
+        with monkeypatch.context() as here, pytest.raises(SystemExit) as exited:
+            if cwd:
+                here.chdir(cwd)
+            cli.main()
+        printed, errors = capsys.readouterr()
+        return Typed(int(exited.value.code or 0), printed, errors)
+
+    return type_
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +88,8 @@ def test_help_lists_the_commands() -> None:
     )
 
 
-def test_the_same_command_again_says_that_it_is_finished(run_folder: Path) -> None:
-    done = evomerge("search", "campaign.yaml", cwd=run_folder.parent.parent)
+def test_the_same_command_again_says_that_it_is_finished(run_folder: Path, typed: Callable[..., Typed]) -> None:
+    done = typed("search", "campaign.yaml", cwd=run_folder.parent.parent)
     assert done.returncode == 0
     assert "this campaign had finished: nothing was done" in done.stdout
 
@@ -87,8 +114,8 @@ def num_finished(folder: Path) -> int:
     return sum(trial.order is not None for trial in open_run(folder).trials) if Ledger.exists(locate(folder)) else 0
 
 
-def test_check_says_what_will_happen(digits4: FamilySummary) -> None:
-    done = evomerge("check", digits4.campaign)
+def test_check_says_what_will_happen(digits4: FamilySummary, typed: Callable[..., Typed]) -> None:
+    done = typed("check", digits4.campaign)
     assert done.returncode == 0, done.stderr
     text = " ".join(done.stdout.split())
     for fact in (
@@ -104,8 +131,8 @@ def test_check_says_what_will_happen(digits4: FamilySummary) -> None:
     assert re.search(r"parity +│ parity +│ accuracy \(max\) +│ +180 │ +360 │ +360", done.stdout)
 
 
-def test_front_prints_the_table_beside_the_references(run_folder: Path) -> None:
-    done = evomerge("front", run_folder, "--all")
+def test_front_prints_the_table_beside_the_references(run_folder: Path, typed: Callable[..., Typed]) -> None:
+    done = typed("front", run_folder, "--all")
     assert done.returncode == 0, done.stderr
     run = open_run(run_folder)
     for label in (
@@ -141,19 +168,21 @@ def test_export_of_the_knee_is_the_model_that_was_scored(run_folder: Path, tmp_p
     assert "mergekit cannot make this merge: tensors have other names in the checkpoint's files" in card
 
 
-def test_export_by_preference_and_by_number(run_folder: Path, tmp_path: Path) -> None:
+def test_export_by_preference_and_by_number(run_folder: Path, tmp_path: Path, typed: Callable[..., Typed]) -> None:
     run = open_run(run_folder)
     for words, expected in (
         (("--prefer", "rot90=100,parity=1"), run.front[0].number),
         (("--trial", "3"), 3),
     ):
-        done = evomerge("export", run_folder, *words, "--out", tmp_path / words[1])
+        done = typed("export", run_folder, *words, "--out", tmp_path / words[1])
         assert done.returncode == 0, done.stderr
         assert f"(trial {expected} of" in done.stdout
 
 
-def test_report_is_one_file_that_asks_for_nothing(run_folder: Path, tmp_path: Path) -> None:
-    done = evomerge("report", run_folder, "--out", tmp_path / "report.html")
+def test_report_is_one_file_that_asks_for_nothing(
+    run_folder: Path, tmp_path: Path, typed: Callable[..., Typed]
+) -> None:
+    done = typed("report", run_folder, "--out", tmp_path / "report.html")
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert len(page) < 8_000_000
@@ -182,42 +211,46 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("words", "message"), MISTAKES, ids=[message for _, message in MISTAKES])
 def test_a_users_mistake_is_one_line_and_status_2(
-    run_folder: Path, tmp_path: Path, words: tuple[str, ...], message: str
+    run_folder: Path, tmp_path: Path, words: tuple[str, ...], message: str, typed: Callable[..., Typed]
 ) -> None:
-    done = evomerge(*(str(run_folder) if word == "RUN" else word for word in words), cwd=tmp_path)
+    done = typed(*(str(run_folder) if word == "RUN" else word for word in words), cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "x").exists()
 
 
-def test_a_mistake_in_the_file_reaches_the_user(campaign_file: Callable[..., Path]) -> None:
-    done = evomerge("check", campaign_file(space={"coefficient": {"low": 0.0, "hihg": 1.0}}))
+def test_a_mistake_in_the_file_reaches_the_user(
+    campaign_file: Callable[..., Path], typed: Callable[..., Typed]
+) -> None:
+    done = typed("check", campaign_file(space={"coefficient": {"low": 0.0, "hihg": 1.0}}))
     assert done.returncode == 2
     assert done.stderr.rstrip().endswith("space.coefficient.hihg: unknown key; did you mean 'high'?")
 
 
-def test_merge_says_what_a_mergekit_file_has_in_vain(digits4: FamilySummary, tmp_path: Path) -> None:
+def test_merge_says_what_a_mergekit_file_has_in_vain(
+    digits4: FamilySummary, tmp_path: Path, typed: Callable[..., Typed]
+) -> None:
     models = [{"model": str(digits4.path / "experts" / name)} for name in ("rot90", "parity")]
     sections = {"merge_method": "karcher", "models": models, "parameters": {"int8_mask": True}}
     (tmp_path / "mergekit.yaml").write_text(yaml.safe_dump(sections))
-    done = evomerge("merge", "mergekit.yaml", "--out", "out", cwd=tmp_path)
+    done = typed("merge", "mergekit.yaml", "--out", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "note     parameters.int8_mask: saves memory in mergekit; has no effect here" in done.stdout
-    done = evomerge("import", "mergekit.yaml", "--out", "recipe.yaml", cwd=tmp_path)
+    done = typed("import", "mergekit.yaml", "--out", "recipe.yaml", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    done = evomerge("merge", "recipe.yaml", "--out", "again", cwd=tmp_path)
+    done = typed("merge", "recipe.yaml", "--out", "again", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     one, other = (tmp_path / name / "model.safetensors" for name in ("out", "again"))
     assert one.read_bytes() == other.read_bytes()
-    done = evomerge("merge", tmp_path / "out" / "mergekit.yaml", "--out", tmp_path / "third")
+    done = typed("merge", tmp_path / "out" / "mergekit.yaml", "--out", tmp_path / "third")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "third" / "model.safetensors").read_bytes() == one.read_bytes()
 
 
-def test_families_list_and_cached_make(digits4: FamilySummary) -> None:
-    assert "digits4" in evomerge("families", "list").stdout
-    done = evomerge("families", "make", "digits4", "--out", digits4.path)
+def test_families_list_and_cached_make(digits4: FamilySummary, typed: Callable[..., Typed]) -> None:
+    assert "digits4" in typed("families", "list").stdout
+    done = typed("families", "make", "digits4", "--out", digits4.path)
     assert done.returncode == 0, done.stderr
     assert "was there already" in done.stdout
     assert json.loads((digits4.path / "family.json").read_text())["name"] == "digits4"
@@ -225,15 +258,15 @@ def test_families_list_and_cached_make(digits4: FamilySummary) -> None:
 
 @pytest.mark.parametrize("command", ["check", "search"])
 def test_experts_that_do_not_suit_the_operator_are_a_mistake_found_before_any_candidate(
-    command: str, campaign_file: Callable[..., Path], tmp_path: Path
+    command: str, campaign_file: Callable[..., Path], tmp_path: Path, typed: Callable[..., Typed]
 ) -> None:
-    done = evomerge(command, campaign_file(operator={"name": "slerp"}), cwd=tmp_path)
+    done = typed(command, campaign_file(operator={"name": "slerp"}), cwd=tmp_path)
     assert done.returncode == 2
     assert "slerp: expected one expert (the base is the other end), found" in done.stderr
 
 
-def test_the_operators_are_listed_with_what_can_be_searched() -> None:
-    done = evomerge("operators")
+def test_the_operators_are_listed_with_what_can_be_searched(typed: Callable[..., Typed]) -> None:
+    done = typed("operators")
     assert done.returncode == 0
     assert "task_arithmetic" in done.stdout
     assert "density = 0.2 [0.05, 1]" in done.stdout

@@ -86,7 +86,9 @@ def test_the_evaluator_is_short() -> None:
 
 def test_its_campaign_is_searched(folder: Path) -> None:
     """With gradients too: the evaluator has a companion."""
-    campaign = read_campaign(write_campaign(folder, yaml.safe_load(blocks("yaml")[0])))
+    campaign = read_campaign(
+        write_campaign(folder, yaml.safe_load(next(block for block in blocks("yaml") if "factory:" in block)))
+    )
     run = search(campaign, folder / "run")
     assert not [trial.failure for trial in run.trials if trial.failure]
     assert {objective.direction for objective in run.objectives} == {"min"}
@@ -133,7 +135,7 @@ def test_several_evaluators_make_one_plan(folder: Path) -> None:
 
 
 def test_the_embedding_items_are_read(folder: Path) -> None:
-    pair, query = blocks("json")[0].splitlines()
+    pair, query = next(block for block in blocks("json") if "text_a" in block).splitlines()
     other = json.dumps({**json.loads(pair), "score": 0.0})
     data = folder / "texts"
     data.mkdir()

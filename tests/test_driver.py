@@ -67,13 +67,14 @@ def uninterrupted(small_digits: Any, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def chain() -> Any:
-    from evomerge.campaign import StageSection, _stages
+    from evomerge.campaign import _stages
+    from evomerge.sections import StageSection
 
     return [StageSection.model_validate(stage) for stage in _stages(CHAIN)]
 
 
 def budget(evaluations: int) -> Any:
-    from evomerge.campaign import BudgetSection
+    from evomerge.sections import BudgetSection
 
     return BudgetSection(evaluations=evaluations)
 

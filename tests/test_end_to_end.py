@@ -5,13 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evomerge.campaign import BudgetSection, CoefficientSection, SpaceSection, StageSection, read_campaign
+from evomerge.campaign import read_campaign
 from evomerge.export import export_trial, verify_export
 from evomerge.families.family import FamilySummary
 from evomerge.records import Measurement
 from evomerge.report.html import write_report
 from evomerge.report.terminal import print_front
 from evomerge.run import Run, search
+from evomerge.sections import BudgetSection, CoefficientSection, SpaceSection, StageSection
 
 
 def means(measurement: Measurement) -> float:

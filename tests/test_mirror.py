@@ -9,11 +9,12 @@ from optuna.trial import TrialState
 from silent_watcher import Silent
 from typer.testing import CliRunner
 
-from evomerge.campaign import BudgetSection, Campaign
+from evomerge.campaign import Campaign
 from evomerge.cli import app
 from evomerge.errors import RunError
 from evomerge.mirror import NUMBER, mirror
 from evomerge.run import open_run, search
+from evomerge.sections import BudgetSection
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ SEARCH = [{"proposer": "sobol", "evaluations": 24}, {"proposer": "nsga2", "popul
 @pytest.fixture(scope="module")
 def campaign(digits4: FamilySummary) -> Callable[..., Campaign]:
     """Two objectives of the real family, with or without a race."""
-    from evomerge.campaign import BudgetSection, StageSection, _stages
+    from evomerge.campaign import _stages
+    from evomerge.sections import BudgetSection, StageSection
 
     def make(fidelity: dict[str, Any] | None = None, evaluations: int = 60) -> Campaign:
         read = read_campaign(digits4.campaign)
@@ -112,7 +113,7 @@ def test_a_race_is_shown(raced: Run, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_descents_race_from_where_they_end(campaign: Callable[..., Campaign], tmp_path: Path) -> None:
-    from evomerge.campaign import BudgetSection, StageSection
+    from evomerge.sections import BudgetSection, StageSection
 
     stage = StageSection(proposer="adamerging", options={"loss": "ce", "steps": 3, "learning_rate": 0.01})
     given = campaign({"start": 0.3}).model_copy(update={"search": [stage], "budget": BudgetSection(evaluations=3)})

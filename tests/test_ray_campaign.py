@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 from silent_watcher import Silent
 
-from evomerge.campaign import BudgetSection, Campaign, StageSection, read_campaign
+from evomerge.campaign import Campaign, read_campaign
 from evomerge.families.family import FamilySummary
 from evomerge.ledger.ledger import Ledger
 from evomerge.ledger.location import locate
 from evomerge.records import Trial
 from evomerge.run import Run, open_run, search
+from evomerge.sections import BudgetSection, StageSection
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 pytest.importorskip("ray")

@@ -1,4 +1,4 @@
-"""What the README shows is true: its files are read, its Python runs, its commands and options exist."""
+"""What the README and the guides show is true: files are read, Python runs, commands and options exist."""
 
 import json
 import re
@@ -21,8 +21,12 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def page(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str, text: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 @pytest.fixture
@@ -38,7 +42,7 @@ def checkout(tmp_path: Path, digits4: FamilySummary, monkeypatch: pytest.MonkeyP
 
 
 def test_the_campaign_and_its_stages_are_read(checkout: Path) -> None:
-    campaign, objectives, choice, starts, stages, ladder, *_ = blocks("yaml")
+    campaign, objectives, choice, starts, stages, ladder, *_ = blocks("yaml", page("searching"))
     path = checkout / "campaign.yaml"
     path.write_text(campaign)
     plan = make_plan(read_campaign(path))
@@ -68,8 +72,8 @@ def test_the_campaign_and_its_stages_are_read(checkout: Path) -> None:
 
 def test_evo_merging_is_read(checkout: Path) -> None:
     path = checkout / "campaign.yaml"
-    chain = next(block for block in blocks("yaml") if "evo_merging" in block)
-    path.write_text(yaml.safe_dump(yaml.safe_load(blocks("yaml")[0]) | yaml.safe_load(chain), sort_keys=False))
+    chain = next(block for block in blocks("yaml", page("merging")) if "evo_merging" in block)
+    path.write_text(yaml.safe_dump(yaml.safe_load(blocks("yaml", README)[0]) | yaml.safe_load(chain), sort_keys=False))
     read = read_campaign(path)
     assert [stage.num_dimensions for stage in make_stages(read, make_plan(read))] == [2, 2]
     course = Course(read, make_plan(read), [stage.changes for stage in make_stages(read, make_plan(read))])
@@ -79,14 +83,16 @@ def test_evo_merging_is_read(checkout: Path) -> None:
 
 def test_the_recipe_is_read(checkout: Path) -> None:
     path = checkout / "recipe.yaml"
-    path.write_text(next(block for block in blocks("yaml") if "name: ties}" in block and "base:" in block))
+    path.write_text(
+        next(block for block in blocks("yaml", page("merging")) if "name: ties}" in block and "base:" in block)
+    )
     assert read_recipe(path).recipe.values["coefficient"] == ((1.0,), (0.7,))
 
 
 def test_the_data_flow_campaign_is_read(tmp_path: Path, small_text: FamilySummary) -> None:
     sections = yaml.safe_load(small_text.campaign.read_text())
     del sections["operator"]
-    sections |= yaml.safe_load(next(block for block in blocks("yaml") if "kind: data_flow" in block))
+    sections |= yaml.safe_load(next(block for block in blocks("yaml", page("merging")) if "kind: data_flow" in block))
     sections["base"] = str(small_text.path / "base")
     sections["objectives"] = [{"name": name, "task": name, "metric": "loss"} for name in ("python", "sort")]
     sections["experts"] = {"maths": str(small_text.path / "experts/sort"), "chat": str(small_text.path / "experts/c")}
@@ -103,7 +109,7 @@ def test_the_data_flow_campaign_is_read(tmp_path: Path, small_text: FamilySummar
 
 
 def test_the_language_items_are_read(tmp_path: Path, small_text: FamilySummary) -> None:
-    for number, line in enumerate(blocks("json")[0].splitlines()):
+    for number, line in enumerate(blocks("json", page("evaluators"))[0].splitlines()):
         (tmp_path / f"{number}.jsonl").write_text(json.dumps(json.loads(line)) + "\n")
     tasks = ["0", "1", "2"]
     evaluator = LanguageEvaluator(LanguageOptions(data=str(tmp_path)), tasks, small_text.path / "base")
@@ -111,19 +117,20 @@ def test_the_language_items_are_read(tmp_path: Path, small_text: FamilySummary) 
 
 
 def test_the_python_runs(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    exec(compile(blocks("python")[0], "README.md", "exec"), {})
+    exec(compile(blocks("python", README)[0], "README.md", "exec"), {})
     assert re.search(r"^\d+ \{'rot90': 0\.\d+, 'parity': 0\.\d+\}$", capsys.readouterr().out, flags=re.MULTILINE)
 
 
-def test_names_in_its_tables_are_those_that_exist() -> None:
-    listed = set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE))
-    assert listed == set(PROPOSERS) | set(FAMILIES)
+def test_names_in_the_tables_are_those_that_exist() -> None:
+    searching, merging = page("searching"), page("merging")
+    assert set(re.findall(r"^\| `(\w+)` \|", searching, flags=re.MULTILINE)) == set(PROPOSERS)
+    assert set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE)) == set(FAMILIES)
     for name in OPERATORS:
-        assert f"`{name}`" in README
+        assert f"`{name}`" in merging
     for preset in presets_folder().glob("*.yaml"):
-        assert f"`{preset.stem}`" in README
+        assert f"`{preset.stem}`" in searching
     for proposer in PROPOSERS.values():
-        row = next(line for line in README.splitlines() if line.startswith(f"| `{proposer.name}`"))
+        row = next(line for line in searching.splitlines() if line.startswith(f"| `{proposer.name}`"))
         assert all(f"`{option}`" in row for option in proposer.options_type.model_fields)
 
 

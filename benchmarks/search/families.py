@@ -13,13 +13,14 @@ from typing import Any
 
 from benchmarks.search.problem import Opened
 from benchmarks.search.searchers import Section
-from evomerge.campaign import BudgetSection, Campaign, SpaceSection, read_campaign
+from evomerge.campaign import Campaign, read_campaign
 from evomerge.errors import CampaignError
 from evomerge.families.family import make
 from evomerge.front.front import maximized, worst_of_inputs
 from evomerge.plan import Plan, make_plan
 from evomerge.records import Floats
 from evomerge.references import reference_recipes
+from evomerge.sections import BudgetSection, SpaceSection
 
 FOLDER = Path(".cache/families")
 GROUPS = ("model", "layer", "module", "tensor")

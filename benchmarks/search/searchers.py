@@ -13,8 +13,8 @@ from typing import Any, Literal
 import yaml
 
 from evomerge.assemble import PROPOSERS
-from evomerge.campaign import StageSection
 from evomerge.errors import CampaignError, did_you_mean
+from evomerge.sections import StageSection
 from evomerge.strict import parse, read_yaml
 
 Section = Literal["auto"] | list[StageSection]

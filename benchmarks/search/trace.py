@@ -20,7 +20,7 @@ from evomerge.course import Course
 from evomerge.errors import CandidateError
 from evomerge.front.front import maximized, observe
 from evomerge.front.pareto import non_dominated
-from evomerge.proposers.proposer import Problem
+from evomerge.proposers.proposer import Problem, proposing
 from evomerge.records import Candidate, Floats, Measurement, Trial
 from evomerge.stages import Stage
 
@@ -99,9 +99,11 @@ def _steps(opened: Opened, stages: Sequence[Stage], seed: int) -> Iterator[Step]
             history=leg.history,
             best=leg.best,
         )
-        proposer = PROPOSERS[stage.proposer](problem, stage.options)  # type: ignore[call-arg]
+        with proposing():
+            proposer = PROPOSERS[stage.proposer](problem, stage.options)  # type: ignore[call-arg]
         for index in range(stage.num_evaluations):
-            asked = proposer.ask(1, [])
+            with proposing():
+                asked = proposer.ask(1, [])
             if not asked:
                 break
             proposed = time.perf_counter()
@@ -113,7 +115,8 @@ def _steps(opened: Opened, stages: Sequence[Stage], seed: int) -> Iterator[Step]
                 measurement=measurement,
             )  # fmt: skip
             trials.append(trial)
-            proposer.tell(observe(trial, objectives))
+            with proposing():
+                proposer.tell(observe(trial, objectives))
             told = time.perf_counter()
             values_M, test_M = None, None
             if measurement:

@@ -20,9 +20,9 @@ from evomerge.materialize.adapter import Adapter
 from evomerge.materialize.arrangement import rows_of
 from evomerge.materialize.checkpoint import Checkpoint
 from evomerge.materialize.resident import empty_model, tensor_index
-from evomerge.plan import make_operator
 from evomerge.records import Recipe
 from evomerge.space.groups import BLOCK_NUMBER, blocks
+from evomerge.spaces import make_operator
 
 HEAD = "# The same merge for mergekit: mergekit-yaml mergekit.yaml OUT\n"
 OTHER_ENDS = "embeddings or head are taken from another expert than the layers beside them"

@@ -8,9 +8,11 @@ run builds the proposer anew and feeds it the record, with ``recall`` in place o
 Shape letters: D dimensions, M objectives.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Protocol
+from functools import cache
+from typing import Annotated, Any, ClassVar, Protocol
 
 import numpy as np
 from pydantic import Field
@@ -131,6 +133,24 @@ class Proposer(Protocol):
 
     def recall(self, candidate: Candidate) -> None:
         """Take back a candidate that was asked before the run was interrupted, in the order of asking."""
+
+
+@contextmanager
+def proposing() -> Iterator[None]:
+    """Hold linear algebra to one thread while a proposer is made, asked or told.
+
+    Its matrices are small: a second thread waits for a core that a worker has, and takes forty times as long.
+    """
+    with _linear_algebra().limit(limits=1):
+        yield
+
+
+@cache
+def _linear_algebra() -> Any:
+    import scipy.linalg  # noqa: F401  (what is not loaded yet would not be held)
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(user_api="blas")
 
 
 def rank(observation: Observation, weights_M: Floats | None = None) -> float:

@@ -21,7 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 from evomerge.assemble import OPERATORS
-from evomerge.campaign import Campaign, SpaceChanges
+from evomerge.campaign import Campaign
 from evomerge.check import CheckReport
 from evomerge.claims import claims
 from evomerge.errors import EvoMergeError, RunError
@@ -35,6 +35,7 @@ from evomerge.plan import decisions
 from evomerge.records import Measurement, Trial
 from evomerge.run import Run, open_run
 from evomerge.run import search as run_search
+from evomerge.sections import SpaceChanges
 from evomerge.space.choice import COEFFICIENT
 from evomerge.space.space import Dimension
 from evomerge.splits import SPLITS

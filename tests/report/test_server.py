@@ -113,9 +113,11 @@ def test_only_what_is_new_is_sent(folder: Path, tmp_path: Path) -> None:
 def test_a_place_without_runs_and_a_port_that_is_taken_are_mistakes(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="expected a folder with runs, found none"):
         make_app(locate(tmp_path / "nowhere"))
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        with pytest.raises(InputError, match="choose others with --host and --port"):
-            serve(locate(tmp_path), host="127.0.0.1", port=taken.getsockname()[1], started=lambda _: None)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(InputError, match="choose others with --host and --port"),
+    ):
+        serve(locate(tmp_path), host="127.0.0.1", port=taken.getsockname()[1], started=lambda _: None)
 
 
 def test_what_the_loopback_is() -> None:
