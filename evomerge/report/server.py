@@ -7,6 +7,7 @@ so that no other name can be bound to its address. Anywhere else a token is need
 import secrets
 import socket
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from ipaddress import ip_address
 from threading import Lock
@@ -190,7 +191,7 @@ def serve(place: Location, *, host: str, port: int | None, started: Callable[[st
             await super().startup(sockets)
             started(_address(host, number, token))
 
-    with listening:
+    with listening, suppress(KeyboardInterrupt):  # which the server raises again once it has ended
         Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")).run(sockets=[listening])
 
 

@@ -157,5 +157,5 @@ const Data = (() => {
     },
   };
 
-  return { Run, source, trialOf, unpack };
+  return { Run, source, trialOf, unpack, unpackColumns };
 })();
