@@ -24,7 +24,7 @@ from evomerge.ledger.lease import Holder, Lease, held
 from evomerge.ledger.location import Location
 from evomerge.ledger.migration import make_tables, schema_version, upgrade_from_2
 from evomerge.ledger.rows import ItemNumbers, LazyItems, StoredScore, item_numbers_of, measurement_of, rows_of, trial_of
-from evomerge.records import Candidate, Measurement, Score, Split, Trial
+from evomerge.records import Candidate, Measurement, Score, Split, Trial, digest
 
 OF_ONE_MEASUREMENT = select(tables.items).where(  # made once: it is asked for thousands of times
     tables.items.c.run == bindparam("of_run"),
@@ -156,14 +156,12 @@ class Ledger:
 
     def stamp(self) -> str:
         """Return a text that changes whenever something is written, by which a reader knows whether to look again."""
-        trials, measurements, runs = tables.trials.c, tables.measurements.c, tables.runs.c
+        trials, places, runs = tables.trials.c, tables.measurements.c.place, tables.runs.c
         counts = select(func.max(trials.number), func.max(trials.finish_order)).where(self._own(tables.trials))
-        places = select(func.max(measurements.place)).where(self._own(tables.measurements))
-        texts = select(*(func.length(column) for column in (runs.campaign, runs.facts, runs.test_touches)))
+        texts = select(runs.campaign, runs.facts, runs.test_touches).where(runs.id == self._run)
         with self._database.reading() as connection:
-            found = [*connection.execute(counts).one(), *connection.execute(places).one()]
-            found += connection.execute(texts.where(runs.id == self._run)).one()
-        return ".".join("" if number is None else str(number) for number in found)
+            place = connection.execute(select(func.max(places)).where(self._own(tables.measurements))).scalar()
+            return digest([*connection.execute(counts).one(), place, *connection.execute(texts).one()])[:16]
 
     def update_campaign(self, campaign: Mapping[str, Any]) -> None:
         """Note a campaign that differs in its budget or workers."""

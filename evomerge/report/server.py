@@ -94,10 +94,8 @@ class Pages:
 
     def runs(self, _: Request) -> Response:
         """All runs in a few numbers."""
-        rows = []
-        for name, location in self._locations().items():
-            row = asdict(summarize_run(location)) | {"name": name, "location": str(location)}
-            rows.append(row)
+        found = {name: asdict(summarize_run(location)) for name, location in self._locations().items()}
+        rows = [row | {"run": name, "location": str(row["location"])} for name, row in found.items()]
         return JSONResponse({"place": str(self.place), "runs": rows})
 
     def part(self, request: Request) -> Response:

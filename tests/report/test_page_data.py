@@ -1,7 +1,9 @@
 """What the page is told is what the ledger holds."""
 
 import json
+import shutil
 from base64 import b64decode
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import pytest
 from benchmarks.page import write_run
 from evomerge.evidence.intervals import score_intervals
 from evomerge.ledger.location import locate
-from evomerge.records import Floats
+from evomerge.ledger.ledger import Ledger
+from evomerge.records import Candidate, Floats
 from evomerge.report.page.evidence import evidence, item_texts, items
 from evomerge.report.page.overview import STATES, overview, reference_models
 from evomerge.report.page.parts import PARTS, part_json
@@ -116,6 +119,20 @@ def test_the_surrogate_names_what_waits_and_what_matters(made_up: Run) -> None:
         assert np.corrcoef(unpacked(described["measured"]), unpacked(described["predicted"]))[0, 1] > 0.5
         slopes = unpacked(described["slopes"]).reshape(4, 8).mean(axis=1)
         assert found["names"][8 * int(slopes.argmax())][1] == objective.name  # its own expert moves it most
+
+
+def test_what_a_surrogate_has_planned_is_named(made_up: Run, tmp_path: Path) -> None:
+    """Its batch is in the memo of the candidate that it was planned with; what was asked since is no plan any more."""
+    shutil.copytree(made_up.location.file("."), tmp_path / "run")
+    with closing(Ledger.drive(locate(tmp_path / "run"), "made-up")) as ledger:
+        ledger.update_campaign({**ledger.campaign(), "budget": {"evaluations": 200}})
+        batch = [(x,) * 32 for x in (0.2, 0.4, 0.6, 0.8)]
+        ledger.issue(0, 121, Candidate(point=batch[0], memo={"then": batch[1:]}))
+        ledger.issue(0, 122, Candidate(point=batch[1]))
+    found = surrogate(open_run(tmp_path / "run"))
+    assert found is not None
+    assert found["waiting"] == ["trial 120", "trial 121", "trial 122", "planned 1", "planned 2"]
+    assert len(unpacked(found["objectives"][0]["expected"])) == 5
 
 
 @pytest.mark.parametrize("num_trials", [1, 3])

@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
+from typer.testing import CliRunner
 
 from benchmarks.page import EXPERTS, World, write_run
+from evomerge.cli import app
 from evomerge.errors import InputError, RunError
 from evomerge.ledger.ledger import Ledger
 from evomerge.ledger.location import locate
 from evomerge.records import Candidate
 from evomerge.report.server import is_loopback, make_app, serve
+from evomerge.runs import find_runs
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,7 @@ def client(folder: Path, token: str | None = None, base: str = "http://127.0.0.1
 def test_runs_are_listed_and_each_has_a_page(folder: Path) -> None:
     visitor = client(folder)
     (listed,) = visitor.get("/runs").json()["runs"]
-    assert (listed["name"], listed["state"]) == ("one", "finished")
+    assert (listed["run"], listed["name"], listed["state"]) == ("one", "made-up", "finished")
     assert "text/html" in visitor.get("/").headers["content-type"]
     assert visitor.get("/run/one/").status_code == 200
     assert visitor.get("/run/one/overview").json()["trials"]["count"] == 3
@@ -118,6 +121,15 @@ def test_a_place_without_runs_and_a_port_that_is_taken_are_mistakes(tmp_path: Pa
         pytest.raises(InputError, match="choose others with --host and --port"),
     ):
         serve(locate(tmp_path), host="127.0.0.1", port=taken.getsockname()[1], started=lambda _: None)
+
+
+def test_a_place_is_a_folder_a_run_or_its_name_under_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder.parent)
+    assert find_runs("one") == locate(Path("runs/one"))
+    assert find_runs("runs/one") == locate("runs/one")
+    assert find_runs("runs") == locate("runs")
+    done = CliRunner().invoke(app, ["ui", "nowhere"])
+    assert isinstance(done.exception, RunError)
 
 
 def test_what_the_loopback_is() -> None:

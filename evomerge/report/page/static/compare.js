@@ -22,12 +22,22 @@ const Compare = (() => {
     const gains = Float64Array.from(ours, (value, i) => value - theirs[i]);
     const total = gains.reduce((kept, gain) => kept + gain, 0);
     const value = total / num;
-    const error = Math.sqrt(squares(sumsBySource(gains.map((gain) => (gain - value) / num), frame.codes)));
+    const error = Math.sqrt(
+      squares(
+        sumsBySource(
+          gains.map((gain) => (gain - value) / num),
+          frame.codes,
+        ),
+      ),
+    );
     const isWonOrLost = gains.every((gain) => gain === 0 || gain === 1 || gain === -1);
     const pseudo = isWonOrLost ? PSEUDO_ITEMS : 0;
     const size = num + 2 * pseudo;
     const middle = total / size;
-    const sums = sumsBySource(gains.map((gain) => (gain - middle) / size), frame.codes);
+    const sums = sumsBySource(
+      gains.map((gain) => (gain - middle) / size),
+      frame.codes,
+    );
     const ofPseudo = (pseudo * ((1 - middle) ** 2 + (1 + middle) ** 2)) / size ** 2;
     const half = frame.factor === null ? Infinity : frame.factor * Math.sqrt(squares(sums) + ofPseudo);
     return { value, error, low: middle - half, high: middle + half };

@@ -88,7 +88,9 @@ const Data = (() => {
     }
 
     label(trial) {
-      return this.operators.length > 1 ? `trial ${trial} by ${this.operators[this.operatorOf[trial]]}` : `trial ${trial}`;
+      return this.operators.length > 1
+        ? `trial ${trial} by ${this.operators[this.operatorOf[trial]]}`
+        : `trial ${trial}`;
     }
 
     // Value and standard error of a subject in objective m, in the user's sign; null if it is not scored.

@@ -15,8 +15,17 @@ const Dom = (() => {
     return made;
   }
 
+  // Put children in the place of those that are there; what had the focus has it again, by its data-key.
   function fill(parent, ...children) {
+    const key = parent.contains(document.activeElement) && document.activeElement.dataset.key;
     parent.replaceChildren(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
+    if (key) [...parent.querySelectorAll("[data-key]")].find((child) => child.dataset.key === key)?.focus();
+  }
+
+  // The same, but for a list of options that somebody may have open: it stays.
+  function refill(parent, ...children) {
+    if (!parent.contains(document.activeElement) || document.activeElement.tagName !== "SELECT")
+      fill(parent, ...children);
   }
 
   const MINUS = "\u2212";
@@ -26,7 +35,10 @@ const Dom = (() => {
     if (value === null || value === undefined || Number.isNaN(value)) return "–";
     if (!Number.isFinite(value)) return value > 0 ? "∞" : `${MINUS}∞`;
     const size = Math.abs(value);
-    const shown = size >= 1e5 || (size > 0 && size < 0.5 * 10 ** -digits) ? value.toExponential(1) : value.toFixed(size >= 100 ? 1 : digits);
+    const shown =
+      size >= 1e5 || (size > 0 && size < 0.5 * 10 ** -digits)
+        ? value.toExponential(1)
+        : value.toFixed(size >= 100 ? Math.min(digits, 1) : digits);
     return shown.replace("-", MINUS);
   }
 
@@ -48,9 +60,23 @@ const Dom = (() => {
   // Buttons of which one is pressed: [[value, text], ...].
   function choice(label, options, current, choose) {
     const buttons = options.map(([value, text]) =>
-      el("button", { type: "button", "aria-pressed": String(value === current), onclick: () => choose(value) }, text),
+      el(
+        "button",
+        {
+          type: "button",
+          "aria-pressed": String(value === current),
+          "data-key": `${label} ${value}`,
+          onclick: () => choose(value),
+        },
+        text,
+      ),
     );
-    return el("div", { class: "choice", role: "group", "aria-label": label }, el("span", { class: "legend" }, label), buttons);
+    return el(
+      "div",
+      { class: "choice", role: "group", "aria-label": label },
+      el("span", { class: "legend" }, label),
+      buttons,
+    );
   }
 
   function select(label, options, current, choose) {
@@ -65,5 +91,5 @@ const Dom = (() => {
 
   const empty = (text) => el("p", { class: "empty" }, text);
 
-  return { el, fill, number, signed, count, seconds, choice, select, card, empty };
+  return { el, fill, refill, number, signed, count, seconds, choice, select, card, empty };
 })();

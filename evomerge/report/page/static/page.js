@@ -4,7 +4,12 @@
 const Page = (() => {
   const { el, fill, number, count } = Dom;
   const at = (id) => document.getElementById(id);
-  const VIEWS = [["front", "Front"], ["model", "Model"], ["surrogate", "Surrogate"], ["run", "Run"]];
+  const VIEWS = [
+    ["front", "Front"],
+    ["model", "Model"],
+    ["surrogate", "Surrogate"],
+    ["run", "Run"],
+  ];
   const RENDER = { front: Front.render, model: Model.render, surrogate: SurrogateView.render, run: RunView.render };
   const LOOK_S = 2; // between looks at a run that is driven; others are looked at less often
   const IDLE_S = 10;
@@ -14,7 +19,21 @@ const Page = (() => {
   let known = {}; // parts of the run as last read: claims, intervals, table, surrogate
   const panels = {};
 
-  const START = { view: "front", rule: "knee", trial: null, versus: null, split: null, as: null, numbers: "numbers", item: 0, filter: "all", stage: null, sort: "trial", direction: 1 };
+  const START = {
+    view: "front",
+    rule: "knee",
+    trial: null,
+    versus: null,
+    split: null,
+    as: null,
+    numbers: "numbers",
+    item: 0,
+    filter: "all",
+    stage: null,
+    sort: "trial",
+    direction: 1,
+    every: false,
+  };
 
   // What stands after # in the address: the view and what was picked, so that a link shows the same.
   function stateFromAddress() {
@@ -26,9 +45,20 @@ const Page = (() => {
     const oneOf = (name, values, other) => (values.includes(given.get(name)) ? given.get(name) : other);
     const trial = given.has("trial") && /^\d+$/.test(given.get("trial")) ? Number(given.get("trial")) : null;
     return {
-      ...START, view: oneOf("view", VIEWS.map(([name]) => name), "front"), rule: oneOf("rule", ["knee", "prefer", "trial"], "knee"), trial,
-      versus: run.score(given.get("versus"), 0, "search") ? given.get("versus") : null, split: oneOf("split", ["search", "test"], null), as: oneOf("as", ["pairs", "parallel"], null),
-      weights: numbers("weights", 1), least: numbers("least", null), most: numbers("most", null),
+      ...START,
+      view: oneOf(
+        "view",
+        VIEWS.map(([name]) => name),
+        "front",
+      ),
+      rule: oneOf("rule", ["knee", "prefer", "trial"], "knee"),
+      trial,
+      versus: run.score(given.get("versus"), 0, "search") ? given.get("versus") : null,
+      split: oneOf("split", ["search", "test"], null),
+      as: oneOf("as", ["pairs", "parallel"], null),
+      weights: numbers("weights", 1),
+      least: numbers("least", null),
+      most: numbers("most", null),
     };
   }
 
@@ -37,14 +67,25 @@ const Page = (() => {
     if (state.rule === "trial" && state.trial !== null) kept.set("trial", String(state.trial));
     if (state.versus) kept.set("versus", state.versus);
     for (const name of ["split", "as"]) if (state[name]) kept.set(name, state[name]);
-    for (const [name, plain] of [["weights", 1], ["least", null], ["most", null]]) {
-      if (state[name].some((value) => value !== plain)) kept.set(name, state[name].map((value) => value ?? "").join(","));
+    for (const [name, plain] of [
+      ["weights", 1],
+      ["least", null],
+      ["most", null],
+    ]) {
+      if (state[name].some((value) => value !== plain))
+        kept.set(name, state[name].map((value) => value ?? "").join(","));
     }
     history.replaceState(null, "", `#${kept}`);
   }
 
   function change(patch) {
-    if (patch.reset) Object.assign(state, { rule: "knee", weights: run.objectives.map(() => 1), least: run.objectives.map(() => null), most: run.objectives.map(() => null) });
+    if (patch.reset)
+      Object.assign(state, {
+        rule: "knee",
+        weights: run.objectives.map(() => 1),
+        least: run.objectives.map(() => null),
+        most: run.objectives.map(() => null),
+      });
     else Object.assign(state, patch);
     writeAddress();
     if (patch.reset) Picker.make(at("pick"), run, () => state, change);
@@ -57,23 +98,37 @@ const Page = (() => {
     change(trial === null ? { versus: subject } : { rule: "trial", trial });
   }
 
+  // Show the state in the next frame: what is picked at once, pictures as fast as they can be drawn.
   let isScheduled = false;
-  let drawing = Promise.resolve();
+  let isDrawing = false;
+  let isStale = false;
+  let drawn = Promise.resolve();
   function schedule() {
     if (isScheduled) return;
     isScheduled = true;
     requestAnimationFrame(() => {
-      isScheduled = false;
-      drawing = drawing.then(render).catch((error) => { // a picture that failed must not end the page
-        console.error(error);
-        at("live").textContent = `This view cannot be shown: ${error.message}`;
-      });
+      isScheduled = isStale = false;
+      const chosen = Picker.pick(run, state);
+      Picker.update(run, state, change, chosen);
+      if (isDrawing) isStale = true;
+      else drawn = draw(chosen);
     });
   }
 
-  async function render() {
-    const chosen = Picker.pick(run, state);
-    Picker.update(run, state, change, chosen);
+  async function draw(chosen) {
+    isDrawing = true;
+    try {
+      await render(chosen);
+    } catch (error) {
+      // a picture that failed must not end the page
+      console.error(error);
+      at("live").textContent = `This view cannot be shown: ${error.message}`;
+    }
+    isDrawing = false;
+    if (isStale) schedule();
+  }
+
+  async function render(chosen) {
     for (const [name] of VIEWS) {
       const isShown = name === state.view;
       panels[name].hidden = !isShown;
@@ -81,9 +136,21 @@ const Page = (() => {
       tab.setAttribute("aria-selected", String(isShown));
       tab.tabIndex = isShown ? 0 : -1;
     }
-    const shown = { ...state, split: state.split ?? (run.isTested ? "test" : "search"), as: state.as ?? (run.steering.length > 3 ? "parallel" : "pairs") };
+    const shown = {
+      ...state,
+      split: state.split ?? (run.isTested ? "test" : "search"),
+      as: state.as ?? (run.steering.length > 3 ? "parallel" : "pairs"),
+    };
     if (!run.isTested) shown.split = "search";
-    await RENDER[state.view](panels[state.view], { run, state: shown, chosen, change, choose, theme: document.documentElement.dataset.theme, ...known });
+    await RENDER[state.view](panels[state.view], {
+      run,
+      state: shown,
+      chosen,
+      change,
+      choose,
+      theme: document.documentElement.dataset.theme,
+      ...known,
+    });
     need({ front: ["evidence"], model: ["items"], surrogate: ["surrogate"], run: [] }[state.view]);
   }
 
@@ -93,32 +160,66 @@ const Page = (() => {
     for (const name of names) {
       if (known.asked?.has(name)) continue;
       known.asked = new Set([...(known.asked ?? []), name]);
-      Data.source.part(name).then((part) => {
-        if (run !== of) return;
-        if (name === "evidence") Object.assign(known, { claims: part.claims, intervals: Front.intervalsOf(part) });
-        else known[name === "items" ? "table" : name] = name === "items" ? Compare.table(part) : part;
-        schedule();
-      }).catch((error) => { at("live").textContent = `${name}: ${error.message}`; });
+      Data.source
+        .part(name)
+        .then((part) => {
+          if (run !== of) return;
+          if (name === "evidence") Object.assign(known, { claims: part.claims, intervals: Models.intervalsOf(part) });
+          else known[name === "items" ? "table" : name] = name === "items" ? Compare.table(part) : part;
+          schedule();
+        })
+        .catch((error) => {
+          at("live").textContent = `${name}: ${error.message}`;
+        });
     }
   }
 
   function showHeader() {
     document.title = `${run.name}: evomerge`;
     at("name").textContent = run.name;
-    Object.assign(at("state"), { hidden: false, textContent: run.state, className: `state is-${run.state}`, title: run.holder ?? "" });
+    Object.assign(at("state"), {
+      hidden: false,
+      textContent: run.state,
+      className: `state is-${run.state}`,
+      title: run.holder ?? "",
+    });
     const finished = run.count - run.inState("waiting").length;
     const facts = [
-      ["merged", `${count(run.experts.length, "expert")} by ${run.operators.join(" or ")}`], ["searched", `${run.dimensions} dimensions`],
-      ["trials", `${finished.toLocaleString("en")} of ${run.budget.toLocaleString("en")}`], ["front", count(run.front.length, "model")],
-      ["cost", `${number(run.cost, 0)} evaluations`], ...["failed", "stopped"].map((name) => [name, run.inState(name).length]).filter(([, many]) => many).map(([name, many]) => [name, String(many)]),
+      ["merged", `${count(run.experts.length, "expert")} by ${run.operators.join(" or ")}`],
+      ["searched", `${run.dimensions} dimensions`],
+      ["trials", `${finished.toLocaleString("en")} of ${run.budget.toLocaleString("en")}`],
+      ["front", count(run.front.length, "model")],
+      ["cost", `${Math.round(run.cost).toLocaleString("en")} equivalents`],
+      ...["failed", "stopped"]
+        .map((name) => [name, run.inState(name).length])
+        .filter(([, many]) => many)
+        .map(([name, many]) => [name, String(many)]),
       ["written", new Date(1000 * run.written).toLocaleString([], { dateStyle: "medium", timeStyle: "short" })],
     ];
-    fill(at("facts"), facts.map(([term, text]) => el("div", {}, el("dt", {}, term), el("dd", {}, text))));
+    fill(
+      at("facts"),
+      facts.map(([term, text]) => el("div", {}, el("dt", {}, term), el("dd", {}, text))),
+    );
   }
 
   function makeTabs() {
     const tabs = at("tabs");
-    fill(tabs, VIEWS.map(([name, title]) => el("button", { type: "button", role: "tab", id: `tab-${name}`, "aria-controls": `view-${name}`, onclick: () => change({ view: name }) }, title)));
+    fill(
+      tabs,
+      VIEWS.map(([name, title]) =>
+        el(
+          "button",
+          {
+            type: "button",
+            role: "tab",
+            id: `tab-${name}`,
+            "aria-controls": `view-${name}`,
+            onclick: () => change({ view: name }),
+          },
+          title,
+        ),
+      ),
+    );
     tabs.hidden = false;
     tabs.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
@@ -128,7 +229,13 @@ const Page = (() => {
       change({ view: next });
       at(`tab-${next}`).focus();
     });
-    for (const [name] of VIEWS) panels[name] = el("div", { role: "tabpanel", id: `view-${name}`, "aria-labelledby": `tab-${name}`, hidden: true });
+    for (const [name] of VIEWS)
+      panels[name] = el("div", {
+        role: "tabpanel",
+        id: `view-${name}`,
+        "aria-labelledby": `tab-${name}`,
+        hidden: true,
+      });
     fill(at("main"), Object.values(panels));
   }
 
@@ -136,14 +243,16 @@ const Page = (() => {
   function take(overview) {
     const isFirst = run === null;
     run = new Data.Run(overview);
-    known = isFirst ? {} : { claims: known.claims, intervals: known.intervals, table: known.table, surrogate: known.surrogate };
+    known = isFirst
+      ? {}
+      : { claims: known.claims, intervals: known.intervals, table: known.table, surrogate: known.surrogate };
     if (isFirst) {
       state = stateFromAddress();
       makeTabs();
       at("pick").hidden = false;
+      Picker.make(at("pick"), run, () => state, change);
     }
     showHeader();
-    Picker.make(at("pick"), run, () => state, change);
     schedule();
   }
 
@@ -174,11 +283,15 @@ const Page = (() => {
     const dark = matchMedia("(prefers-color-scheme: dark)");
     setTheme(dark.matches ? "dark" : "light");
     dark.addEventListener("change", () => setTheme(dark.matches ? "dark" : "light"));
-    at("theme").addEventListener("click", () => setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
+    at("theme").addEventListener("click", () =>
+      setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"),
+    );
   }
 
   async function listRuns() {
-    await Runs.show(at("main")).catch((error) => { at("live").textContent = error.message; });
+    await Runs.show(at("main")).catch((error) => {
+      at("live").textContent = error.message;
+    });
     setTimeout(listRuns, 1000 * IDLE_S);
   }
 
@@ -197,12 +310,19 @@ const Page = (() => {
       await look();
     }
     await new Promise((resolve) => requestAnimationFrame(resolve));
-    await drawing;
+    await drawn;
     performance.mark("interactive");
     document.documentElement.dataset.ready = "true";
     return undefined;
   }
 
   begin();
-  return { get state() { return state; }, get run() { return run; } };
+  return {
+    get state() {
+      return state;
+    },
+    get run() {
+      return run;
+    },
+  };
 })();

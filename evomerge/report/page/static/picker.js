@@ -3,7 +3,11 @@
 // The panel that picks a model of the front: by its balance, by weights, or by hand; and says how to export it.
 const Picker = (() => {
   const { el, fill, number, choice } = Dom;
-  const RULES = [["knee", "Balance"], ["prefer", "Weights"], ["trial", "By hand"]];
+  const RULES = [
+    ["knee", "Balance"],
+    ["prefer", "Weights"],
+    ["trial", "By hand"],
+  ];
   const EXPLAINED = {
     knee: "The knee: farthest above the plane through the front's extremes.",
     prefer: "Weights say how much a shortfall in an objective counts.",
@@ -28,7 +32,12 @@ const Picker = (() => {
     const { name } = run.objectives[m];
     const shown = el("output", {}, String(state().weights[m]));
     const input = el("input", {
-      type: "range", min: "0", max: "5", step: "0.1", value: String(state().weights[m]), "aria-label": `weight of ${name}`, "data-weight": name,
+      type: "range",
+      min: "0",
+      max: "5",
+      step: "0.1",
+      value: String(state().weights[m]),
+      "aria-label": `weight of ${name}`,
       oninput: (event) => {
         const weights = [...state().weights];
         weights[m] = Number(event.target.value);
@@ -39,46 +48,77 @@ const Picker = (() => {
     return el("div", { class: "slider" }, el("span", { class: "legend" }, "weight"), input, shown);
   }
 
-  function bound(run, m, which, label, state, change) {
+  function bound(run, m, which, state, change) {
     const { name } = run.objectives[m];
+    const [sign, words] = { least: ["≥", "at least"], most: ["≤", "at most"] }[which];
     const current = state()[which][m];
-    return el("label", { class: "bound" }, el("span", { class: "legend" }, label), el("input", {
-      type: "number", step: "any", value: current === null ? "" : String(current), "aria-label": `${name} ${label}`, [`data-${which}`]: name,
-      oninput: (event) => {
-        const bounds = [...state()[which]];
-        bounds[m] = event.target.value === "" || Number.isNaN(event.target.valueAsNumber) ? null : event.target.valueAsNumber;
-        change({ [which]: bounds, rule: state().rule === "trial" ? "knee" : state().rule });
-      },
-    }));
+    return el(
+      "label",
+      { class: "bound" },
+      el("span", { class: "legend" }, sign),
+      el("input", {
+        type: "number",
+        step: "any",
+        value: current === null ? "" : String(current),
+        "aria-label": `${name} ${words}`,
+        title: words,
+        oninput: (event) => {
+          const bounds = [...state()[which]];
+          bounds[m] =
+            event.target.value === "" || Number.isNaN(event.target.valueAsNumber) ? null : event.target.valueAsNumber;
+          change({ [which]: bounds, rule: state().rule === "trial" ? "knee" : state().rule });
+        },
+      }),
+    );
   }
 
   function control(run, m, state, change) {
     const objective = run.objectives[m];
-    const values = run.front.map((trial) => run.values[m][trial]).filter((value) => !Number.isNaN(value));
-    const range = values.length ? `${number(Math.min(...values))} to ${number(Math.max(...values))}` : "";
-    return el("fieldset", { class: "objective" },
-      el("legend", {}, objective.name, el("small", {}, ` ${objective.sign > 0 ? "higher" : "lower"} is better · ${range}`)),
+    return el(
+      "fieldset",
+      { class: "objective" },
+      el(
+        "legend",
+        {},
+        objective.name,
+        el("small", {}, ` ${objective.sign > 0 ? "higher" : "lower"} is better`, parts.ranges[m]),
+      ),
       objective.steers ? slider(run, m, state, change) : null,
-      el("div", { class: "bounds" }, bound(run, m, "least", "at least", state, change), bound(run, m, "most", "at most", state, change)),
+      el("div", { class: "bounds" }, bound(run, m, "least", state, change), bound(run, m, "most", state, change)),
     );
   }
 
-  // Make the panel anew: when another run, or more of it, has been read.
+  // Make the panel: sliders and bounds stay as they are while a run grows.
   function make(place, run, state, change) {
-    const focused = document.activeElement;
-    const key = focused && place.contains(focused) && ["data-weight", "data-least", "data-most"].find((name) => focused.hasAttribute(name));
-    const held = key && [key, focused.getAttribute(key)];
     parts = {
-      rule: el("div"), note: el("p", { class: "note" }), picked: el("div", { class: "picked" }),
+      ranges: run.objectives.map(() => el("span")),
+      rule: el("div"),
+      note: el("p", { class: "note" }),
+      picked: el("div", { class: "picked" }),
       said: el("p", { class: "sr", role: "status", "aria-live": "polite", id: "picked" }),
     };
-    fill(place,
-      el("div", {}, el("h2", {}, "Pick a model"), parts.rule, parts.note,
-        el("div", { class: "objectives" }, run.objectives.map((_, m) => control(run, m, state, change))),
-        el("button", { type: "button", class: "quiet", onclick: () => change({ reset: true }) }, "Reset weights and bounds")),
-      parts.said, parts.picked,
+    fill(
+      place,
+      el(
+        "div",
+        {},
+        el("h2", {}, "Pick a model"),
+        parts.rule,
+        parts.note,
+        el(
+          "div",
+          { class: "objectives" },
+          run.objectives.map((_, m) => control(run, m, state, change)),
+        ),
+        el(
+          "button",
+          { type: "button", class: "quiet", onclick: () => change({ reset: true }) },
+          "Reset weights and bounds",
+        ),
+      ),
+      parts.said,
+      parts.picked,
     );
-    if (held) [...place.querySelectorAll(`[${held[0]}]`)].find((found) => found.getAttribute(held[0]) === held[1])?.focus();
   }
 
   function commandOf(run, trial) {
@@ -88,19 +128,30 @@ const Picker = (() => {
   function command(text) {
     const words = text.split(" ").map((word, i) => [i ? " " : "", el("span", {}, word)]); // lines break between words
     const code = el("code", { tabindex: "0", id: "command" }, words);
-    const button = el("button", { type: "button", class: "copy", onclick: async () => {
-      try {
-        await navigator.clipboard.writeText(text);
-      } catch { // not allowed, as in some browsers for files: by way of a selection
-        const range = document.createRange();
-        range.selectNodeContents(code);
-        getSelection().removeAllRanges();
-        getSelection().addRange(range);
-        document.execCommand("copy");
-      }
-      button.textContent = "Copied";
-      setTimeout(() => { button.textContent = "Copy"; }, 1500);
-    } }, "Copy");
+    const button = el(
+      "button",
+      {
+        type: "button",
+        class: "copy",
+        onclick: async () => {
+          try {
+            await navigator.clipboard.writeText(text);
+          } catch {
+            // not allowed, as in some browsers for files: by way of a selection
+            const range = document.createRange();
+            range.selectNodeContents(code);
+            getSelection().removeAllRanges();
+            getSelection().addRange(range);
+            document.execCommand("copy");
+          }
+          button.textContent = "Copied";
+          setTimeout(() => {
+            button.textContent = "Copy";
+          }, 1500);
+        },
+      },
+      "Copy",
+    );
     return el("div", { class: "command" }, code, button);
   }
 
@@ -114,25 +165,54 @@ const Picker = (() => {
 
   // Show what is picked now.
   function update(run, state, change, trial) {
-    fill(parts.rule, choice("By", RULES, state.rule, (rule) => change({ rule, trial: rule === "trial" ? trial : state.trial })));
+    fill(
+      parts.rule,
+      choice("By", RULES, state.rule, (rule) => change({ rule, trial: rule === "trial" ? trial : state.trial })),
+    );
     parts.note.textContent = EXPLAINED[state.rule];
+    parts.ranges.forEach((range, m) => {
+      const values = run.front.map((member) => run.values[m][member]);
+      range.textContent = values.length ? ` · ${number(Math.min(...values))} to ${number(Math.max(...values))}` : "";
+    });
     if (trial === null) {
-      const why = run.front.length ? "No model of the front keeps these bounds." : "There is no front yet: no trial has finished within the floors and ceilings.";
+      const why = run.front.length
+        ? "No model of the front keeps these bounds."
+        : "There is no front yet: no trial has finished within the floors and ceilings.";
       fill(parts.picked, Dom.empty(why));
       parts.said.textContent = why;
       return;
     }
     const isScored = run.score(`trial:${trial}`, 0, "search") !== null;
-    fill(parts.picked,
+    fill(
+      parts.picked,
       el("h3", {}, el("span", { class: "swatch" }), `${run.label(trial)}`, el("small", {}, ` ${run.stateOf(trial)}`)),
-      el("table", {},
-        el("thead", {}, el("tr", {}, el("th", {}, ""), el("th", { scope: "col" }, "search"), el("th", { scope: "col" }, "test"))),
-        el("tbody", {}, run.objectives.map((_, m) => scoreRow(run, trial, m)))),
-      el("p", { class: "note" }, `Picked by search scores among ${Dom.count(run.front.length, "model")} of the front; `
-        + (run.isTested ? "test scores stand beside and did not choose it." : "the test items have not been used yet.")),
-      isScored ? command(commandOf(run, trial)) : el("p", { class: "note" }, run.failureOf(trial) || "It has no scores yet."),
+      el(
+        "table",
+        {},
+        el(
+          "thead",
+          {},
+          el("tr", {}, el("th", {}, ""), el("th", { scope: "col" }, "search"), el("th", { scope: "col" }, "test")),
+        ),
+        el(
+          "tbody",
+          {},
+          run.objectives.map((_, m) => scoreRow(run, trial, m)),
+        ),
+      ),
+      el(
+        "p",
+        { class: "note" },
+        `Picked by search scores among ${Dom.count(run.front.length, "model")} of the front; ` +
+          (run.isTested ? "test scores stand beside and did not choose it." : "the test items have not been used yet."),
+      ),
+      isScored
+        ? command(commandOf(run, trial))
+        : el("p", { class: "note" }, run.failureOf(trial) || "It has no scores yet."),
     );
-    parts.said.textContent = `Picked ${run.label(trial)}: ` + run.objectives.map((objective, m) => `${objective.name} ${number(run.values[m][trial])}`).join(", ");
+    parts.said.textContent =
+      `Picked ${run.label(trial)}: ` +
+      run.objectives.map((objective, m) => `${objective.name} ${number(run.values[m][trial])}`).join(", ");
   }
 
   return { pick, make, update, commandOf };

@@ -8,7 +8,9 @@ const Plots = (() => {
     const style = getComputedStyle(document.documentElement);
     const read = (name) => style.getPropertyValue(`--${name}`).trim();
     return Object.fromEntries(
-      ["text", "muted", "faint", "line", "front", "chosen", "versus", "panel", "low", "middle", "high", "mark"].map((name) => [name, read(name)]),
+      ["text", "muted", "faint", "line", "front", "chosen", "versus", "panel", "low", "middle", "high", "mark"].map(
+        (name) => [name, read(name)],
+      ),
     );
   }
 
@@ -19,8 +21,16 @@ const Plots = (() => {
     const { line, muted } = colours();
     return {
       title: { text: plain(title), standoff: 8, font: { size: 12 } },
-      gridcolor: line, zeroline: false, linecolor: line, tickcolor: line, ticks: "outside", ticklen: 3,
-      tickfont: { size: 11, color: muted }, automargin: true, ...more,
+      gridcolor: line,
+      zeroline: false,
+      linecolor: line,
+      tickcolor: line,
+      ticks: "outside",
+      ticklen: 3,
+      tickfont: { size: 11, color: muted },
+      automargin: true,
+      exponentformat: "power",
+      ...more,
     };
   }
 
@@ -32,20 +42,30 @@ const Plots = (() => {
   async function draw(place, description, traces, layout, onClick = null) {
     const { text, panel, line } = colours();
     const base = {
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", hovermode: "closest", dragmode: "zoom", uirevision: "kept",
-      font: { family: "system-ui, sans-serif", size: 12, color: text }, margin: { l: 50, r: 14, t: 14, b: 44 },
+      paper_bgcolor: "rgba(0,0,0,0)",
+      plot_bgcolor: "rgba(0,0,0,0)",
+      hovermode: "closest",
+      dragmode: "zoom",
+      uirevision: "kept",
+      font: { family: "system-ui, sans-serif", size: 12, color: text },
+      margin: { l: 50, r: 14, t: 14, b: 44 },
       hoverlabel: { bgcolor: panel, bordercolor: line, font: { color: text, size: 12 }, align: "left" },
       legend: { font: { size: 11.5 }, itemsizing: "constant" },
     };
-    const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+    const config = {
+      displaylogo: false,
+      responsive: true,
+      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+    };
     place.setAttribute("role", "img");
     place.setAttribute("aria-label", description);
     await Plotly.react(place, traces, { ...base, ...layout }, config);
     place.removeAllListeners("plotly_click");
-    if (onClick) place.on("plotly_click", (event) => {
-      const subject = event.points.map((point) => point.customdata).find((found) => typeof found === "string");
-      if (subject) onClick(subject);
-    });
+    if (onClick)
+      place.on("plotly_click", (event) => {
+        const subject = event.points.map((point) => point.customdata).find((found) => typeof found === "string");
+        if (subject) onClick(subject);
+      });
   }
 
   // A range that holds all numbers, with a margin (a share of it) on both sides.
@@ -78,8 +98,17 @@ const Plots = (() => {
       context.fillRect(x - 2, y - 2, 4, 4);
     }
     return {
-      source: canvas.toDataURL("image/png"), xref: refs[0], yref: refs[1], x: left, y: top, sizex: right - left,
-      sizey: top - bottom, sizing: "stretch", layer: "below", xanchor: "left", yanchor: "top",
+      source: canvas.toDataURL("image/png"),
+      xref: refs[0],
+      yref: refs[1],
+      x: left,
+      y: top,
+      sizex: right - left,
+      sizey: top - bottom,
+      sizing: "stretch",
+      layer: "below",
+      xanchor: "left",
+      yanchor: "top",
     };
   }
 
@@ -93,18 +122,41 @@ const Plots = (() => {
     const limit = Math.max(1e-9, ...cells.map((cell) => Math.abs(cell.number)));
     const isSmall = rows.length * columns.length <= 240 && columns.length <= 24;
     const trace = {
-      type: "heatmap", z: matrix, x: columns.map(plain), y: rows.map(plain), xgap: 1, ygap: 1,
-      zmin: diverging ? -limit : 0, zmax: limit,
-      colorscale: diverging ? [[0, low], [0.5, middle], [1, high]] : [[0, middle], [1, high]],
-      texttemplate: isSmall ? `%{z:.${digits}f}` : undefined, textfont: { size: 11 },
-      hovertemplate: "%{y}, %{x}: %{z:.4f}<extra></extra>", showscale: true,
+      type: "heatmap",
+      z: matrix,
+      x: columns.map(plain),
+      y: rows.map(plain),
+      xgap: 1,
+      ygap: 1,
+      zmin: diverging ? -limit : 0,
+      zmax: limit,
+      colorscale: diverging
+        ? [
+            [0, low],
+            [0.5, middle],
+            [1, high],
+          ]
+        : [
+            [0, middle],
+            [1, high],
+          ],
+      texttemplate: isSmall ? `%{z:.${digits}f}` : undefined,
+      textfont: { size: 11 },
+      hovertemplate: "%{y}, %{x}: %{z:.4f}<extra></extra>",
+      showscale: true,
       colorbar: { thickness: 8, outlinewidth: 0, tickfont: { size: 10.5 }, len: 1, nticks: 5 },
     };
     const isWide = columns.length > 24;
     return draw(place, description, [trace], {
       height: 62 + 30 * rows.length + (columns.some((name) => name.length > 12) ? 60 : 0),
       margin: { l: 10, r: 10, t: 8, b: 10 },
-      xaxis: axis("", { showgrid: false, ticks: "", type: "category", tickangle: columns.length > 12 ? -45 : 0, nticks: isWide ? 24 : undefined }),
+      xaxis: axis("", {
+        showgrid: false,
+        ticks: "",
+        type: "category",
+        tickangle: columns.length > 12 ? -45 : 0,
+        nticks: isWide ? 24 : undefined,
+      }),
       yaxis: axis("", { showgrid: false, ticks: "", type: "category", autorange: "reversed" }),
     });
   }

@@ -19,49 +19,127 @@ const RunView = (() => {
   function reasons(run, textOf, none, choose) {
     const found = grouped(run, textOf);
     if (!found.length) return empty(none);
-    return el("ul", { class: "reasons" }, found.map(([reason, trials]) => el("li", {},
-      el("strong", {}, `${trials.length}× `), reason, el("small", {}, " trials ", trials.slice(0, MAX_NAMED).map((trial, i) => [i ? ", " : "", el("button", { type: "button", class: "link", onclick: () => choose(`trial:${trial}`) }, String(trial))]).flat(), trials.length > MAX_NAMED ? " …" : ""))));
+    return el(
+      "ul",
+      { class: "reasons" },
+      found.map(([reason, trials]) =>
+        el(
+          "li",
+          {},
+          el("strong", {}, `${trials.length}× `),
+          reason,
+          el(
+            "small",
+            {},
+            " trials ",
+            trials
+              .slice(0, MAX_NAMED)
+              .map((trial, i) => [
+                i ? ", " : "",
+                el("button", { type: "button", class: "link", onclick: () => choose(`trial:${trial}`) }, String(trial)),
+              ])
+              .flat(),
+            trials.length > MAX_NAMED ? " …" : "",
+          ),
+        ),
+      ),
+    );
   }
 
   // Rows of a name, a length and a text.
   function bars(rows) {
     const most = Math.max(...rows.map(([, size]) => size), 1e-9);
-    return el("table", { class: "bars" }, el("tbody", {}, rows.map(([name, size, text]) => {
-      const bar = el("i");
-      bar.style.width = `${(100 * size) / most}%`;
-      return el("tr", {}, el("th", { scope: "row" }, name), el("td", { class: "length" }, bar), el("td", {}, text));
-    })));
+    return el(
+      "table",
+      { class: "bars" },
+      el(
+        "tbody",
+        {},
+        rows.map(([name, size, text]) => {
+          const bar = el("i");
+          bar.style.width = `${(100 * size) / most}%`;
+          return el("tr", {}, el("th", { scope: "row" }, name), el("td", { class: "length" }, bar), el("td", {}, text));
+        }),
+      ),
+    );
   }
 
   function timing(run) {
     const parts = Object.entries(run.seconds);
     if (!parts.length) return empty("Nothing is timed yet.");
     const total = parts.reduce((sum, [, size]) => sum + size, 0);
-    return [bars(parts.map(([name, size]) => [name, size, `${seconds(size)} · ${((100 * size) / total).toFixed(0)} %`])),
-      el("p", { class: "note" }, `${seconds(total)} of workers' time: all trials, references and test scores.`)];
+    return [
+      bars(parts.map(([name, size]) => [name, size, `${seconds(size)} · ${((100 * size) / total).toFixed(0)} %`])),
+      el("p", { class: "note" }, `${seconds(total)} of workers' time: all trials, references and test scores.`),
+    ];
   }
 
   function workers(run) {
     const found = grouped(run, run.workerOf);
     if (!found.length) return empty("All trials were scored in the command's own process.");
-    return bars(found.map(([worker, trials]) => {
-      const spent = trials.reduce((sum, trial) => sum + (Number.isNaN(run.secondsOf[trial]) ? 0 : run.secondsOf[trial]), 0);
-      return [worker, spent, `${count(trials.length, "trial")} · ${seconds(spent)}`];
-    }));
+    return bars(
+      found.map(([worker, trials]) => {
+        const spent = trials.reduce(
+          (sum, trial) => sum + (Number.isNaN(run.secondsOf[trial]) ? 0 : run.secondsOf[trial]),
+          0,
+        );
+        return [worker, spent, `${count(trials.length, "trial")} · ${seconds(spent)}`];
+      }),
+    );
   }
 
   function stages(run) {
-    return el("table", {}, el("thead", {}, el("tr", {}, ["stage", "trials", "on the front"].map((name) => el("th", { scope: "col" }, name)))),
-      el("tbody", {}, run.stages.map((name, i) => {
-        const own = run.stageOf.filter((stage) => stage === i).length;
-        return el("tr", {}, el("th", { scope: "row" }, `${i + 1}: ${name}`), el("td", {}, own.toLocaleString("en")), el("td", {}, String(run.front.filter((trial) => run.stageOf[trial] === i).length)));
-      })));
+    return el(
+      "table",
+      {},
+      el(
+        "thead",
+        {},
+        el(
+          "tr",
+          {},
+          ["stage", "trials", "on the front"].map((name) => el("th", { scope: "col" }, name)),
+        ),
+      ),
+      el(
+        "tbody",
+        {},
+        run.stages.map((name, i) => {
+          const own = run.stageOf.filter((stage) => stage === i).length;
+          return el(
+            "tr",
+            {},
+            el("th", { scope: "row" }, `${i + 1}: ${name}`),
+            el("td", {}, own.toLocaleString("en")),
+            el("td", {}, String(run.front.filter((trial) => run.stageOf[trial] === i).length)),
+          );
+        }),
+      ),
+    );
   }
 
   function make(place) {
-    places = { trials: el("div"), stages: el("div"), failures: el("div"), stopped: el("div"), timing: el("div"), workers: el("div") };
-    fill(place, card("Trials", places.trials), el("div", { class: "two" },
-      card("Stages", places.stages), card("Failures, by reason", places.failures), card("Where the time went", places.timing), card("Workers", places.workers), card("Stopped early, by reason", places.stopped)));
+    places = {
+      trials: el("div"),
+      stages: el("div"),
+      failures: el("div"),
+      stopped: el("div"),
+      timing: el("div"),
+      workers: el("div"),
+    };
+    fill(
+      place,
+      card("Trials", places.trials),
+      el(
+        "div",
+        { class: "two" },
+        card("Stages", places.stages),
+        card("Failures, by reason", places.failures),
+        card("Where the time went", places.timing),
+        card("Workers", places.workers),
+        card("Stopped early, by reason", places.stopped),
+      ),
+    );
   }
 
   function render(place, view) {
