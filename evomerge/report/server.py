@@ -179,17 +179,15 @@ def serve(place: Location, *, host: str, port: int | None, started: Callable[[st
     """
     import uvicorn
 
-    listening = _listen(host, port)
-    number = listening.getsockname()[1]
-    token = None if is_loopback(host) else secrets.token_urlsafe(24)
-    app = make_app(place, token, number)
-
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             started(_address(host, number, token))
 
-    with listening, suppress(KeyboardInterrupt):  # which the server raises again once it has ended
+    with _listen(host, port) as listening, suppress(KeyboardInterrupt):  # which the server raises again in the end
+        number = listening.getsockname()[1]
+        token = None if is_loopback(host) else secrets.token_urlsafe(24)
+        app = make_app(place, token, number)
         Server(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")).run(sockets=[listening])
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from benchmarks.page import write_run
 from evomerge.evidence.intervals import score_intervals
-from evomerge.ledger.location import locate
 from evomerge.ledger.ledger import Ledger
+from evomerge.ledger.location import locate
 from evomerge.records import Candidate, Floats
 from evomerge.report.page.evidence import evidence, item_texts, items
 from evomerge.report.page.overview import STATES, overview, reference_models

@@ -103,7 +103,7 @@ const Front = (() => {
     );
   }
 
-  function make(place) {
+  function make(place, isSingle) {
     places = {
       tools: el("div", { class: "tools" }),
       plot: el("div", { class: "plot", id: "front-plot" }),
@@ -113,11 +113,11 @@ const Front = (() => {
     };
     fill(
       place,
-      card("The front", places.tools, places.plot),
+      card(isSingle ? "Trials" : "The front", places.tools, places.plot),
       el(
         "div",
         { class: "two" },
-        card("Hypervolume above the base, over cost", places.curve),
+        card(`${isSingle ? "Best score" : "Hypervolume"} above the base, over cost`, places.curve),
         card("What the items allow to be said", places.claims),
       ),
       card("Models", places.table),
@@ -125,8 +125,8 @@ const Front = (() => {
   }
 
   async function render(place, view) {
-    if (!places || !place.contains(places.plot)) make(place);
     const { run, state, change } = view;
+    if (!places || !place.contains(places.plot)) make(place, run.steering.length === 1);
     const tools = [];
     if (run.isTested)
       tools.push(

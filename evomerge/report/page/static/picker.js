@@ -15,7 +15,7 @@ const Picker = (() => {
   };
   let parts = null; // elements that stay while the sliders move
 
-  // The trial that the state picks on a run's front; null where nothing keeps the bounds.
+  // The trial that the state picks on a run's front; null where there is none to pick.
   function pick(run, state) {
     if (state.rule === "trial") return state.trial !== null && state.trial < run.count ? state.trial : null;
     const rows = run.front.map((trial) => run.objectives.map((_, m) => run.values[m][trial]));
@@ -24,8 +24,8 @@ const Picker = (() => {
     const values = run.frontValues();
     const chosen = kept.map((place) => values[place]);
     const weights = run.steering.map((m) => state.weights[m]);
-    const hasWeight = state.rule === "prefer" && weights.some((weight) => weight > 0);
-    return run.front[kept[hasWeight ? Pick.prefer(chosen, weights) : Pick.knee(chosen)]];
+    if (state.rule === "prefer" && !weights.some((weight) => weight > 0)) return null;
+    return run.front[kept[state.rule === "prefer" ? Pick.prefer(chosen, weights) : Pick.knee(chosen)]];
   }
 
   function slider(run, m, state, change) {
@@ -163,6 +163,23 @@ const Picker = (() => {
     return el("tr", {}, el("th", { scope: "row" }, run.objectives[m].name), cells);
   }
 
+  function whyNone(run, state) {
+    if (state.rule === "trial") return "Click a model to pick it.";
+    if (!run.front.length) return "There is no front yet: no trial has finished within the floors and ceilings.";
+    const hasWeight = run.steering.some((m) => state.weights[m] > 0);
+    return state.rule === "prefer" && !hasWeight
+      ? "All weights are 0; give at least one objective a positive weight."
+      : "No model of the front keeps these bounds.";
+  }
+
+  // Search scores choose, test scores stand beside: else they would flatter too.
+  function howPicked(run, state) {
+    if (!run.isTested) return "The test items have not been used yet.";
+    return state.rule === "trial"
+      ? "Picked by hand; if by its test scores, these flatter it."
+      : `Picked by search scores among ${Dom.count(run.front.length, "model")} of the front; test scores stand beside.`;
+  }
+
   // Show what is picked now.
   function update(run, state, change, trial) {
     fill(
@@ -175,9 +192,7 @@ const Picker = (() => {
       range.textContent = values.length ? ` · ${number(Math.min(...values))} to ${number(Math.max(...values))}` : "";
     });
     if (trial === null) {
-      const why = run.front.length
-        ? "No model of the front keeps these bounds."
-        : "There is no front yet: no trial has finished within the floors and ceilings.";
+      const why = whyNone(run, state);
       fill(parts.picked, Dom.empty(why));
       parts.said.textContent = why;
       return;
@@ -200,12 +215,7 @@ const Picker = (() => {
           run.objectives.map((_, m) => scoreRow(run, trial, m)),
         ),
       ),
-      el(
-        "p",
-        { class: "note" },
-        `Picked by search scores among ${Dom.count(run.front.length, "model")} of the front; ` +
-          (run.isTested ? "test scores stand beside and did not choose it." : "the test items have not been used yet."),
-      ),
+      el("p", { class: "note" }, howPicked(run, state)),
       isScored
         ? command(commandOf(run, trial))
         : el("p", { class: "note" }, run.failureOf(trial) || "It has no scores yet."),

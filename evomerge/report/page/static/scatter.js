@@ -139,7 +139,7 @@ const Scatter = (() => {
     const ranges = rangesOf(run, state.split);
     const layout = {
       images: [],
-      height: size === 1 ? 480 : Math.min(230 * size + 40, 860),
+      height: { 1: 480, 2: 620 }[size] ?? Math.min(230 * size + 40, 860),
       margin: { l: 56, r: 14, t: 14, b: 48 },
     };
     const gap = size === 1 ? 0 : 0.035;
@@ -200,11 +200,15 @@ const Scatter = (() => {
         score && {
           name: referenceLabel(subject),
           type: "scatter",
-          mode: "lines",
+          mode: "lines+text",
           x: [0, run.count],
           y: [score.value, score.value],
+          text: ["", Plots.plain(referenceLabel(subject))],
+          textposition: "top left",
+          textfont: { size: 11, color: colours.muted },
           line: { dash: "dot", width: 1.4, color: colours.muted },
-          hoverinfo: "name",
+          showlegend: false,
+          hoverinfo: "skip",
         }
       );
     });
@@ -238,9 +242,9 @@ const Scatter = (() => {
       [...lines.filter(Boolean), points, ...rings],
       {
         height: 480,
-        margin: { l: 56, r: 14, t: 14, b: 84 },
+        margin: { l: 56, r: 14, t: 14, b: 72 },
         legend: { orientation: "h", y: -0.13, yanchor: "top" },
-        xaxis: Plots.axis("trial"),
+        xaxis: Plots.axis("trial", { rangemode: "tozero" }),
         yaxis: Plots.axis(`${Plots.titled(run.objectives[m])}, search items`),
       },
       choose,
