@@ -7,11 +7,13 @@ from evomerge.report.page.document import one_document
 from evomerge.report.page.parts import PARTS, part_json
 from evomerge.run import Run
 
+ITEM_BYTES = 600_000  # a report of 10,000 trials shall stay below 8 MB, of which Plotly is 4.8
+
 
 def write_report(run: Run, path: Path, say: Callable[[str], None] = lambda _: None) -> None:
     """Write the report. say: is told which part is being made."""
     parts = {}
     for name in PARTS:
         say(name)
-        parts[name] = part_json(run, name)
+        parts[name] = part_json(run, name, item_bytes=ITEM_BYTES)
     path.write_text(one_document(parts), encoding="utf-8")

@@ -32,6 +32,7 @@ from evomerge.run import Run, open_run
 from evomerge.runs import run_locations, summarize_run
 
 PORT = 8700
+ITEM_BYTES = 8_000_000
 NUM_PORTS = 50  # that are tried
 HEADERS = [
     (
@@ -113,7 +114,7 @@ class Pages:
                 if opened.run is None or opened.stamp != stamp:
                     opened.run, opened.stamp, opened.parts = open_run(location), stamp, {}
                 if part not in opened.parts:
-                    opened.parts[part] = part_json(opened.run, part)
+                    opened.parts[part] = part_json(opened.run, part, item_bytes=ITEM_BYTES)
                 return Response(opened.parts[part], media_type="application/json", headers=headers)
         except EvoMergeError as error:
             return PlainTextResponse(str(error), status_code=503)

@@ -3,10 +3,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.page import write_run
-from evomerge.campaign import BudgetSection, StageSection, read_campaign
+from evomerge.campaign import read_campaign
 from evomerge.families.family import FamilySummary
 from evomerge.ledger.location import locate
 from evomerge.run import Run, open_run, search
+from evomerge.sections import BudgetSection, StageSection
 
 
 @pytest.fixture(scope="session")

@@ -180,7 +180,7 @@ def test_elsewhere_it_asks_for_the_token(browser: Any, small_run: Path) -> None:
 
 
 def test_what_a_run_says_is_never_markup(browser: Any, made_up: Run, tmp_path: Path) -> None:
-    parts = {name: part_json(made_up, name) for name in PARTS}
+    parts = {name: part_json(made_up, name, item_bytes=10**6) for name in PARTS}
     overview = json.loads(parts["overview"])
     overview |= {"name": EVIL, "experts": [EVIL], "operators": [EVIL], "stages": [EVIL], "command": EVIL}
     overview["objectives"][0]["name"] = EVIL

@@ -76,7 +76,7 @@ def test_intervals_are_those_of_the_items(made_up: Run) -> None:
 
 
 def test_items_of_references_and_of_as_many_members_as_have_room(made_up: Run) -> None:
-    every = items(made_up)["subjects"]
+    every = items(made_up, most_bytes=10**6)["subjects"]
     assert set(every) == {*made_up.references, *(f"trial:{trial.number}" for trial in made_up.front)}
     some = items(made_up, most_bytes=3000)["subjects"]
     assert list(some) == list(every)[: len(some)]
@@ -139,6 +139,6 @@ def test_what_a_surrogate_has_planned_is_named(made_up: Run, tmp_path: Path) -> 
 def test_a_run_that_has_hardly_begun_has_a_page(tmp_path: Path, num_trials: int) -> None:
     write_run(locate(tmp_path), num_trials)
     run = open_run(tmp_path)
-    parts = {name: json.loads(part_json(run, name)) for name in PARTS}
+    parts = {name: json.loads(part_json(run, name, item_bytes=0)) for name in PARTS}
     assert parts["overview"]["trials"]["count"] == num_trials
     assert parts["surrogate"] is None

@@ -21,7 +21,6 @@ from evomerge.run import Run
 from evomerge.splits import split_items
 
 MAX_INTERVALS = 400  # models
-ITEM_BYTES = 600_000  # of all models, as they are packed
 MAX_TEXT = 300  # characters of an item that are shown
 
 
@@ -31,8 +30,8 @@ def evidence(run: Run) -> dict[str, Any]:
     return {"claims": claims(run), "intervals": {split: _intervals(run, split) for split in splits}}
 
 
-def items(run: Run, most_bytes: int = ITEM_BYTES) -> dict[str, Any]:
-    """Return the items' scores of the references and of as many of the front's members as have room.
+def items(run: Run, most_bytes: int) -> dict[str, Any]:
+    """Return the items' scores of the references and of as many of the front's members as have room, packed.
 
     They are those of the test items, or of the search items where the front is not scored on the test items yet.
     """

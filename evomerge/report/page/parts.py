@@ -1,7 +1,6 @@
 """The parts of a page, by name, as JSON: what a run's page shows at once, and what it asks for when it is looked at."""
 
 import json
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from evomerge.report.page.evidence import evidence, items
@@ -9,14 +8,18 @@ from evomerge.report.page.overview import overview
 from evomerge.report.page.surrogate import surrogate
 from evomerge.run import Run
 
-PARTS: Mapping[str, Callable[[Run], Any]] = {
-    "overview": overview,
-    "evidence": evidence,
-    "items": items,
-    "surrogate": surrogate,
-}
+PARTS = ("overview", "evidence", "items", "surrogate")
 
 
-def part_json(run: Run, part: str) -> str:
-    """Return a part of a run's page as JSON, in which no number is NaN."""
-    return json.dumps(PARTS[part](run), allow_nan=False, separators=(",", ":"))
+def part_json(run: Run, part: str, *, item_bytes: int) -> str:
+    """Return a part of a run's page as JSON, in which no number is NaN.
+
+    item_bytes: how much the items' scores may take; references have room in any case.
+    """
+    return json.dumps(_part(run, part, item_bytes), allow_nan=False, separators=(",", ":"))
+
+
+def _part(run: Run, part: str, item_bytes: int) -> Any:
+    if part == "items":
+        return items(run, item_bytes)
+    return {"overview": overview, "evidence": evidence, "surrogate": surrogate}[part](run)

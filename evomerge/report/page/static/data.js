@@ -128,13 +128,13 @@ const Data = (() => {
 
   // Where parts come from. ``tag`` is what the server says of the state that was last read.
   const source = {
-    isLive: false,
+    isReport: inlined("overview") !== null,
     tag: null,
     parts: new Map(),
 
     // The part, or null if it is what it was. Throws an Error with the server's words.
     async overview() {
-      if (inlined("overview")) return JSON.parse(inlined("overview").textContent);
+      if (this.isReport) return JSON.parse(inlined("overview").textContent);
       const headers = this.tag ? { "If-None-Match": this.tag } : {};
       const answer = await fetch("overview", { headers, cache: "no-store" });
       if (answer.status === 304) return null;
@@ -147,7 +147,7 @@ const Data = (() => {
     // A promise of another part, as of the overview that was last read.
     part(name) {
       if (!this.parts.has(name)) {
-        const read = inlined(name)
+        const read = this.isReport
           ? Promise.resolve().then(() => JSON.parse(inlined(name).textContent))
           : fetch(name, { cache: "no-store" }).then(async (answer) => {
               if (!answer.ok) throw new Error(await answer.text());

@@ -201,7 +201,7 @@ const Model = (() => {
   function withoutItems(run, chosen, table) {
     if (!run.front.includes(chosen)) return "Only models of the front are compared item by item.";
     return table.subjects.length
-      ? "This file holds no items of this model; evomerge ui has room for more."
+      ? `There was no room for the items of this model${Data.source.isReport ? "; evomerge ui has more" : ""}.`
       : "Nothing is scored yet.";
   }
 

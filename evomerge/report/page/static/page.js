@@ -13,10 +13,12 @@ const Page = (() => {
   const RENDER = { front: Front.render, model: Model.render, surrogate: SurrogateView.render, run: RunView.render };
   const LOOK_S = 2; // between looks at a run that is driven; others are looked at less often
   const IDLE_S = 10;
+  const REST_S = { evidence: 20, surrogate: 60 };
 
   let run = null;
   let state = null;
-  let known = {}; // parts of the run as last read: claims, intervals, table, surrogate
+  const known = {}; // parts as last read: claims, intervals, table, surrogate
+  const asked = new Map(); // part -> the run for which it was asked for, and when
   const panels = {};
 
   const START = {
@@ -78,6 +80,11 @@ const Page = (() => {
     history.replaceState(null, "", `#${kept}`);
   }
 
+  // What happens to the page, once: a screen reader reads each change.
+  function say(text) {
+    if (at("live").textContent !== text) at("live").textContent = text;
+  }
+
   function change(patch) {
     if (patch.reset)
       Object.assign(state, {
@@ -122,7 +129,7 @@ const Page = (() => {
     } catch (error) {
       // a picture that failed must not end the page
       console.error(error);
-      at("live").textContent = `This view cannot be shown: ${error.message}`;
+      say(`This view cannot be shown: ${error.message}`);
     }
     isDrawing = false;
     if (isStale) schedule();
@@ -154,22 +161,23 @@ const Page = (() => {
     need({ front: ["evidence"], model: ["items"], surrogate: ["surrogate"], run: [] }[state.view]);
   }
 
-  // Read the parts that a view needs, and show it again once they are here.
+  // Read the parts that a view needs, and show it again once they are here. What takes the server long is not asked for
+  // each time that a run has grown.
   function need(names) {
-    const of = run;
     for (const name of names) {
-      if (known.asked?.has(name)) continue;
-      known.asked = new Set([...(known.asked ?? []), name]);
+      const last = asked.get(name);
+      const rests = run.state === "running" && performance.now() - last?.time < 1000 * (REST_S[name] ?? 0);
+      if (last && (last.run === run || rests)) continue;
+      asked.set(name, { run, time: performance.now() });
       Data.source
         .part(name)
         .then((part) => {
-          if (run !== of) return;
           if (name === "evidence") Object.assign(known, { claims: part.claims, intervals: Models.intervalsOf(part) });
           else known[name === "items" ? "table" : name] = name === "items" ? Compare.table(part) : part;
           schedule();
         })
         .catch((error) => {
-          at("live").textContent = `${name}: ${error.message}`;
+          say(`${name}: ${error.message}`);
         });
     }
   }
@@ -243,9 +251,6 @@ const Page = (() => {
   function take(overview) {
     const isFirst = run === null;
     run = new Data.Run(overview);
-    known = isFirst
-      ? {}
-      : { claims: known.claims, intervals: known.intervals, table: known.table, surrogate: known.surrogate };
     if (isFirst) {
       state = stateFromAddress();
       makeTabs();
@@ -263,9 +268,9 @@ const Page = (() => {
       try {
         const overview = await Data.source.overview();
         if (overview) take(overview);
-        at("live").textContent = run.state === "running" ? "live" : "";
+        say(run.state === "running" ? "live" : "");
       } catch (error) {
-        at("live").textContent = `No news: ${error.message}. Shown is what was last read.`;
+        say(`No news: ${error.message}. Shown is what was last read.`);
       }
       if (run?.state === "running") wait = Math.max(LOOK_S, (10 * (performance.now() - begun)) / 1000); // a large run is not asked for all the time
     }
@@ -289,21 +294,18 @@ const Page = (() => {
   }
 
   async function listRuns() {
-    await Runs.show(at("main")).catch((error) => {
-      at("live").textContent = error.message;
-    });
+    await Runs.show(at("main")).catch((error) => say(error.message));
     setTimeout(listRuns, 1000 * IDLE_S);
   }
 
   async function begin() {
     performance.mark("begin");
     startTheme();
-    const isReport = document.getElementById("part-overview") !== null;
-    if (!isReport && !location.pathname.startsWith("/run/")) {
+    if (!Data.source.isReport && !location.pathname.startsWith("/run/")) {
       at("page").classList.add("alone");
       return listRuns();
     }
-    if (isReport) {
+    if (Data.source.isReport) {
       take(await Data.source.overview());
     } else {
       at("home").hidden = false;

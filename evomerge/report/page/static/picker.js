@@ -220,9 +220,10 @@ const Picker = (() => {
         ? command(commandOf(run, trial))
         : el("p", { class: "note" }, run.failureOf(trial) || "It has no scores yet."),
     );
-    parts.said.textContent =
+    const said =
       `Picked ${run.label(trial)}: ` +
       run.objectives.map((objective, m) => `${objective.name} ${number(run.values[m][trial])}`).join(", ");
+    if (parts.said.textContent !== said) parts.said.textContent = said; // read once, not with every trial of a live run
   }
 
   return { pick, make, update, commandOf };

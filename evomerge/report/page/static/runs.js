@@ -28,7 +28,7 @@ const Runs = (() => {
     );
   }
 
-  async function show(place, source) {
+  async function show(place) {
     const answer = await fetch("/runs", { cache: "no-store" });
     if (!answer.ok) throw new Error(await answer.text());
     const { place: where, runs } = await answer.json();
@@ -60,7 +60,6 @@ const Runs = (() => {
         ),
       ),
     );
-    return source;
   }
 
   return { show };

@@ -24,6 +24,7 @@ const Trials = (() => {
         first: -1,
         isText: true,
       },
+      ...(run.operators.length > 1 ? [operatorOf(run)] : []),
       { name: "stage", value: (trial) => run.stageOf[trial], text: (trial) => String(run.stageOf[trial] + 1) },
       {
         name: "result",
@@ -43,6 +44,11 @@ const Trials = (() => {
           ]
         : []),
     ];
+  }
+
+  function operatorOf(run) {
+    const text = (trial) => run.operators[run.operatorOf[trial]];
+    return { name: "operator", value: text, text, isText: true };
   }
 
   // The trials that pass the filters, sorted; what has no number comes last.
