@@ -17,7 +17,8 @@ from rich.table import Table
 
 from evomerge.campaign import Campaign, read_campaign
 from evomerge.families.family import make
-from evomerge.run import Unwatched, search
+from evomerge.run import search
+from evomerge.watcher import Unwatched
 
 NUM_EVALUATIONS = 100
 PROPOSERS = ("sobol", "cma_es", "tpe", "nsga2")

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from evomerge.assemble import EVALUATORS, OPERATORS, PROPOSERS
 from evomerge.campaign import Campaign
+from evomerge.materialize.residence import Residence, device_bytes
 from evomerge.records import Options
 from evomerge.sections import (
     BoundsSection,
@@ -103,6 +104,16 @@ def commands() -> str:
     from evomerge.cli import app
 
     return "\n\n".join(_command(name, command) for name, command in _commands(typer.main.get_command(app)))
+
+
+def memory() -> str:
+    """What base, experts and the merged model take on the device, as ``evomerge check`` computes it."""
+    rows = []
+    for billions, num_experts in ((1, 3), (7, 2), (7, 4), (7, 8), (13, 4), (70, 4)):
+        needed = device_bytes(billions * 2 * 10**9, num_experts, 2)
+        sizes = [f"{needed[residence] / 1e9:,.0f} GB" for residence in get_args(Residence)]
+        rows.append((f"{billions}B", str(num_experts), *sizes))
+    return _table(("bfloat16 model", "experts", *get_args(Residence)), rows)
 
 
 def _commands(group: Any, before: str = "evomerge") -> Iterator[tuple[str, Any]]:
@@ -214,4 +225,5 @@ WRITERS: dict[str, Callable[[], str]] = {
     "proposers": proposers,
     "campaign": campaign,
     "commands": commands,
+    "memory": memory,
 }

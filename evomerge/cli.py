@@ -112,6 +112,15 @@ def mirror(
 
 
 @app.command()
+def replay(run: RunPlace) -> None:
+    """Propose a run's trials again from its record, and show the first difference; nothing is scored."""
+    from evomerge.report.replay import replay as replay_shown
+    from evomerge.run import open_run
+
+    replay_shown(open_run(run))
+
+
+@app.command()
 def report(
     run: RunPlace,
     out: Annotated[Path | None, typer.Option(help="HTML file (default: report.html in the run's own folder).")] = None,

@@ -19,8 +19,8 @@ from evomerge.campaign import Campaign
 from evomerge.errors import CampaignError
 from evomerge.front.front import observe
 from evomerge.plan import Plan, with_space
-from evomerge.proposers.proposer import rank
-from evomerge.records import Observation, Recipe, TensorIndex, Trial, in_order
+from evomerge.proposers.proposer import Problem, rank
+from evomerge.records import Floats, Observation, Recipe, TensorIndex, Trial, in_order
 from evomerge.sections import SpaceChanges
 from evomerge.space.choice import COEFFICIENT
 from evomerge.space.data_flow import DataFlow
@@ -43,6 +43,19 @@ class Leg:
     best: Observation | None = None
     ancestor: int | None = None
     left_out: tuple[str, ...] = ()
+
+    def problem(self, seed: tuple[int, ...], reference_M: Floats | None = None) -> Problem:
+        """Return what the stage's proposer is told when it is made."""
+        return Problem(
+            dimensions=self.plan.space.dimensions,
+            num_objectives=len(self.plan.steering),
+            seed=seed,
+            tasks=tuple(self.plan.splits),
+            experts=tuple(self.plan.experts),
+            reference_M=reference_M,
+            history=self.history,
+            best=self.best,
+        )
 
     def facts(self) -> dict[str, Any]:
         """Return what readers of a run need to know of the stage, as JSON."""

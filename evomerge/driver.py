@@ -6,38 +6,21 @@ It owns no state that the ledger does not hold: a killed run starts here again a
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
 
-from evomerge.assemble import proposer_type
-from evomerge.course import Course, Leg
+from evomerge.course import Course
 from evomerge.draining import Draining
 from evomerge.errors import EvoMergeError
 from evomerge.evidence.summary import Summarizer, all_sources
 from evomerge.front.front import front_of, observe, worst_of_inputs
 from evomerge.ledger.ledger import Ledger
 from evomerge.plan import Plan
-from evomerge.proposers.proposer import Problem, Proposer
+from evomerge.proposers.proposer import Proposer
 from evomerge.racing import RacingPool, finished_models, make_race
-from evomerge.records import Measurement, Recipe, Split, Trial, in_order
+from evomerge.records import Measurement, Recipe, Split, Trial, as_it_went
 from evomerge.references import best_scalar, reference_recipes
 from evomerge.stages import Stage
+from evomerge.watcher import Watcher
 from evomerge.workers.pool import Pool, Result
-
-
-class Watcher(Protocol):
-    """Shows a person how far the run is."""
-
-    def begin(self, stages: Sequence[Stage]) -> None:
-        """The run begins, or goes on."""
-
-    def phase(self, title: str, total: int, done: int) -> None:
-        """Begin a phase of ``total`` evaluations, of which ``done`` are in the ledger."""
-
-    def advance(self, trial: Trial | None) -> None:
-        """One evaluation finished; a search trial is handed over."""
-
-    def note(self, line: str) -> None:
-        """Something that a person should know: what is being loaded, a worker that died."""
 
 
 class Driver:
@@ -61,7 +44,7 @@ class Driver:
         recorded = self.ledger.measurements("search")
         self._summarizer = Summarizer(self.plan.objectives, sources, recorded)
         measured = self._summarizer.add_to_all(recorded)
-        self._reference_M = worst_of_inputs(measured, self.plan.objectives)
+        reference_M = worst_of_inputs(measured, self.plan.objectives)
         pool = self.pool
         if self.plan.fidelity:
             race = make_race(self.plan, self.plan.fidelity, {name: measured[name] for name in references}, seed)
@@ -69,20 +52,33 @@ class Driver:
         total = sum(stage.num_evaluations for stage in stages)
         self.watcher.phase("search", total, sum(trial.order is not None for trial in self.ledger.trials()))
         for number, stage in enumerate(stages):
-            self._run_stage(number, stage, seed, pool)
+            trials = self._trials()
+            leg = course.leg(number, trials)
+            self.ledger.begin_stage(number, leg.facts())
+            pool.configure(leg.plan.stage_space)
+            proposer = stage.make_proposer(leg.problem((seed, number), reference_M))
+            own = [trial for trial in trials if trial.stage == number]
+            self._run_stage(number, own, stage.num_evaluations, proposer, pool)
         self._score_front(references)
 
-    def _run_stage(self, number: int, stage: Stage, seed: int, pool: Pool) -> None:
-        trials = self._trials()
-        leg = self._course.leg(number, trials)
-        self.ledger.begin_stage(number, leg.facts())
-        pool.configure(leg.plan.stage_space)
-        proposer, pending = self._rebuild(number, stage, seed, leg, trials)
+    def _run_stage(
+        self, number: int, trials: Sequence[Trial], num_evaluations: int, proposer: Proposer, pool: Pool
+    ) -> None:
+        """Hand the proposer the stage's record, and the pool what has not finished; go on until nothing is to be asked.
+
+        trials: those of the stage, as they are recorded.
+        """
+        for trial, is_told in as_it_went(trials):
+            if is_told:
+                proposer.tell(observe(trial, self.plan.objectives))
+            else:
+                proposer.recall(trial.candidate)
+        pending = {trial.number: trial for trial in trials if trial.order is None}
         for trial in pending.values():
             pool.submit(trial.number, trial.candidate, "search")
-        num_issued = sum(trial.stage == number for trial in trials)
+        num_issued = len(trials)
         while True:
-            while room := 0 if self.draining else min(pool.num_free, stage.num_evaluations - num_issued):
+            while room := 0 if self.draining else min(pool.num_free, num_evaluations - num_issued):
                 asked = proposer.ask(room, [trial.candidate for trial in pending.values()])
                 if not asked:
                     break
@@ -97,34 +93,6 @@ class Driver:
             trial = self._record(pending.pop(result.key), result)
             proposer.tell(observe(trial, self.plan.objectives))
             self.watcher.advance(trial)
-
-    def _rebuild(
-        self, number: int, stage: Stage, seed: int, leg: Leg, trials: Sequence[Trial]
-    ) -> tuple[Proposer, dict[int, Trial]]:
-        """Make the stage's proposer and replay its record; return it with the trials that never finished."""
-        problem = Problem(
-            dimensions=leg.plan.space.dimensions,
-            reference_M=self._reference_M,
-            tasks=tuple(self.plan.splits),
-            experts=tuple(self.plan.experts),
-            num_objectives=len(self.plan.steering),
-            seed=(seed, number),
-            history=leg.history,
-            best=leg.best,
-        )
-        proposer = proposer_type(stage.proposer, "search")(problem, stage.options)  # type: ignore[call-arg]
-        results = [trial for trial in in_order(trials) if trial.stage == number]
-        for trial in (trial for trial in trials if trial.stage == number):
-            while results and (results[0].order or 0) < trial.known:
-                proposer.tell(observe(results.pop(0), self.plan.objectives))
-            proposer.recall(trial.candidate)
-        for trial in results:
-            proposer.tell(observe(trial, self.plan.objectives))
-        return proposer, {trial.number: trial for trial in trials if trial.stage == number and trial.order is None}
-
-    def _stop_if_asked(self) -> None:
-        if self.draining:
-            raise KeyboardInterrupt
 
     def _record(self, trial: Trial, result: Result) -> Trial:
         outcome = result.outcome
@@ -172,3 +140,7 @@ class Driver:
                 raise EvoMergeError(f"{name} cannot be scored on the {split} items: {outcome}")
             self.ledger.measure(name, outcome)
             self.watcher.advance(None)
+
+    def _stop_if_asked(self) -> None:
+        if self.draining:
+            raise KeyboardInterrupt

@@ -6,7 +6,8 @@ Shape letters: K experts, G groups, D dimensions of the space, M objectives.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -302,6 +303,19 @@ class Trial:
 def in_order(trials: Iterable[Trial]) -> list[Trial]:
     """Return the trials that have a result, in the order of the results."""
     return sorted((trial for trial in trials if trial.order is not None), key=lambda trial: trial.order or 0)
+
+
+def as_it_went(trials: Sequence[Trial]) -> Iterator[tuple[Trial, bool]]:
+    """Yield the trials of a stage as its proposer met them: (trial, False) when asked for, (trial, True) when told.
+
+    trials: in the order of issue.
+    """
+    results = deque(in_order(trials))
+    for trial in trials:
+        while results and (results[0].order or 0) < trial.known:
+            yield results.popleft(), True
+        yield trial, False
+    yield from ((trial, True) for trial in results)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,7 @@
 """A run: one campaign's record, opened, started or resumed, and picked from."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -24,9 +24,8 @@ from evomerge.space.choice import chosen
 from evomerge.space.data_flow import layers_on
 
 if TYPE_CHECKING:
-    from evomerge.driver import Watcher
     from evomerge.plan import Findings, Plan
-    from evomerge.stages import Stage
+    from evomerge.watcher import Watcher
 
 
 @dataclass(frozen=True)
@@ -252,22 +251,6 @@ def _run_of(ledger: Ledger) -> Run:
     return Run(ledger.location, campaign, objectives, facts, ledger)
 
 
-class Unwatched:
-    """A watcher that shows nothing."""
-
-    def begin(self, stages: "Sequence[Stage]") -> None:
-        """Nothing to show."""
-
-    def phase(self, title: str, total: int, done: int) -> None:
-        """Nothing to show."""
-
-    def advance(self, trial: Trial | None) -> None:
-        """Nothing to show."""
-
-    def note(self, line: str) -> None:
-        """Nothing to show."""
-
-
 def search(
     campaign: Campaign,
     location: str | Path | Location,
@@ -285,6 +268,7 @@ def search(
     from evomerge.plan import make_plan
     from evomerge.pools import open_pool
     from evomerge.stages import make_stages
+    from evomerge.watcher import Unwatched
 
     location = locate(location).called(campaign.name)
     Ledger.upgrade(location)
@@ -325,6 +309,8 @@ def _facts(plan: "Plan", findings: "Findings") -> dict[str, Any]:
         "hashes": findings.hashes,
         "decisions": decisions(plan.experts.values(), plan.dtype),
         "items": findings.items,
+        "sums": {measure: sums_KS.tolist() for measure, sums_KS in findings.sums.items()},
+        "losses": sorted(findings.losses),
         "sources": {split: all_sources(plan.objectives, plan.sources(split)) for split in ("search", "test")},
         "stages": [],
     }

@@ -11,7 +11,7 @@ from evomerge.proposers.adamerging import AdaMerging, AdaMergingOptions
 from evomerge.proposers.expert_merging import ExpertMergingOptions
 from evomerge.proposers.gradient_front import GradientFront, GradientFrontOptions
 from evomerge.proposers.legs import DescentOptions
-from evomerge.proposers.proposer import Problem
+from evomerge.proposers.proposer import Problem, Proposer
 from evomerge.proposers.surrogate import Surrogate, SurrogateOptions
 from evomerge.records import Options
 from evomerge.sections import SpaceChanges, StageSpaceSection
@@ -37,6 +37,11 @@ class Stage:
     changes: SpaceChanges = field(default_factory=SpaceChanges)
     num_dimensions: int = 0
     reason: str = ""
+
+    def make_proposer(self, problem: Problem) -> Proposer:
+        """Return its proposer, as it begins. Raises: CampaignError."""
+        made: Proposer = proposer_type(self.proposer, "search")(problem, self.options)  # type: ignore[call-arg]
+        return made
 
 
 def make_stages(campaign: Campaign, plan: Plan) -> list[Stage]:
@@ -80,12 +85,12 @@ def _listed(campaign: Campaign) -> list[Stage]:
 def _tried(stage: Stage, number: int, course: Course, seed: int) -> Stage:
     """Return the stage with its number of dimensions, once its space and its proposer have been built."""
     try:
-        plan = course.leg(number, []).plan
+        leg = course.leg(number, [])
     except CampaignError as error:
         if stage.changes == SpaceChanges():
             raise
         raise CampaignError(f"search[{number}]: {error}") from error
-    of_name = proposer_type(stage.proposer, f"search[{number}].proposer")
+    plan, of_name = leg.plan, proposer_type(stage.proposer, f"search[{number}].proposer")
     if of_name.needs_gradients and plan.rigid:
         raise CampaignError(
             f"search[{number}].proposer: {stage.proposer} needs gradients, which {plan.rigid} does not "
@@ -103,14 +108,7 @@ def _tried(stage: Stage, number: int, course: Course, seed: int) -> Stage:
             raise CampaignError(
                 f"search[{number}].layers: expected transformer blocks of the model, {known}, found {min(unknown)}"
             )
-    problem = Problem(
-        dimensions=plan.space.dimensions,
-        num_objectives=len(plan.steering),
-        seed=(seed,),
-        tasks=tuple(plan.splits),
-        experts=tuple(plan.experts),
-    )
-    of_name(problem, stage.options)  # type: ignore[call-arg]
+    stage.make_proposer(leg.problem((seed, number)))
     return replace(stage, num_dimensions=len(plan.space))
 
 

@@ -116,6 +116,11 @@ def test_the_language_items_are_read(tmp_path: Path, small_text: FamilySummary) 
     assert [set(evaluator.metrics(task)) for task in tasks] == [{"loss"}, {"exact_match", "loss"}, {"accuracy", "loss"}]
 
 
+def test_the_campaign_of_real_checkpoints_is_read(tmp_path: Path) -> None:
+    (tmp_path / "campaign.yaml").write_text(blocks("yaml", page("real-checkpoints"))[0])
+    assert read_campaign(tmp_path / "campaign.yaml").workers.kind == "ray"
+
+
 def test_the_python_runs(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     exec(compile(blocks("python", README)[0], "README.md", "exec"), {})
     assert re.search(r"^\d+ \{'rot90': 0\.\d+, 'parity': 0\.\d+\}$", capsys.readouterr().out, flags=re.MULTILINE)

@@ -16,7 +16,7 @@ from evomerge.records import Floats
 
 MAX_EXACT = 4  # objectives: with 100 points on the front there are 500 boxes for 4, 1,600 for 5 and 30,000 for 8
 NUM_DIRECTIONS = 512
-MAX_CELLS = 4_000_000  # numbers of a block of work: 32 MB
+MAX_CELLS = 2**15  # numbers of a block of work: two of them stay in the cache
 
 
 class Improvement:
@@ -53,8 +53,11 @@ class Improvement:
         for start in range(0, len(above), block):
             asked = above[start : start + block]
             inside_SU = np.ones((len(asked), len(self._lower_UM)))
+            side_SU = np.empty_like(inside_SU)
             for lower_U, upper_U, corner_S in zip(self._lower_UM.T, self._upper_UM.T, -values_SM[asked].T, strict=True):
-                inside_SU *= (upper_U - np.maximum(lower_U, corner_S[:, None])).clip(min=0)
+                np.maximum(lower_U, corner_S[:, None], out=side_SU)
+                np.subtract(upper_U, side_SU, out=side_SU)
+                inside_SU *= np.maximum(side_SU, 0.0, out=side_SU)
             covered_S[asked] = inside_SU.sum(axis=1)
         gains_S: Floats = (own_S - covered_S).clip(min=0)
         return np.where((gains_S > 1e-12 * own_S), gains_S, 0.0)

@@ -17,7 +17,7 @@ run takes it from there. The memo says where a candidate is from and why:
 Shape letters: D dimensions, B coordinates that are asked for.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -65,25 +65,27 @@ class Llm:
         self._known = replace(problem, history=measured)  # grows with each result
         num_blocks = -(-problem.num_dimensions // options.block)
         self._blocks: list[Items] = np.array_split(np.arange(problem.num_dimensions), num_blocks)
-        self._num_asked, self._num_answers = 0, 0
+        self._num_asked, self._num_told, self._num_answers = 0, 0, 0
+        self._consulted_at: int | None = None  # how many results had been told when the model was last asked
         self._sigma, self._best_rank = options.sigma, -np.inf  # the best when the model was last asked
         self._num_failures, self._rest = 0, 0  # failures in a row; candidates until the model is asked again
         self._queue: list[Floats] = []
         self._pending: dict[int, Floats] = {}
         self._fallback: CmaEs | None = None
         self._fallback_asks: list[int] = []
+        self._recorded: Iterator[Mapping[str, Any]] | None = None
 
     def ask(self, n: int, pending: Sequence[Candidate]) -> list[Candidate]:  # noqa: ARG002
-        """Return ``n`` candidates, always; it asks the model once at most, and so takes no longer than the time-out."""
-        candidates: list[Candidate] = []
-        while len(candidates) < n:
-            may_ask = not any("prompt" in candidate.memo for candidate in candidates)
-            candidates.append(self._take(self._consult(may_ask)))
-        return candidates
+        """Return ``n`` candidates, always.
+
+        Between two results it asks the model once at most, and so takes no longer than the time-out.
+        """
+        return [self._take(self._consult()) for _ in range(n)]
 
     def tell(self, observation: Observation) -> None:
         """Take a result; a failed candidate is shown to nobody but CMA-ES."""
         del self._pending[observation.index]
+        self._num_told += 1
         if self._fallback is not None and observation.index in self._fallback_asks:
             own_index = self._fallback_asks.index(observation.index)
             self._fallback.tell(replace(observation, index=own_index))
@@ -94,7 +96,11 @@ class Llm:
         """Draw the candidate again, from what the model said then."""
         self._take(candidate.memo)
 
-    def _consult(self, may_ask: bool) -> dict[str, Any]:
+    def answer_from(self, candidates: Iterable[Candidate]) -> None:
+        """Take the answers from now on from the candidates of a record, all of them in their order, not the model."""
+        self._recorded = (candidate.memo for candidate in candidates if "prompt" in candidate.memo)
+
+    def _consult(self) -> Mapping[str, Any]:
         """Return the next candidate's memo: nothing while means are left, else the answer, or why there is none."""
         if self._queue:
             return {}
@@ -102,12 +108,14 @@ class Llm:
             return {"reason": f"the model is asked once there are {NUM_STARTUP} results"}
         if self._rest:
             return {"reason": f"after {self._num_failures} failures in a row the model is left alone for a while"}
-        if not may_ask:
-            return {"reason": "the model was asked for the candidates before this one"}
+        if self._consulted_at == self._num_told:
+            return {"reason": "there is no result since the model was last asked"}
         columns_B = self._columns()
         shown = sorted(self._known.history, key=rank)[-self.options.shown :]
         prompt = write_prompt(self._known, columns_B, shown, list(self._pending.values()), self.options.means)
         memo: dict[str, Any] = {"prompt": digest(prompt)[:16]}
+        if self._recorded is not None:
+            return {**next(self._recorded, {}), **memo}
         body = {"messages": [{"role": "user", "content": prompt}], "temperature": self.options.temperature}
         try:
             memo["reply"] = ask("chat/completions", body, self.options)
@@ -119,6 +127,8 @@ class Llm:
     def _take(self, memo: Mapping[str, Any]) -> Candidate:
         """Move on by one candidate: all that ``ask`` and ``recall`` change happens here."""
         index, rng = self._num_asked, self._known.rng(self._num_asked)
+        if "prompt" in memo:
+            self._consulted_at = self._num_told
         if "means" in memo:
             self._num_failures, self._fallback, self._fallback_asks = 0, None, []
             self._adapt_sigma()

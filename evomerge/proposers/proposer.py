@@ -2,8 +2,9 @@
 
 A proposer is a fold over its stage's record: what it asks next depends on the problem, the candidates that it asked
 before and the results that it was told since, in their order, and on nothing else (no clock, no global random state;
-randomness derives from the seed and the index of the ask). So there is no state to save beside the ledger: a resumed
-run builds the proposer anew and feeds it the record, with ``recall`` in place of ``ask``.
+randomness derives from the seed and the index of the ask; it is the same whether candidates are asked for at once or
+one by one). So there is no state to save beside the ledger: a resumed run builds the proposer anew and feeds it the
+record, with ``recall`` in place of ``ask``; a replay asks for each candidate again (``evomerge/replay.py``).
 
 Shape letters: D dimensions, M objectives.
 """

@@ -6,7 +6,7 @@ With one objective it is the noisy expected improvement (qLogNEI). Standard erro
 processes; floors and ceilings are processes of their own, and an improvement counts by its probability to keep them.
 Candidates that are under way count with what they may yet bring. An ask takes seconds: for costly evaluations.
 
-Shape letters: N results, D dimensions, M objectives, C floors and ceilings, B candidates of one ask.
+Shape letters: N results, D dimensions, M objectives, C floors and ceilings.
 """
 
 import warnings
@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from evomerge.proposers.proposer import Problem, not_installed
+from evomerge.proposers.proposer import Point, Problem, not_installed
 from evomerge.records import Candidate, Floats, Observation, Options
 
 MIN_NOISE = 1e-6  # variance beside that of the values: a standard error of 0 (every item right) is no certainty
@@ -57,14 +57,15 @@ class QLogNehvi:
         self._num_earlier = len(self._results)
         self._pending: dict[int, tuple[float, ...]] = {}
         self._num_asked = 0
+        self._model: Any = None
 
     def ask(self, n: int, pending: Sequence[Candidate]) -> list[Candidate]:  # noqa: ARG002
         """Return ``n`` candidates, each chosen with those before it as under way."""
-        candidates: list[Candidate] = []
-        while len(candidates) < n and self._is_startup:
-            candidates.append(self._issue(self.problem.startup_point(self._num_asked)))
-        if len(candidates) < n:
-            candidates += [self._issue(point_D) for point_D in self._improve(n - len(candidates)).tolist()]
+        candidates = []
+        for _ in range(n):
+            point = self.problem.startup_point(self._num_asked) if self._is_startup else self._improve()
+            candidates.append(Candidate(point=point))
+            self.recall(candidates[-1])
         return candidates
 
     def tell(self, observation: Observation) -> None:
@@ -72,6 +73,7 @@ class QLogNehvi:
         del self._pending[observation.index]
         if observation.values_M is not None:
             self._results.append(observation)
+            self._model = None
 
     def recall(self, candidate: Candidate) -> None:
         """The candidate is under way."""
@@ -82,13 +84,8 @@ class QLogNehvi:
     def _is_startup(self) -> bool:
         return self._num_asked + self._num_earlier < self.options.num_startup or len(self._results) < 2
 
-    def _issue(self, point_D: Sequence[float]) -> Candidate:
-        candidate = Candidate(point=tuple(point_D))
-        self.recall(candidate)
-        return candidate
-
-    def _improve(self, n: int) -> Floats:
-        """Return the points (B, D) that improve most, found one after the other."""
+    def _improve(self) -> Point:
+        """Return the point that improves most."""
         import torch
         from botorch.optim import optimize_acqf
 
@@ -96,17 +93,18 @@ class QLogNehvi:
         box_2D = torch.tensor([[0.0], [1.0]], dtype=torch.float64).repeat(1, self.problem.num_dimensions)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of restarts that found nothing; others did
+            if self._model is None:
+                torch.manual_seed(len(self._results))  # in a resumed run another ask may be the one that fits
+                self._model = self._fit()
             torch.manual_seed(seed)
-            points_BD, _ = optimize_acqf(
+            points_1D, _ = optimize_acqf(
                 self._acquisition(seed),
                 bounds=box_2D,
-                q=n,
+                q=1,
                 num_restarts=self.options.num_restarts,
                 raw_samples=self.options.num_raw,
-                sequential=True,
             )
-        inside_BD: Floats = np.clip(points_BD.detach().numpy(), 0.0, 1.0)
-        return inside_BD
+        return tuple(np.clip(points_1D[0].detach().numpy(), 0.0, 1.0).tolist())
 
     def _acquisition(self, seed: int) -> Any:
         import torch
@@ -120,7 +118,7 @@ class QLogNehvi:
         outcomes = range(num_objectives, num_objectives + len(self._results[0].margins_C))
         pending = torch.tensor(list(self._pending.values()), dtype=torch.float64)
         common: dict[str, Any] = {
-            "model": self._fit(),
+            "model": self._model,
             "X_baseline": torch.tensor(np.array([result.point for result in self._results])),
             "sampler": SobolQMCNormalSampler(torch.Size([self.options.num_samples]), seed=seed),
             "constraints": [lambda z, c=c: -z[..., c] for c in outcomes] or None,

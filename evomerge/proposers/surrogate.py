@@ -238,6 +238,8 @@ def _evolve(
     expected: values (N, M) and violations (N,) of the points. Children lie on lines through two parents, and a little
     beyond them; a few of their numbers are moved.
     """
+    from scipy.spatial.distance import cdist
+
     values_PM, violation_P = expected
     chosen = _best(values_PM, violation_P, POPULATION)
     parents_PD, values_PM, violation_P = points_ND[chosen], values_PM[chosen], violation_P[chosen]
@@ -250,7 +252,7 @@ def _evolve(
         children_PD = parents_PD[first] + along_P1 * (parents_PD[second] - parents_PD[first])
         is_moved_PD = rng.random(children_PD.shape) < share
         children_PD += is_moved_PD * rng.normal(0, MUTATION, children_PD.shape)
-        nearest = ((children_PD[:, None] - elite_ND) ** 2).sum(axis=2).argmin(axis=1)
+        nearest = cdist(children_PD, elite_ND, "sqeuclidean").argmin(axis=1)
         steps_PD = (children_PD - elite_ND[nearest]).clip(-TRUST_RADIUS, TRUST_RADIUS)
         children_PD = (elite_ND[nearest] + steps_PD).clip(0.0, 1.0)
         if generation >= NUM_GENERATIONS - 4:
@@ -284,10 +286,11 @@ def _spread(values_NM: Floats, number: int) -> Items:
     """Return rows that are far from each other: the best in the first objective, then always the farthest."""
     scaled_NM = values_NM / np.ptp(values_NM, axis=0).clip(min=1e-12)
     chosen = [int(scaled_NM[:, 0].argmax())]
-    nearest_N = ((scaled_NM - scaled_NM[chosen[0]]) ** 2).sum(axis=1)
+    nearest_N = np.full(len(scaled_NM), np.inf)
     while len(chosen) < number:
+        away_NM = scaled_NM - scaled_NM[chosen[-1]]
+        np.minimum(nearest_N, np.einsum("nm,nm->n", away_NM, away_NM), out=nearest_N)
         chosen.append(int(nearest_N.argmax()))
-        nearest_N = np.minimum(nearest_N, ((scaled_NM - scaled_NM[chosen[-1]]) ** 2).sum(axis=1))
     return np.array(chosen)
 
 

@@ -25,7 +25,7 @@ class InlinePool:
     @property
     def num_free(self) -> int:
         """One, or none if a subject waits."""
-        return 1 - len(self._queue)
+        return 0 if self._queue else 1
 
     def configure(self, stage_space: Any) -> None:
         """Begin a stage."""

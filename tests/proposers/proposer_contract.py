@@ -1,5 +1,6 @@
 """What every proposer must do; a test class inherits it and says which proposer it is."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -109,6 +110,40 @@ class ProposerContract:
             rebuilt.tell(self.observe(cut, whole[cut], failed=cut in failing))
             (following,) = rebuilt.ask(1, [])
             assert following == whole[cut + 1], f"after {cut} results"
+
+    def test_proposals_follow_from_the_order_of_results_alone(self) -> None:
+        """Asked several at once and told in any order; then again, one by one, and rebuilt from the record at times."""
+        rng, proposer, pending = np.random.default_rng(0), self.make(), dict[int, Candidate]()
+        record: list[tuple[int, Candidate, Observation | None]] = []  # what was asked, and what was told of it
+        num_asked = 0
+        while num_asked < self.num_asks:
+            for candidate in proposer.ask(int(rng.integers(1, 4)), list(pending.values())):
+                record.append((num_asked, candidate, None))
+                pending[num_asked] = candidate
+                num_asked += 1
+            index = int(rng.choice(list(pending)))
+            candidate = pending.pop(index)
+            record.append((index, candidate, self.observe(index, candidate)))
+            proposer.tell(self.observe(index, candidate))
+        again, pending = self.make(), {}
+        for place, (index, candidate, told) in enumerate(record):
+            if rng.random() < 0.2:
+                again = self.rebuilt(record[:place])
+            if told is not None:
+                del pending[index]
+                again.tell(told)
+            else:
+                assert again.ask(1, list(pending.values())) == [candidate], f"candidate {index} of {num_asked}"
+                pending[index] = candidate
+
+    def rebuilt(self, record: Sequence[tuple[int, Candidate, Observation | None]]) -> Proposer:
+        proposer = self.make()
+        for _, candidate, told in record:
+            if told is None:
+                proposer.recall(candidate)
+            else:
+                proposer.tell(told)
+        return proposer
 
     def test_all_candidates_failing_is_no_reason_to_stop_or_crash(self) -> None:
         assert len(self.run(self.make(), self.num_asks, frozenset(range(self.num_asks)))) == self.num_asks

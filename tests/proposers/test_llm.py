@@ -309,6 +309,15 @@ def test_a_resumed_run_takes_the_answers_from_the_record_and_not_from_the_model(
                 assert rebuilt.ask(1, []) == [whole[cut]]
 
 
+@pytest.mark.parametrize("answer", [clever, prose])
+def test_a_replay_takes_the_answers_from_the_record_and_asks_nobody(answer: Answer) -> None:
+    with ChatServer(answer) as server:
+        whole = run(make(server), 30)
+    again = make(nobody())
+    again.answer_from(whole)
+    assert run(again, 30) == whole
+
+
 def test_the_key_is_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     key = "sk-secret-of-mine"
     monkeypatch.setenv("OPENAI_API_KEY", key)

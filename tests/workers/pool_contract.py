@@ -96,3 +96,11 @@ class PoolContract:
         assert pool.num_free == free - 1
         next(iter(pool.results()))
         assert pool.num_free == free
+
+    def test_what_waits_beyond_the_slots_leaves_none_free(self) -> None:
+        """A run that was interrupted on many workers may go on with few."""
+        pool = self.make()
+        for key in range(pool.num_free + 2):
+            pool.submit(key, Candidate(point=(1.0,)), "search")
+        assert pool.num_free == 0
+        list(pool.results())

@@ -1,0 +1,39 @@
+"""Who looks on while a run is driven."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from evomerge.records import Trial
+from evomerge.stages import Stage
+
+
+class Watcher(Protocol):
+    """Shows a person how far the run is."""
+
+    def begin(self, stages: Sequence[Stage]) -> None:
+        """The run begins, or goes on."""
+
+    def phase(self, title: str, total: int, done: int) -> None:
+        """Begin a phase of ``total`` evaluations, of which ``done`` are in the ledger."""
+
+    def advance(self, trial: Trial | None) -> None:
+        """One evaluation finished; a search trial is handed over."""
+
+    def note(self, line: str) -> None:
+        """Something that a person should know: what is being loaded, a worker that died."""
+
+
+class Unwatched:
+    """A watcher that shows nothing."""
+
+    def begin(self, stages: Sequence[Stage]) -> None:
+        """Nothing to show."""
+
+    def phase(self, title: str, total: int, done: int) -> None:
+        """Nothing to show."""
+
+    def advance(self, trial: Trial | None) -> None:
+        """Nothing to show."""
+
+    def note(self, line: str) -> None:
+        """Nothing to show."""
