@@ -22,13 +22,16 @@ FEWEST = 8
 STEP = 0.01  # of a number's range, for slopes
 
 
-def surrogate(run: Run) -> dict[str, Any] | None:
-    """Return the surrogates of the objectives that steer; None while too few trials are scored."""
+def surrogate(run: Run) -> dict[str, Any]:
+    """Return the surrogates of the objectives that steer, or why there are none (``absent``)."""
+    if run.has_choice or isinstance(run.campaign.space, DataFlowSection):
+        what = "operators" if run.has_choice else "paths of layers"
+        return {"absent": f"Here {what} are searched, and a number does not mean the same in all of them."}
     scored = [trial for trial in in_order(run.trials) if trial.measurement and not trial.measurement.stopped]
     stages = Counter(trial.stage for trial in scored).most_common(1)
     told = [trial for trial in scored if trial.stage == stages[0][0]][-MAX_TRIALS:] if stages else []
-    if len(told) < FEWEST or run.has_choice or isinstance(run.campaign.space, DataFlowSection):
-        return None  # of choices and paths, no number means the same everywhere
+    if len(told) < FEWEST:
+        return {"absent": f"A stage needs {FEWEST} scored trials for a surrogate; there are {len(told)}."}
     points_ND = np.array([trial.point for trial in told])
     waiting, points_PD = _next_points(run, told[0].stage)
     models = [_model(points_ND, told, objective) for objective in run.steering]

@@ -166,7 +166,8 @@ const Page = (() => {
   function need(names) {
     for (const name of names) {
       const last = asked.get(name);
-      const rests = run.state === "running" && performance.now() - last?.time < 1000 * (REST_S[name] ?? 0);
+      const isRecent = performance.now() - last?.time < 1000 * (REST_S[name] ?? 0);
+      const rests = run.state === "running" && isRecent && !known[name]?.absent;
       if (last && (last.run === run || rests)) continue;
       asked.set(name, { run, time: performance.now() });
       Data.source

@@ -135,16 +135,7 @@ const SurrogateView = (() => {
 
   async function render(place, view) {
     const { run, surrogate: part } = view;
-    if (part === undefined) return fill(place, empty("Fitting the surrogates…"));
-    if (part === null)
-      return fill(
-        place,
-        empty(
-          run.operators.length > 1
-            ? "Operators were searched too: one surrogate of all numbers would say nothing."
-            : "Too few scored trials of one space for a surrogate.",
-        ),
-      );
+    if (!part || part.absent) return fill(place, card("Surrogates", empty(part?.absent ?? "Fitting them…")));
     if (place.part === part && place.theme === view.theme) return undefined; // it has not changed
     [place.part, place.theme] = [part, view.theme];
     const trials = Data.unpack(part.trials);
