@@ -2,7 +2,7 @@
 
 // What all pictures share: colours of the theme, how Plotly draws, faint points of any number, heat maps.
 const Plots = (() => {
-  const MAX_DRAWN = 1500; // faint points that are drawn one by one; more become an image
+  const MAX_DRAWN = 1500; // points of a kind that are drawn one by one; more become an image
 
   function colours() {
     const style = getComputedStyle(document.documentElement);
@@ -29,7 +29,7 @@ const Plots = (() => {
       ticklen: 3,
       tickfont: { size: 11, color: muted },
       automargin: true,
-      exponentformat: "power",
+      exponentformat: "none",
       ...more,
     };
   }
@@ -57,6 +57,7 @@ const Plots = (() => {
       responsive: true,
       modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
     };
+    place.style.minHeight = `${layout.height}px`; // while it is drawn anew
     place.setAttribute("role", "img");
     place.setAttribute("aria-label", description);
     await Plotly.react(place, traces, { ...base, ...layout }, config);
@@ -82,25 +83,28 @@ const Plots = (() => {
     return [low - margin, high + margin];
   }
 
-  // Thousands of faint points as one image in the coordinates of two axes.
-  function faintImage(xs, ys, [left, right], [bottom, top], refs) {
-    const width = 1000;
-    const height = 700;
+  // Thousands of points as one image in the coordinates of two axes; crowds of them, each {values: [xs, ys], marker}.
+  function pointsImage(crowds, [[left, right], [bottom, top]], axes) {
+    const width = 700;
+    const height = 450;
     const canvas = document.createElement("canvas");
     canvas.width = width;
     canvas.height = height;
     const context = canvas.getContext("2d");
-    context.fillStyle = colours().faint;
-    context.globalAlpha = 0.35;
-    for (let i = 0; i < xs.length; i++) {
-      const x = ((xs[i] - left) / (right - left)) * width;
-      const y = height - ((ys[i] - bottom) / (top - bottom)) * height;
-      context.fillRect(x - 2, y - 2, 4, 4);
+    for (const { values, marker } of crowds) {
+      const [xs, ys] = values;
+      context.fillStyle = marker.color;
+      context.globalAlpha = marker.opacity ?? 1;
+      for (let i = 0; i < xs.length; i++) {
+        const x = ((xs[i] - left) / (right - left)) * width;
+        const y = height - ((ys[i] - bottom) / (top - bottom)) * height;
+        context.fillRect(x - marker.size / 2, y - marker.size / 2, marker.size, marker.size);
+      }
     }
     return {
       source: canvas.toDataURL("image/png"),
-      xref: refs[0],
-      yref: refs[1],
+      xref: axes[0],
+      yref: axes[1],
       x: left,
       y: top,
       sizex: right - left,
@@ -161,5 +165,5 @@ const Plots = (() => {
     });
   }
 
-  return { MAX_DRAWN, colours, plain, axis, titled, draw, rangeOf, faintImage, heatMap };
+  return { MAX_DRAWN, colours, plain, axis, titled, draw, rangeOf, pointsImage, heatMap };
 })();

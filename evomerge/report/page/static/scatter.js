@@ -70,8 +70,14 @@ const Scatter = (() => {
     return found;
   }
 
-  // One trace of a group over two objectives; null and an image where its points are too many.
-  function pairTrace(view, group, [x, y], axes, ranges, isFirst) {
+  // Points that come into an image, and what stands for them in the legend.
+  function crowdOf(common, values) {
+    const trace = common.showlegend ? { ...common, x: [null], y: [null] } : null;
+    return { crowd: { values, marker: common.marker }, trace };
+  }
+
+  // One trace of a group over two objectives, and a crowd where its points are too many to be drawn one by one.
+  function pairTrace(view, group, [x, y], axes, isFirst) {
     const { run, state, intervals } = view;
     const split = group.faint ? "search" : state.split;
     const common = {
@@ -88,10 +94,7 @@ const Scatter = (() => {
       const xs = group.trials.map((trial) => run.values[x][trial]);
       const ys = group.trials.map((trial) => run.values[y][trial]);
       if (!xs.length) return {};
-      if (xs.length > Plots.MAX_DRAWN) {
-        const image = Plots.faintImage(xs, ys, ranges[x], ranges[y], axes);
-        return { image, trace: isFirst ? { ...common, x: [null], y: [null] } : null };
-      }
+      if (xs.length > Plots.MAX_DRAWN) return crowdOf(common, [xs, ys]);
       const customdata = group.trials.map((trial) => `trial:${trial}`);
       return {
         trace: {
@@ -107,6 +110,12 @@ const Scatter = (() => {
     const held = group.subjects.filter((subject) => run.score(subject, x, split));
     if (!held.length) return {};
     const scores = (m) => held.map((subject) => run.score(subject, m, split));
+    if (held.length * view.numPanels > 2 * Plots.MAX_DRAWN) {
+      return crowdOf(
+        common,
+        [x, y].map((m) => scores(m).map((score) => score.value)),
+      );
+    }
     const trace = {
       ...common,
       x: scores(x).map((score) => score.value),
@@ -136,6 +145,7 @@ const Scatter = (() => {
     const { run, state, choose } = view;
     const names = run.steering;
     const size = names.length - 1;
+    const numPanels = (size * (size + 1)) / 2;
     const ranges = rangesOf(run, state.split);
     const layout = {
       images: [],
@@ -170,11 +180,10 @@ const Scatter = (() => {
           nticks: size > 2 ? 5 : 8,
           matches: column === 0 ? undefined : axisOf(row, 0, "y"),
         });
-        for (const group of groups(view)) {
-          const { trace, image } = pairTrace(view, group, [x, y], axes, ranges, panel === 1);
-          if (trace) traces.push(trace);
-          if (image) layout.images.push(image);
-        }
+        const drawn = groups(view).map((group) => pairTrace({ ...view, numPanels }, group, [x, y], axes, panel === 1));
+        traces.push(...drawn.map(({ trace }) => trace).filter(Boolean));
+        const crowds = drawn.map(({ crowd }) => crowd).filter(Boolean);
+        if (crowds.length) layout.images.push(Plots.pointsImage(crowds, [ranges[x], ranges[y]], axes));
       }
     }
     layout.legend = size === 1 ? { orientation: "h", y: -0.13, yanchor: "top" } : { x: 1, xanchor: "right", y: 1 };
