@@ -25,6 +25,11 @@ app.add_typer(families_app, name="families")
 
 CampaignFile = Annotated[Path, typer.Argument(metavar="FILE", help="Campaign file (YAML).")]
 RunPlace = Annotated[str, typer.Argument(metavar="RUN", help="Run folder, its name under runs/, or URL#NAME.")]
+ShardSize = Annotated[str, typer.Option(help="Largest file of weights, such as 500MB or 5GB.")]
+TokenizerFrom = Annotated[
+    str | None,
+    typer.Option(metavar="EXPERT", help="Take tokenizer, chat template and generation configuration from this expert."),
+]
 OutFolder = Annotated[Path, typer.Option("--out", help="New folder for the merged checkpoint.")]
 
 
@@ -160,7 +165,7 @@ def ui(
 
 
 @app.command()
-def export(
+def export(  # noqa: PLR0913, PLR0917  (the options of a command)
     run: RunPlace,
     out: OutFolder,
     trial: Annotated[int | None, typer.Option(help="Export this trial.")] = None,
@@ -171,22 +176,43 @@ def export(
     verify: Annotated[
         bool, typer.Option("--verify", help="Load the export again and score it against the ledger.")
     ] = False,
+    shard_size: ShardSize = "5GB",
+    tokenizer_from: TokenizerFrom = None,
+    as_adapter: Annotated[
+        bool, typer.Option("--as-adapter", help="Write a merge of LoRA adapters as one adapter of the base.")
+    ] = False,
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload the export to Hugging Face's hub.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository that --push creates private.")
+    ] = False,
 ) -> None:
     """Write one model of a run as a Hugging Face checkpoint, with its recipe and model card."""
-    from evomerge.export import export_trial, parse_preference, verify_export
+    from evomerge.export import Form, export_trial, parse_preference, verify_export
+    from evomerge.push import push as push_folder
+    from evomerge.push import require_pushable
     from evomerge.report.terminal import Loading, print_export, print_verification
     from evomerge.run import open_run
 
     opened = open_run(run)
+    form = Form(shard_size=shard_size, tokenizer_from=tokenizer_from, as_adapter=as_adapter)
     preference = parse_preference(prefer) if prefer is not None else None
     picked = opened.pick(trial=trial, at_knee=knee, preference=preference)
+    if private and not push:
+        raise InputError("--private: says how --push creates its repository; give --push OWNER/NAME, too")
+    if push:
+        require_pushable(push)
     with Loading() as loading:
-        export_trial(opened, picked, out, loading)
-    print_export(opened, picked, out, verified=verify)
+        exported = export_trial(opened, picked, out, loading, form)
+    print_export(opened, picked, out, exported, verified=verify)
     if verify:
         with Loading() as loading:
             rows = verify_export(opened, picked, out, loading)
         print_verification(rows)
+    if push:
+        message = f"Merge by evomerge: {opened.campaign.name}, trial {picked.number}"
+        typer.echo(f"pushed   {push_folder(out, push, message, private=private)}")
 
 
 @app.command()
@@ -194,14 +220,17 @@ def merge(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML), ours or mergekit's.")],
     out: OutFolder,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    shard_size: ShardSize = "5GB",
+    tokenizer_from: TokenizerFrom = None,
 ) -> None:
     """Build one merged model from a recipe, or from a mergekit configuration as it is, without a search."""
-    from evomerge.export import merge_recipe
+    from evomerge.export import Form, merge_recipe
     from evomerge.report.terminal import Loading
 
     notes: list[str] = []
     with Loading() as loading:
-        digest = merge_recipe(recipe, out, device, loading, notes.append)
+        form = Form(shard_size=shard_size, tokenizer_from=tokenizer_from)
+        digest = merge_recipe(recipe, out, device, loading, notes.append, form)
     for note in notes:
         typer.echo(note)
     typer.echo(f"merged   {out}  (tensors {digest[:12]})")

@@ -7,25 +7,61 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evomerge.card import model_card
+from evomerge.card import PICTURE, Written, auto_class, model_card
+from evomerge.card_metadata import Input
 from evomerge.course import Course
-from evomerge.errors import EvoMergeError, RunError
+from evomerge.errors import EvoMergeError, InputError, RunError
 from evomerge.evaluators.evaluator import ItemScores
+from evomerge.front_picture import draw_front
 from evomerge.interop.read import read_any_recipe
 from evomerge.interop.write import write_mergekit
+from evomerge.materialize.adapter import CONFIG as ADAPTER_CONFIG
+from evomerge.materialize.adapter_write import adapted, merged_adapter, why_no_adapter, write_adapter
 from evomerge.materialize.arrangement import Output
 from evomerge.materialize.checkpoint import open_checkpoint
+from evomerge.materialize.companions import choose_companions
 from evomerge.materialize.materializer import Materializer
 from evomerge.materialize.residence import Place
 from evomerge.materialize.resident import load_model
-from evomerge.materialize.write import require_new, write_checkpoint
-from evomerge.plan import choose_device, decisions, make_plan
+from evomerge.materialize.write import SHARD_SIZE, require_new, require_size, write_checkpoint
+from evomerge.plan import Plan, choose_device, decisions, make_plan
 from evomerge.recipe_file import write_recipe
-from evomerge.records import Split, Trial
+from evomerge.records import Recipe, Split, Trial
 from evomerge.run import Run, require_same_inputs
 from evomerge.scorer import objective_score
 
 Loading = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """How a model is written. shard_size: of its largest file; tokenizer_from: the expert whose tokenizer is taken."""
+
+    shard_size: str = SHARD_SIZE
+    tokenizer_from: str | None = None
+    as_adapter: bool = False
+
+    @property
+    def options(self) -> str:
+        """What ``evomerge merge`` is told beside the recipe, to write the same files."""
+        return f" --tokenizer-from {self.tokenizer_from}" if self.tokenizer_from else ""
+
+
+CHECKPOINT = Form()
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What a person should know of an export.
+
+    loader: the class that loads it, or its base; origin: whose tokenizer and its kin are; fits_adapter: an adapter of
+    the base would do.
+    """
+
+    loader: str
+    origin: str
+    notes: tuple[str, ...]
+    fits_adapter: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,16 +75,54 @@ class Verification:
     num_changed_items: int
 
 
-def export_trial(run: Run, trial: Trial, out: Path, loading: Loading) -> None:
+def export_trial(run: Run, trial: Trial, out: Path, loading: Loading, form: Form = CHECKPOINT) -> Exported:
     """Write a trial's model with its recipe, model card and lineage.
 
-    Raises: RunError if the checkpoints changed; EvoMergeError if the tensors are not those that were tested.
+    Raises: InputError if the form does not suit the merge; RunError if the checkpoints changed; EvoMergeError if the
+    tensors are not those that were tested.
     """
     require_new(out)
+    require_size(form.shard_size)
     plan = make_plan(run.campaign)
+    companions = choose_companions(plan.base, plan.experts, form.tokenizer_from)
     course = Course(run.campaign, plan, run.changes)
     course.leg(trial.stage, run.trials)
     recipe = course.recipe(trial)
+    operator = plan.operators[recipe.operator]
+    reason = why_no_adapter(operator, plan.experts)
+    if form.as_adapter and reason:
+        raise InputError(f"--as-adapter: {reason}; leave the option out")
+    materializer = _rebuild(run, plan, trial, recipe, loading)
+    weights, architecture = materializer.weights_hash(), type(materializer.module).__name__
+
+    def add(folder: Path) -> None:
+        companions.copy(folder)
+        write_recipe(recipe, folder / "recipe.yaml")
+        inexpressible = write_mergekit(recipe, (plan.base, *plan.experts.values()), folder / "mergekit.yaml")
+        written = Written(
+            recipe=recipe,
+            inputs=_inputs(run, plan),
+            architecture=architecture,
+            weights=weights,
+            origin=companions.origin,
+            picture=draw_front(run, trial, folder / PICTURE),
+            inexpressible=inexpressible,
+            is_adapter=form.as_adapter,
+            options=form.options,
+        )
+        (folder / "README.md").write_text(model_card(run, trial, written), encoding="utf-8")
+
+    if form.as_adapter:
+        merged = merged_adapter(materializer, operator, recipe)
+        write_adapter(materializer, merged, plan.base, out, add)
+    else:
+        write_checkpoint(materializer, out, add, shard_size=form.shard_size)
+    fits_adapter = reason is None and not form.as_adapter
+    return Exported(auto_class(architecture), companions.origin, companions.notes, fits_adapter)
+
+
+def _rebuild(run: Run, plan: Plan, trial: Trial, recipe: Recipe, loading: Loading) -> Materializer:
+    """Return a materializer that holds the trial's model, the one that was tested if it was."""
     materializer = Materializer(
         plan.base,
         list(plan.experts.values()),
@@ -65,29 +139,41 @@ def export_trial(run: Run, trial: Trial, out: Path, loading: Loading) -> None:
             f"trial {trial.number}: the rebuilt tensors differ from those that were tested: another device, "
             f"number of threads or version of torch; rebuild where the run was made"
         )
+    return materializer
 
-    def add(folder: Path) -> None:
-        write_recipe(recipe, folder / "recipe.yaml")
-        inexpressible = write_mergekit(recipe, (plan.base, *plan.experts.values()), folder / "mergekit.yaml")
-        (folder / "README.md").write_text(model_card(run, trial, recipe, inexpressible))
 
-    write_checkpoint(materializer, plan.base, out, add)
+def _inputs(run: Run, plan: Plan) -> dict[str, Input]:
+    """Return base and experts as the card shows them."""
+    experts = {name: Input(run.campaign.experts[name], expert.folder) for name, expert in plan.experts.items()}
+    return {"base": Input(run.campaign.base, plan.base.folder), **experts}
 
 
 def merge_recipe(
-    path: Path, out: Path, device: str, loading: Loading, say: Callable[[str], None] = lambda _: None
+    path: Path,
+    out: Path,
+    device: str,
+    loading: Loading,
+    say: Callable[[str], None] = lambda _: None,
+    form: Form = CHECKPOINT,
 ) -> str:
     """Build the model of a recipe file, ours or mergekit's, at ``out``; return the hash of its tensors.
 
-    say is told what of the file has no effect, what was decided about experts unlike the base, and why mergekit cannot
-    make the same merge.
+    say is told what of the file has no effect, what was decided about experts unlike the base, whose tokenizer was
+    taken, and why mergekit cannot make the same merge.
     """
     require_new(out)
+    require_size(form.shard_size)
     read = read_any_recipe(path)
     for note in read.notes:
         say(f"note     {note}")
     for decision in decisions(read.experts, read.recipe.dtype):
         say(f"decided  {decision}")
+    experts = dict(zip(read.recipe.experts, read.experts, strict=True))
+    companions = choose_companions(read.base, experts, form.tokenizer_from)
+    if companions.origin:
+        say(f"tokens   {companions.origin}")
+    for note in companions.notes:
+        say(f"note     {note}")
     materializer = Materializer(
         read.base,
         read.experts,
@@ -103,18 +189,25 @@ def merge_recipe(
     materializer.build(read.operator, read.recipe)
 
     def add(folder: Path) -> None:
+        companions.copy(folder)
         write_recipe(read.recipe, folder / "recipe.yaml")
         if inexpressible := write_mergekit(read.recipe, (read.base, *read.experts), folder / "mergekit.yaml"):
             say(f"note     no mergekit.yaml: {inexpressible}")
 
-    return write_checkpoint(materializer, read.base, out, add)
+    return write_checkpoint(materializer, out, add, shard_size=form.shard_size)
 
 
 def verify_export(run: Run, trial: Trial, folder: Path, loading: Loading) -> list[Verification]:
-    """Load an exported model as any user would and score it on the items of the ledger's measurements."""
+    """Load an exported model as any user would and score it on the items of the ledger's measurements.
+
+    An adapter is merged into the base.
+    """
     loading(str(folder))
     plan = make_plan(run.campaign)
-    model = load_model(open_checkpoint(str(folder), folder), plan.dtype).to(torch.device(plan.place.device))
+    if (folder / ADAPTER_CONFIG).is_file():
+        model = adapted(plan.base, folder, plan.dtype, Place(device=plan.place.device)).module
+    else:
+        model = load_model(open_checkpoint(str(folder), folder), plan.dtype).to(torch.device(plan.place.device))
     rows = []
     for split, measured in (("search", run.searched), ("test", run.tested)):
         recorded = measured.get(f"trial:{trial.number}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "evomerge"
 LAYERS = (
-    {"records", "errors", "strict", "chat"},
+    {"records", "errors", "strict", "chat", "scatter"},
     {"kernels"},
     {"operators", "space", "splits", "front", "evidence"},
     {"materialize", "ledger", "surrogates", "descent_rules"},
@@ -32,7 +32,20 @@ LAYERS = (
         "recipe_file",
     },
     {"interop"},
-    {"run", "mirror", "replay", "runs", "check", "claims", "export", "card", "guard"},
+    {
+        "run",
+        "mirror",
+        "replay",
+        "runs",
+        "check",
+        "claims",
+        "export",
+        "card",
+        "guard",
+        "card_metadata",
+        "push",
+        "front_picture",
+    },
     {"report"},
     {"cli"},
 )
@@ -49,6 +62,8 @@ CONFINED = {  # library -> where alone it may be imported
     "sqlalchemy": {"ledger"},
     "psycopg": {"ledger"},
     "moocore": {"front"},
+    "PIL": {"scatter"},
+    "huggingface_hub": {"materialize", "push"},
     "plotly": {"report"},
     "rich": {"report"},
     "starlette": {"report"},

@@ -157,6 +157,7 @@ def test_export_of_the_knee_is_the_model_that_was_scored(run_folder: Path, tmp_p
     assert {path.name for path in (tmp_path / "merged").iterdir()} == {
         "README.md",
         "config.json",
+        "front.png",
         "model.safetensors",
         "recipe.yaml",
     }
@@ -203,6 +204,9 @@ MISTAKES = [
     (("export", "RUN", "--prefer", "rot90", "--out", "x"), "expected NAME=WEIGHT,... such as a=2,b=1, found 'rot90'"),
     (("export", "RUN", "--prefer", "rot90=0,parity=0", "--out", "x"), "all weights are 0"),
     (("export", "RUN", "--knee", "--out", "RUN"), "expected a folder that is new or empty"),
+    (("export", "RUN", "--knee", "--out", "x", "--shard-size", "5"), "--shard-size: expected a size such as 5GB"),
+    (("export", "RUN", "--knee", "--out", "x", "--private"), "--private: says how --push creates its repository"),
+    (("export", "RUN", "--knee", "--out", "x", "--push", "me"), "--push: expected OWNER/NAME such as someone/merged"),
     (("merge", "nowhere.yaml", "--out", "x"), "nowhere.yaml: no such file"),
     (("import", "nowhere.yaml", "--out", "x"), "nowhere.yaml: no such file"),
     (("families", "make", "digitz", "--out", "x"), "family 'digitz' is unknown; did you mean 'digits'?"),

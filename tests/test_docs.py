@@ -135,13 +135,14 @@ def test_several_evaluators_make_one_plan(folder: Path) -> None:
 
 
 def test_the_embedding_items_are_read(folder: Path) -> None:
-    pair, query = next(block for block in blocks("json") if "text_a" in block).splitlines()
+    items, corpus = (next(block for block in blocks("json") if key in block) for key in ("text_a", '"id"'))
+    pair, query = items.splitlines()
     other = json.dumps({**json.loads(pair), "score": 0.0})
     data = folder / "texts"
     data.mkdir()
     (data / "pairs.jsonl").write_text(f"{pair}\n{other}\n")
     (data / "search.jsonl").write_text(f"{query}\n")
-    (data / "search.corpus.jsonl").write_text(blocks("json")[1])
+    (data / "search.corpus.jsonl").write_text(corpus)
     wanted = {"pairs": ["spearman"], "search": ["recall@3"]}
     evaluator = EmbeddingEvaluator(EmbeddingOptions(data=str(data)), wanted, folder / "base")
     for task, metrics in wanted.items():

@@ -16,8 +16,8 @@ from pydantic import Field, field_validator
 
 from evomerge.chat import ServerOptions, ask, post, web_address
 from evomerge.errors import DataError
+from evomerge.materialize.companions import companion_files
 from evomerge.materialize.resident import quiet_transformers
-from evomerge.materialize.write import COMPANIONS
 from evomerge.records import Options
 
 MARK = "published-by-evomerge"
@@ -103,7 +103,7 @@ class Publisher:
         (self._folder / MARK).touch()
         with quiet_transformers():
             model.save_pretrained(self._folder)
-        for path in {path for pattern in COMPANIONS for path in self._base.glob(pattern) if path.is_file()}:
+        for path in companion_files(self._base):
             shutil.copyfile(path, self._folder / path.name)
         reply = post(self._url, {"model_path": str(self._folder)}, self._endpoint, self._endpoint.retries)
         if isinstance(reply, Mapping) and reply.get("success") is False:

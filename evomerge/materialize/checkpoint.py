@@ -108,13 +108,20 @@ def find_folder(name: str, location: str | Path) -> Path:
     return folder if folder.is_dir() else _download(name, str(location), folder)
 
 
+def hub_id(folder: Path) -> str | None:
+    """Return the Hugging Face id of a folder in the hub's cache (``models--OWNER--NAME/snapshots/REVISION``)."""
+    kind, _, name = folder.parent.parent.name.partition("--")
+    is_cached = kind == "models" and folder.parent.name == "snapshots"
+    return name.replace("--", "/", 1) if is_cached and "--" in name else None
+
+
 def _download(name: str, repo_id: str, folder: Path) -> Path:
     parts = repo_id.split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
         raise CheckpointError(f"{name}: expected a checkpoint folder or a Hugging Face id, found no folder {folder}")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
     try:
         return Path(snapshot_download(repo_id, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises a dozen unrelated classes: offline, gated, missing, ...

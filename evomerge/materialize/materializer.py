@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from evomerge.errors import CandidateError, CheckpointError, InputError
 from evomerge.kernels.launch import path
-from evomerge.kernels.layout import BLOCK, Layout
+from evomerge.kernels.layout import BLOCK
 from evomerge.kernels.lincomb import task_vector_products
 from evomerge.kernels.sources import Dense, Expert, LowRank, Sources
 from evomerge.materialize.adapter import Adapter, factors_hash, load_adapter
@@ -22,7 +22,7 @@ from evomerge.materialize.arrangement import LIKE_THE_BASE, Output, arrange
 from evomerge.materialize.checkpoint import Checkpoint
 from evomerge.materialize.paths import Paths, path_of
 from evomerge.materialize.residence import ON_THE_CPU, Place, to_int8
-from evomerge.materialize.resident import DTYPES, ResidentModel, load_model, merged_tensors, tensor_index
+from evomerge.materialize.resident import DTYPES, ResidentModel, load_model, merged_tensors
 from evomerge.materialize.sharing import Shared, base_of, sources_of
 from evomerge.materialize.vocabulary import vocabulary_tensors
 from evomerge.operators.operator import LinearOperator, Operator
@@ -167,6 +167,19 @@ class Materializer:
     def weights_hash(self) -> str:
         """SHA-256 of the tensors of ``module`` as they are: what is exported must have the same."""
         return sha256(self.out_P) if self.module is self.resident.module else tensors_hash(self.module)
+
+    def parts(self, operator: Operator, recipe: Recipe) -> tuple[Sources, Tensor, Any]:
+        """Return what a recipe's merge is made of: the sources as the operator reads them, its weights, its state."""
+        values = self._spread(recipe)
+        state = self._prepare(operator, values)
+        return self._sources_of(operator), operator.weights(values, state), state
+
+    def let_go(self) -> None:
+        """Give the memory of base and experts back: the model stays as it is, and nothing can be built any more."""
+        self._built = self._densified = self._directions = self._paths = None
+        self._states.clear()
+        self._merged_P = self.base_P = self.out_P[:0]
+        self.sources = replace(self.sources, base_P=self.base_P, experts=())
 
     def _spread(self, recipe: Recipe) -> dict[str, Tensor]:
         group_of = _group_of(recipe)
@@ -316,12 +329,12 @@ def _group_of(recipe: Recipe) -> dict[str, int]:
 
 
 def tensors_hash(model: nn.Module) -> str:
-    """Return the hash of a model's tensors in the flat layout of its own."""
-    layout = Layout.of(tensor_index(model))
-    named = merged_tensors(model)
-    buffer_P = torch.zeros(layout.num_padded, dtype=next(iter(named.values())).dtype)
-    layout.flatten(named, buffer_P)
-    return sha256(buffer_P)
+    """Return the hash that a model's tensors have in the flat layout of its own; no buffer is made."""
+    found = hashlib.sha256()
+    for tensor in merged_tensors(model).values():
+        found.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().data)
+        found.update(bytes(-tensor.numel() % BLOCK * tensor.element_size()))
+    return found.hexdigest()
 
 
 def sha256(buffer_P: Tensor) -> str:

@@ -170,10 +170,10 @@ class ResidentModel:
                     "resident model's tensors"
                 )
 
-    def save(self, folder: Path) -> None:
-        """Write the model as a Hugging Face checkpoint (safetensors and configuration)."""
+    def save(self, folder: Path, shard_size: str) -> None:
+        """Write the model as a Hugging Face checkpoint (safetensors and configuration), file by file and uncopied."""
         with quiet_transformers():
-            self.module.save_pretrained(folder)  # type: ignore[operator]
+            self.module.save_pretrained(folder, max_shard_size=shard_size)  # type: ignore[operator]
         config = json.loads((folder / "config.json").read_text())
         if not config.get("architectures"):
             config["architectures"] = [type(self.module).__name__]

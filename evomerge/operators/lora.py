@@ -132,14 +132,18 @@ class Lora:
         changed: Sequence[int] | None = None,
     ) -> None:
         """Combine each matrix's factors and launch ``lincomb`` with the one adapter that comes out."""
+        combined = replace(sources, experts=(self.combined(weights_KS, state, changed),))
+        lincomb(out_P, combined, torch.ones(2, len(state), dtype=torch.float64), changed)
+
+    def combined(self, weights_KS: Tensor, state: list[Adapters], changed: Sequence[int] | None = None) -> LowRank:
+        """Return the one adapter that the merge adds to the base, or the factors of the ``changed`` tensors of it."""
         largest = max((len(a) for adapters in state for a in adapters.a), default=0)
         factors = {}
         for s in range(len(state)) if changed is None else changed:
             if state[s].experts:
                 b, a = self._combine(state[s], weights_KS[1:, s], self.options.svd_rank or largest)
                 factors[s] = (a.T.contiguous(), b.T.contiguous()) if state[s].transposed else (b, a)
-        combined = replace(sources, experts=(LowRank(factors),))
-        lincomb(out_P, combined, torch.ones(2, len(state), dtype=torch.float64), changed)
+        return LowRank(factors, transposed=frozenset(s for s in factors if state[s].transposed))
 
     def _adapters(self, experts: Sequence[LowRank], s: int, name: str) -> Adapters:
         found = Adapters([], [], [], [], transposed=any(s in expert.transposed for expert in experts))

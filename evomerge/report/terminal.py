@@ -22,14 +22,16 @@ from rich.table import Table
 
 from evomerge.assemble import OPERATORS
 from evomerge.campaign import Campaign
+from evomerge.card import PICTURE
 from evomerge.check import CheckReport
 from evomerge.claims import claims
 from evomerge.errors import EvoMergeError, RunError
-from evomerge.export import Verification
+from evomerge.export import Exported, Verification
 from evomerge.families.family import make
 from evomerge.front.front import front_hypervolume, front_of, maximized
 from evomerge.guard import GuardReport
 from evomerge.ledger.location import Location, locate
+from evomerge.materialize.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from evomerge.mirror import mirror as run_mirror
 from evomerge.plan import decisions
 from evomerge.records import Measurement, Trial
@@ -229,12 +231,27 @@ def print_finished(run: Run, file: Path, *, was_finished: bool) -> None:
         say(("next     " if number == 0 else "         ") + f"{COMMAND} " + command.format(run.location.quoted))
 
 
-def print_export(run: Run, trial: Trial, out: Path, *, verified: bool) -> None:
-    """Say what was written where, and how to load it."""
-    say(f"export   {out}  (trial {trial.number} of {run.location}; checkpoint, recipe.yaml, README.md)")
-    say(f'load     transformers.AutoModel.from_pretrained("{out}")')
+def print_export(run: Run, trial: Trial, out: Path, exported: Exported, *, verified: bool) -> None:
+    """Say what was written where, how to load it, and what to type next."""
+    files = sorted(path for path in out.iterdir() if path.is_file())
+    weights = [path for path in files if path.suffix == ".safetensors"]
+    size_mb = sum(path.stat().st_size for path in weights) / 1e6
+    is_adapter = weights[0].name == ADAPTER_WEIGHTS
+    what = "adapter" if is_adapter else f"weights in {len(weights)} file{'s' if len(weights) > 1 else ''}"
+    others = [path.name for path in files if path.name in ("recipe.yaml", "mergekit.yaml", "README.md", PICTURE)]
+    say(f"export   {out}  (trial {trial.number} of {run.location})")
+    say(f"wrote    {what}, {size_mb:,.1f} MB; {', '.join(others)}")
+    if exported.origin:
+        say(f"tokens   {exported.origin}")
+    for note in exported.notes:
+        say(f"note     {note}")
+    load = "peft.PeftModel.from_pretrained(base, " if is_adapter else f"transformers.{exported.loader}.from_pretrained("
+    say(f'load     {load}"{out}")')
+    again = f"{COMMAND} export {run.location.quoted} --trial {trial.number} --out {out}"
+    if exported.fits_adapter:
+        say(f"smaller  {again}-adapter --as-adapter")
     if not verified:
-        say(f"next     {COMMAND} export {run.location.quoted} --trial {trial.number} --out {out}-again --verify")
+        say(f"next     {again}-again --verify{' --as-adapter' if is_adapter else ''}")
 
 
 def print_verification(rows: Sequence[Verification]) -> None:

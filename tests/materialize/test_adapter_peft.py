@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from evomerge.kernels.sources import Sources
 from evomerge.materialize.adapter import open_expert
+from evomerge.materialize.adapter_write import merged_adapter, write_adapter
 from evomerge.materialize.checkpoint import open_checkpoint
 from evomerge.materialize.materializer import Materializer
 from evomerge.materialize.resident import empty_model
+from evomerge.operators.linear import TaskArithmetic
 from evomerge.operators.lora import Lora, LoraOptions
+from evomerge.records import Recipe
 
 if importlib.util.find_spec("peft") is None:
     pytest.skip("PEFT is not installed", allow_module_level=True)
@@ -111,3 +114,37 @@ def test_adapters_combine_as_in_peft(combination: Any, majority_sign: Any, tmp_p
     operator.merge(out_P, sources, operator.weights(values, state), state)
     for name, tensor in sources.layout.views(out_P).items():
         torch.testing.assert_close(tensor, merged[name].detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["plain", "patterns", "embedding and head", "convolution"])
+def test_peft_loads_a_merge_that_was_written_as_an_adapter(name: str, tmp_path: Path) -> None:
+    """Two adapters of PEFT's, one of another rank, summed: PEFT's model of the base says what the merged one says."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    kind, options = CONFIGURATIONS[name]
+    base = tiny.write(tiny.make(kind), tmp_path / kind / "base")
+    for seed, rank in enumerate((3, 2)):
+        model = get_peft_model(tiny.load(base, "float32"), LoraConfig(**{**options, "r": rank}))
+        train(model, seed=seed)
+        model.save_pretrained(tmp_path / f"adapter{seed}")
+    checkpoint = open_checkpoint("base", base)
+    experts = [open_expert("one", tmp_path / f"adapter{seed}", empty_model(checkpoint)) for seed in range(2)]
+    held = Materializer(checkpoint, experts, dtype="float32")
+    operator = TaskArithmetic()
+    recipe = Recipe(
+        operator=operator.name,
+        options={},
+        base=str(base),
+        experts={f"adapter{seed}": str(tmp_path / f"adapter{seed}") for seed in range(2)},
+        dtype="float32",
+        groups={"model": tuple(tensor.name for tensor in held.layout.tensors)},
+        values={"coefficient": ((0.6,), (-0.4,))},
+    )
+    held.build(operator, recipe)
+    expected = tiny.outputs(held.module).clone()
+    write_adapter(held, merged_adapter(held, operator, recipe), checkpoint, tmp_path / "out", lambda _: None)
+    plain = tiny.load(base, "float32")
+    before = tiny.outputs(plain)
+    loaded = PeftModel.from_pretrained(plain, tmp_path / "out").merge_and_unload()
+    torch.testing.assert_close(tiny.outputs(loaded), expected, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(before, expected, rtol=1e-2, atol=1e-2)

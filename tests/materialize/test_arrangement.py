@@ -73,7 +73,7 @@ def test_layers_of_two_models_stand_in_one(checkpoints: Checkpoints, tmp_path: P
     assert module.config.num_hidden_layers == 4
     assert [layer.self_attn.layer_idx for layer in module.model.layers] == [0, 1, 2, 3]
     assert tiny.outputs(module).isfinite().all()
-    write_checkpoint(held, base, tmp_path / "out", lambda _: None)
+    write_checkpoint(held, tmp_path / "out", lambda _: None)
     with quiet_transformers():
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=getattr(torch, dtype)).eval()
     assert torch.equal(tiny.outputs(loaded), tiny.outputs(module))
@@ -112,7 +112,7 @@ def test_a_result_of_another_dtype_is_rounded_once(checkpoints: Checkpoints, tmp
     one, other = (build(held, TaskArithmetic(), values) for held in (exact, rounded))
     assert all(torch.equal(tensor.bfloat16(), other[name]) for name, tensor in one.items())
     assert rounded.hashes == exact.hashes
-    write_checkpoint(rounded, base, tmp_path / "out", lambda _: None)
+    write_checkpoint(rounded, tmp_path / "out", lambda _: None)
     assert open_checkpoint("out", tmp_path / "out").dtype == "bfloat16"
 
 
