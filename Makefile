@@ -7,8 +7,8 @@ SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help setup demo test test-ray test-browser test-all lint format docs bench-overhead bench-materialize \
-        bench-digits bench-evaluate bench-coverage bench-ledger bench-orderings bench-page bench-racing bench-search \
-        bench-surrogates clean
+        bench-digits bench-evaluate bench-coverage bench-ledger bench-orderings bench-page bench-racing bench-scale \
+        bench-search bench-surrogates clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -87,6 +87,9 @@ bench-page: setup  ## The page of 60, 1,000 and 10,000 trials: size, and time un
 
 bench-racing: setup  ## What a race saves in items for the same hypervolume, over ten seeds
 	@$(BIN)/python benchmarks/racing.py
+
+bench-scale: setup  ## How far one driver reaches: two Ray workers, 1,000 simulated ones, 100,000 trials (half an hour)
+	@$(BIN)/python benchmarks/scale.py
 
 bench-search: setup  ## Searchers at equal cost: hypervolume against cost, ten seeds (hours)
 	@$(BIN)/python -m benchmarks.search

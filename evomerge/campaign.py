@@ -35,7 +35,9 @@ from evomerge.sections import (
 )
 from evomerge.space.shares import ShareOptions
 from evomerge.strict import parse, read_yaml
+from evomerge.trackers import KINDS, TrackerOptions, kind_of
 from evomerge.workers.inline import InlineOptions
+from evomerge.workers.ray_pool import RayOptions
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -55,6 +57,7 @@ class Campaign(Options):
     search: Literal["auto"] | list[StageSection] = "auto"
     budget: BudgetSection
     workers: WorkersSection = InlineOptions()
+    trackers: list[TrackerOptions] = []
     device: str = "auto"
     residence: Literal["auto", "resident", "int8", "host"] = "auto"
     seed: int = Field(default=0, ge=0)
@@ -77,6 +80,14 @@ class Campaign(Options):
         kind = given.get("kind") if isinstance(given, Mapping) else getattr(given, "kind", None)
         if kind not in WORKERS:
             raise ValueError(f"unknown kind {kind!r}{did_you_mean(str(kind), WORKERS)}")
+        return given
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _known_trackers(cls, given: Any) -> Any:
+        for one in given if isinstance(given, list) else []:
+            if (kind := kind_of(one)) not in KINDS:
+                raise ValueError(f"unknown kind {kind!r}{did_you_mean(str(kind), KINDS)}")
         return given
 
     @property
@@ -153,7 +164,9 @@ class Campaign(Options):
 
     def meaning(self) -> dict[str, Any]:
         """Return the keys that change what a score means or what is proposed; a run is bound to them."""
-        exclude = {"budget", "workers", "name", "device"} | ({"residence"} if self.residence != "int8" else set())
+        exclude = {"budget", "workers", "trackers", "name", "device"} | (
+            {"residence"} if self.residence != "int8" else set()
+        )
         return self.model_dump(mode="json", exclude=exclude)
 
 
@@ -172,6 +185,27 @@ def read_campaign(path: str | Path, workers: str | None = None) -> Campaign:
     return _located(campaign, path.resolve().parent)
 
 
+def read_tasks(path: str | Path, campaign: Campaign) -> Campaign:
+    """Return a campaign with the evaluation and objectives of a file in place of its own, to score its models anew.
+
+    Nothing is searched, so nothing is split. Raises: CampaignError that names the key.
+    """
+    path = Path(path)
+    data = read_yaml(path)
+    if unknown := sorted(data.keys() - {"evaluation", "objectives"}):
+        raise CampaignError(f"{path}: {unknown[0]}: expected evaluation and objectives alone, as a campaign has them")
+    if isinstance(data.get("evaluation"), Mapping) and "split" in data["evaluation"]:
+        raise CampaignError(f"{path}: evaluation.split: all items are scored and none steers; leave split out")
+    rest = {"name": campaign.name, "base": campaign.base, "experts": campaign.experts, "budget": {"evaluations": 1}}
+    try:
+        read = parse(Campaign, {**rest, **data}, "")
+        _check_names(read)
+    except CampaignError as error:
+        raise CampaignError(f"{path}: {error}") from error.__cause__
+    evaluation = _located_evaluation(read.evaluation, path.resolve().parent)
+    return campaign.model_copy(update={"evaluation": evaluation, "objectives": read.objectives, "fidelity": None})
+
+
 def locate(location: str, folder: Path) -> str:
     """Return the absolute path of a checkpoint given relative to a file's folder; a Hugging Face id stays as it is."""
     path = folder / Path(location).expanduser()
@@ -182,7 +216,14 @@ def _located(campaign: Campaign, folder: Path) -> Campaign:
     """Make every path absolute, so that a campaign means the same wherever it is read again."""
     evaluation = _located_evaluation(campaign.evaluation, folder)
     experts = {name: locate(location, folder) for name, location in campaign.experts.items()}
-    update = {"base": locate(campaign.base, folder), "experts": experts, "evaluation": evaluation}
+    update: dict[str, Any] = {
+        "base": locate(campaign.base, folder),
+        "experts": experts,
+        "evaluation": evaluation,
+        "trackers": [tracker.located(folder) for tracker in campaign.trackers],
+    }
+    if isinstance(campaign.workers, RayOptions):
+        update["workers"] = campaign.workers.located(folder)
     return campaign.model_copy(update=update)
 
 

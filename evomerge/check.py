@@ -7,11 +7,13 @@ from evomerge.campaign import Campaign
 from evomerge.errors import CandidateError, EvoMergeError
 from evomerge.guard import GuardReport, inspect_experts
 from evomerge.materialize.residence import Residence
+from evomerge.materialize.spread import Room
 from evomerge.plan import Plan, make_plan
 from evomerge.records import Measurement
 from evomerge.references import reference_recipes
 from evomerge.scorer import Scorer
 from evomerge.stages import Stage, make_stages, stage_cost
+from evomerge.trackers import require_clients
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +25,8 @@ class CheckReport:
     stages: list[Stage]
     guard: GuardReport
     residence: Residence
+    devices: tuple[Room, ...]
+    """What the merged model takes on each of its devices."""
     kernels: str
     """How merges are computed, in words."""
     evaluation: Measurement
@@ -48,6 +52,7 @@ def check_campaign(campaign: Campaign, loading: Callable[[str], None]) -> CheckR
     """
     plan = make_plan(campaign)
     make_stages(campaign, plan)  # mistakes come to light before the weights are loaded
+    require_clients(campaign.trackers)
     scorer = Scorer(plan, loading)
     plan = scorer.plan
     stages = make_stages(campaign, plan)  # with what the rehearsal showed of the evaluator
@@ -66,6 +71,7 @@ def check_campaign(campaign: Campaign, loading: Callable[[str], None]) -> CheckR
         stages=stages,
         guard=guard,
         residence=scorer.materializer.residence,
+        devices=scorer.materializer.resident.devices,
         kernels=scorer.materializer.kernels,
         evaluation=evaluation,
         equivalents=sum(stage_cost(plan, stage) for stage in stages),

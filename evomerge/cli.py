@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -22,13 +23,29 @@ families_app = typer.Typer(
     help="Small real expert families to try things on.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(families_app, name="families")
+job_app = typer.Typer(
+    help="Searches that were submitted to a Ray cluster.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(job_app, name="job")
 
 CampaignFile = Annotated[Path, typer.Argument(metavar="FILE", help="Campaign file (YAML).")]
 RunPlace = Annotated[str, typer.Argument(metavar="RUN", help="Run folder, its name under runs/, or URL#NAME.")]
+TrialNumber = Annotated[int | None, typer.Option("--trial", help="This trial.")]
+Knee = Annotated[bool, typer.Option("--knee", help="The front's best balance.")]
+Prefer = Annotated[str | None, typer.Option(help="What serves weights best: a=2,b=1 (others count 1).")]
+Least = Annotated[str | None, typer.Option("--min", help="Of the front's models with at least: a=0.7,b=0.5.")]
+Largest = Annotated[str | None, typer.Option("--max", help="Of the front's models with at most: loss=0.4.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="Print the (first) table as CSV, for scripts.")]
 ShardSize = Annotated[str, typer.Option(help="Largest file of weights, such as 500MB or 5GB.")]
 TokenizerFrom = Annotated[
     str | None,
     typer.Option(metavar="EXPERT", help="Take tokenizer, chat template and generation configuration from this expert."),
+]
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="The job that evomerge submit named.")]
+ServerAddress = Annotated[
+    str | None,
+    typer.Option("--address", help="http://HOST:8265 of the cluster's head (default: RAY_ADDRESS, or this machine)."),
 ]
 OutFolder = Annotated[Path, typer.Option("--out", help="New folder for the merged checkpoint.")]
 
@@ -38,7 +55,8 @@ def check(file: CampaignFile) -> None:
     """Check a campaign before anything expensive: what is merged, searched and scored, and what it costs."""
     from evomerge.campaign import read_campaign
     from evomerge.check import check_campaign
-    from evomerge.report.terminal import Loading, print_check
+    from evomerge.report.checked import print_check
+    from evomerge.report.console import Loading
 
     with Loading() as loading:
         report = check_campaign(read_campaign(file), loading)
@@ -58,8 +76,9 @@ def search(
     """Run a campaign; the same command resumes it after an interruption, or extends it when the budget grew."""
     from evomerge.campaign import read_campaign
     from evomerge.ledger.location import locate
-    from evomerge.report.terminal import Loading, print_finished
-    from evomerge.report.terminal import search as search_shown
+    from evomerge.report.console import Loading
+    from evomerge.report.front import print_finished
+    from evomerge.report.progress import search as search_shown
 
     campaign = read_campaign(file, workers=workers)
     location = locate(run or Path("runs") / campaign.name).called(campaign.name)
@@ -73,33 +92,130 @@ def search(
 
 
 @app.command()
+def submit(
+    file: CampaignFile,
+    run: Annotated[
+        str | None, typer.Option(help="As for search, and as the cluster's head finds it (default: runs/NAME here).")
+    ] = None,
+    workers: Annotated[str | None, typer.Option(help="ray:8 or ray:auto (default: what the file says).")] = None,
+    address: ServerAddress = None,
+) -> None:
+    """Hand a campaign's search to a Ray cluster and return at once; the same command resumes it."""
+    from evomerge.report.jobs import print_submitted
+    from evomerge.submit import submit as submit_to
+
+    print_submitted(submit_to(file, address, run=run, workers=workers), _option(address))
+
+
+@app.command()
 def front(
     run: RunPlace,
     everything: Annotated[bool, typer.Option("--all", help="Show every model on the front.")] = False,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
 ) -> None:
     """Show the front of a run beside base, experts, uniform average and best single coefficient."""
-    from evomerge.report.terminal import print_front
+    from evomerge.report.front import front as front_shown
+    from evomerge.report.tables import form_of, show
     from evomerge.run import open_run
 
-    print_front(open_run(run), everything=everything)
+    form = form_of(as_json=as_json, as_csv=as_csv)
+    show(front_shown(open_run(run), everything=everything), form)
+
+
+@app.command()
+def status(
+    place: Annotated[str, typer.Argument(metavar="[RUN|FOLDER|URL]", help="A run, or where runs are.")] = "runs",
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+) -> None:
+    """Say how far a run is: driver, progress, best so far, time left, failures, what happened last.
+
+    Of a folder or database of many, the runs that are driven at the moment; if none is, the one written last.
+    """
+    from evomerge.ledger.location import locate
+    from evomerge.report.status import status as status_shown
+    from evomerge.report.tables import form_of, show
+    from evomerge.status import current_status
+
+    form = form_of(as_json=as_json, as_csv=as_csv)
+    show(status_shown(current_status(locate(place))), form)
+
+
+@app.command("show")
+def show_(
+    run: RunPlace,
+    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="Number of a trial, or knee.")],
+    everything: Annotated[bool, typer.Option("--all", help="Show the coefficients of every group.")] = False,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+) -> None:
+    """Show one trial: its fate, scores, gains and losses against each expert, coefficients, where it came from."""
+    from evomerge.comparison import trial_of
+    from evomerge.report.tables import form_of, show
+    from evomerge.report.trial import trial as trial_shown
+    from evomerge.run import open_run
+
+    form = form_of(as_json=as_json, as_csv=as_csv)
+    opened = open_run(run)
+    show(trial_shown(opened, trial_of(opened, trial), everything=everything), form)
+
+
+@app.command()
+def compare(
+    run: RunPlace,
+    one: Annotated[str, typer.Argument(metavar="MODEL|RUN", help="Number, knee, uniform, expert:NAME; or a run.")],
+    other: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="Another model of the run.")] = None,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+) -> None:
+    """Compare two models of a run, paired over the same items; or two runs, by their fronts at equal cost."""
+    from evomerge.report.pairs import comparison
+    from evomerge.report.tables import form_of, show
+
+    form = form_of(as_json=as_json, as_csv=as_csv)
+    show(comparison(run, one, other), form)
+
+
+@app.command()
+def score(
+    run: RunPlace,
+    tasks: Annotated[Path, typer.Option(metavar="FILE", help="evaluation and objectives, as in a campaign.")],
+    trial: TrialNumber = None,
+    knee: Knee = False,
+    prefer: Prefer = None,
+    least: Least = None,
+    largest: Largest = None,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+) -> None:
+    """Score one model of a run on tasks that its campaign did not have, to see what the merge forgot."""
+    from evomerge.report.pairs import rescored
+    from evomerge.report.progress import rescore
+    from evomerge.report.tables import form_of, show
+    from evomerge.run import open_run
+
+    form = form_of(as_json=as_json, as_csv=as_csv)
+    opened = open_run(run)
+    picked = opened.pick(trial=trial, at_knee=knee, **_wish(prefer, least, largest))
+    show(rescored(opened, rescore(opened, picked, tasks)), form)
 
 
 @app.command()
 def runs(
     place: Annotated[str, typer.Argument(metavar="[FOLDER|URL]", help="Folder with runs, or a database.")] = "runs",
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list.")] = False,
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
 ) -> None:
     """List the runs in a folder or a database: state, trials, front, hypervolume, when last written."""
     from evomerge.ledger.location import locate
-    from evomerge.report.runs import print_runs, runs_as_json
+    from evomerge.report.runs import runs as runs_shown
+    from evomerge.report.tables import form_of, show
     from evomerge.runs import summarize_runs
 
+    form = form_of(as_json=as_json, as_csv=as_csv)
     location = locate(place)
-    summaries = summarize_runs(location)
-    if as_json:
-        typer.echo(runs_as_json(summaries))
-    else:
-        print_runs(summaries, location)
+    show(runs_shown(summarize_runs(location), location), form)
 
 
 @app.command()
@@ -109,7 +225,7 @@ def mirror(
     study: Annotated[str | None, typer.Option(help="Name of the study (default: the campaign's).")] = None,
 ) -> None:
     """Copy a run's trials into an Optuna study, for optuna-dashboard; again adds what is new."""
-    from evomerge.report.terminal import mirror as mirror_shown
+    from evomerge.report.progress import mirror as mirror_shown
     from evomerge.run import open_run
 
     opened = open_run(run)
@@ -131,8 +247,8 @@ def report(
     out: Annotated[Path | None, typer.Option(help="HTML file (default: report.html in the run's own folder).")] = None,
 ) -> None:
     """Write the page of a run, with all that it shows, to one HTML file that works offline."""
+    from evomerge.report.console import Loading
     from evomerge.report.html import write_report
-    from evomerge.report.terminal import Loading
     from evomerge.run import open_run
 
     opened = open_run(run)
@@ -165,14 +281,14 @@ def ui(
 
 
 @app.command()
-def export(  # noqa: PLR0913, PLR0917  (the options of a command)
+def export(
     run: RunPlace,
     out: OutFolder,
-    trial: Annotated[int | None, typer.Option(help="Export this trial.")] = None,
-    knee: Annotated[bool, typer.Option("--knee", help="Export the front's best balance.")] = False,
-    prefer: Annotated[
-        str | None, typer.Option(help="Export what serves weights best: a=2,b=1 (others count 1).")
-    ] = None,
+    trial: TrialNumber = None,
+    knee: Knee = False,
+    prefer: Prefer = None,
+    least: Least = None,
+    largest: Largest = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Load the export again and score it against the ledger.")
     ] = False,
@@ -189,16 +305,16 @@ def export(  # noqa: PLR0913, PLR0917  (the options of a command)
     ] = False,
 ) -> None:
     """Write one model of a run as a Hugging Face checkpoint, with its recipe and model card."""
-    from evomerge.export import Form, export_trial, parse_preference, verify_export
+    from evomerge.export import Form, export_trial, verify_export
     from evomerge.push import push as push_folder
     from evomerge.push import require_pushable
-    from evomerge.report.terminal import Loading, print_export, print_verification
+    from evomerge.report.console import Loading
+    from evomerge.report.exported import print_export, print_verification
     from evomerge.run import open_run
 
     opened = open_run(run)
     form = Form(shard_size=shard_size, tokenizer_from=tokenizer_from, as_adapter=as_adapter)
-    preference = parse_preference(prefer) if prefer is not None else None
-    picked = opened.pick(trial=trial, at_knee=knee, preference=preference)
+    picked = opened.pick(trial=trial, at_knee=knee, **_wish(prefer, least, largest))
     if private and not push:
         raise InputError("--private: says how --push creates its repository; give --push OWNER/NAME, too")
     if push:
@@ -225,7 +341,7 @@ def merge(
 ) -> None:
     """Build one merged model from a recipe, or from a mergekit configuration as it is, without a search."""
     from evomerge.export import Form, merge_recipe
-    from evomerge.report.terminal import Loading
+    from evomerge.report.console import Loading
 
     notes: list[str] = []
     with Loading() as loading:
@@ -251,11 +367,61 @@ def import_(
 
 
 @app.command()
-def operators() -> None:
+def operators(as_json: AsJson = False, as_csv: AsCsv = False) -> None:
     """List the operators: what each does, and the numbers that can be set or searched, with default and range."""
-    from evomerge.report.terminal import print_operators
+    from evomerge.report.operators import operators as operators_shown
+    from evomerge.report.tables import form_of, show
 
-    print_operators()
+    show(operators_shown(), form_of(as_json=as_json, as_csv=as_csv))
+
+
+@job_app.command("status")
+def job_status(
+    job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="One job (default: all).")] = None,
+    address: ServerAddress = None,
+) -> None:
+    """Show what became of a job, or list all."""
+    from evomerge.report.jobs import print_job, print_jobs
+    from evomerge.workers.jobs import JobServer
+
+    server = JobServer(address)
+    if job is None:
+        print_jobs(server.jobs(), server.address)
+    else:
+        print_job(server.job(job), _option(address))
+
+
+@job_app.command("logs")
+def job_logs(
+    job: JobName,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job is over; Ctrl-C leaves it be.")] = False,
+    address: ServerAddress = None,
+) -> None:
+    """Print what a job has printed."""
+    from evomerge.workers.jobs import JobServer
+
+    server = JobServer(address)
+    if not follow:
+        typer.echo(server.logs(job), nl=False)
+        return
+    try:
+        server.follow(job, partial(typer.echo, nl=False))
+    except KeyboardInterrupt as interrupt:
+        raise typer.Exit(130) from interrupt
+
+
+@job_app.command("stop")
+def job_stop(job: JobName, address: ServerAddress = None) -> None:
+    """Let a job finish what is under way and end, as Ctrl-C does; evomerge submit goes on with its run."""
+    from evomerge.report.jobs import print_stopping
+    from evomerge.workers.jobs import JobServer
+
+    print_stopping(JobServer(address).stop(job), _option(address))
+
+
+def _option(address: str | None) -> str:
+    """How a command to come names the job server that this one was given."""
+    return f" --address {address}" if address else ""
 
 
 @families_app.command("make")
@@ -264,7 +430,7 @@ def families_make(
     out: Annotated[Path, typer.Option(help="Folder of the family.")],
 ) -> None:
     """Train a family of experts on the CPU: base, experts, held-out items and a ready campaign file."""
-    from evomerge.report.terminal import make_family
+    from evomerge.report.progress import make_family
 
     make_family(name, out)
 
@@ -276,6 +442,14 @@ def families_list() -> None:
 
     for name, family in FAMILIES.items():
         typer.echo(f"{name:8} {family.description}")
+
+
+def _wish(prefer: str | None, least: str | None, largest: str | None) -> dict[str, dict[str, float] | None]:
+    """Read what is wished of a model of the front, as ``Run.pick`` takes it."""
+    from evomerge.strict import read_numbers
+
+    given = {"preference": (prefer, "--prefer"), "minimum": (least, "--min"), "maximum": (largest, "--max")}
+    return {name: None if text is None else read_numbers(text, option) for name, (text, option) in given.items()}
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Descents: gradient steps on the adapt items, done in one worker; a rule says how a step moves the coefficients.
 
-Shape letters: D dimensions of the space, d those of the operator's own, M objectives that steer, T tasks.
+Shape letters: D dimensions of the space, d those of the operator's own, M objectives that steer, T tasks, B parts of
+batches.
 """
 
 from collections.abc import Sequence
@@ -30,14 +31,16 @@ class Descender:
         self.plan, self.materializer = plan, materializer
         self._teachers = Teachers(plan, materializer)
 
-    def descend(self, candidate: Candidate) -> tuple[Arrival, float]:
+    def descend(self, candidate: Candidate, num_parts: int = 1) -> tuple[Arrival, float]:
         """Return where a candidate's descent ends, and its cost in full-evaluation equivalents.
 
+        num_parts: the parts of a batch that go through the model one after the other, to fit memory; a step is the
+        same, up to a rounding.
         Raises: CandidateError if the operator has no gradient, or the loss is not finite.
         """
         descent = candidate.descent
         assert descent is not None
-        slope = PlanSlope(self.plan, self.materializer, self._teachers, candidate)
+        slope = PlanSlope(self.plan, self.materializer, self._teachers, candidate, num_parts)
         rule = (Anchors if descent.anchors else RULES[descent.rule])(descent, slope)
         losses: list[float] = []
         way: list[tuple[Floats, ...]] = []
@@ -61,14 +64,16 @@ class PlanSlope:
     """The loss of a plan's merges on batches of the adapt items, and its gradient in the numbers of the operator's own.
 
     The operator stays the one that the candidate chose, and so do the numbers that it does not read. num_forwards
-    counts items, those with backward as ``BACKWARD_COST``.
+    counts items, those with backward as ``BACKWARD_COST``. Items go through the model in ``num_parts``.
     """
 
-    def __init__(self, plan: Plan, materializer: Materializer, teachers: Teachers, candidate: Candidate) -> None:
+    def __init__(
+        self, plan: Plan, materializer: Materializer, teachers: Teachers, candidate: Candidate, num_parts: int = 1
+    ) -> None:
         descent = candidate.descent
         assert descent is not None
         self._plan, self._materializer, self._teachers = plan, materializer, teachers
-        self._start_D, self._descent = np.array(candidate.point), descent
+        self._start_D, self._descent, self._num_parts = np.array(candidate.point), descent, num_parts
         assert isinstance(plan.space, Choice)  # a stage by gradients needs operators that have some
         self._branch = plan.space.branch(candidate.point)
         self._operator = plan.operators[self._branch.operator]
@@ -83,7 +88,8 @@ class PlanSlope:
         self.num_forwards = 0.0
         for task, name in self._losses.items():
             if expert := _teacher(name):
-                teachers.prepare(expert, task, self._samples[task], descent.layers)
+                for part in self._parts(self._samples[task]):
+                    teachers.prepare(expert, task, part, descent.layers)
                 # Counted with the first leg, so that a run that resumes counts what an uninterrupted one does.
                 self.num_forwards += 0 if descent.steps_before else len(self._samples[task])
 
@@ -114,10 +120,15 @@ class PlanSlope:
     def task_losses(self, numbers_d: Floats, batches: TaskItems) -> tuple[Floats, Floats]:
         """Return each task's mean loss (T,) and its gradient (T, d)."""
         self.num_forwards += BACKWARD_COST * sum(map(len, batches.values()))
-        terms = [partial(self._loss, task, items) for task, items in batches.items()]
+        parts = [(task, part) for task, items in batches.items() for part in self._parts(items)]
+        terms = [partial(self._loss, task, part) for task, part in parts]
         found = self._materializer.gradients(self._operator, self._plan.recipe(self.point(numbers_d)), terms)
-        gradient_Td = np.stack([self._branch.space.pull_back(gradients) for _, gradients in found])
-        return np.array([loss for loss, _ in found]), gradient_Td
+        loss_B = np.array([loss for loss, _ in found])
+        gradient_Bd = np.stack([self._branch.space.pull_back(gradients) for _, gradients in found])
+        shares_TB = np.array(
+            [[(of == task) * len(part) / len(batches[task]) for of, part in parts] for task in batches]
+        )
+        return shares_TB @ loss_B, shares_TB @ gradient_Bd
 
     def in_the_box(self, numbers_d: Floats, loss_T: Floats, gradient_Td: Floats) -> tuple[Floats, Floats, Floats]:
         """Return the point (D,), the loss of each objective that steers (M,), and its gradient in the point (M, D)."""
@@ -131,6 +142,10 @@ class PlanSlope:
         if expert := _teacher(name):
             return self._teachers.loss(expert, task, items, self._descent)
         return self._plan.evaluator.loss(model, task, items, name)
+
+    def _parts(self, items: Items) -> list[Items]:
+        """Return what goes through the model at a time."""
+        return np.array_split(items, min(self._num_parts, len(items)))
 
     def _draw_samples(self, descent: Descent) -> dict[str, Items]:
         """Return the adapt items, or so many of each task as the descent says, the same for a whole stage."""

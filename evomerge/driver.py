@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from evomerge.clock import Clock
 from evomerge.course import Course
 from evomerge.draining import Draining
 from evomerge.errors import EvoMergeError
@@ -14,7 +15,7 @@ from evomerge.evidence.summary import Summarizer, all_sources
 from evomerge.front.front import front_of, observe, worst_of_inputs
 from evomerge.ledger.ledger import Ledger
 from evomerge.plan import Plan
-from evomerge.proposers.proposer import Proposer
+from evomerge.proposers.proposer import Proposer, proposing
 from evomerge.racing import RacingPool, finished_models, make_race
 from evomerge.records import Measurement, Recipe, Split, Trial, as_it_went
 from evomerge.references import best_scalar, reference_recipes
@@ -56,7 +57,8 @@ class Driver:
             leg = course.leg(number, trials)
             self.ledger.begin_stage(number, leg.facts())
             pool.configure(leg.plan.stage_space)
-            proposer = stage.make_proposer(leg.problem((seed, number), reference_M))
+            with proposing():
+                proposer = stage.make_proposer(leg.problem((seed, number), reference_M))
             own = [trial for trial in trials if trial.stage == number]
             self._run_stage(number, own, stage.num_evaluations, proposer, pool)
         self._score_front(references)
@@ -68,31 +70,46 @@ class Driver:
 
         trials: those of the stage, as they are recorded.
         """
-        for trial, is_told in as_it_went(trials):
-            if is_told:
-                proposer.tell(observe(trial, self.plan.objectives))
-            else:
-                proposer.recall(trial.candidate)
+        with proposing():
+            for trial, is_told in as_it_went(trials):
+                if is_told:
+                    proposer.tell(observe(trial, self.plan.objectives))
+                else:
+                    proposer.recall(trial.candidate)
         pending = {trial.number: trial for trial in trials if trial.order is None}
         for trial in pending.values():
             pool.submit(trial.number, trial.candidate, "search")
+            self.watcher.issue(trial)
+        clock = Clock()
         num_issued = len(trials)
         while True:
             while room := 0 if self.draining else min(pool.num_free, num_evaluations - num_issued):
-                asked = proposer.ask(room, [trial.candidate for trial in pending.values()])
+                with proposing():
+                    asked = proposer.ask(room, [trial.candidate for trial in pending.values()])
+                clock.lap("propose")
                 if not asked:
                     break
-                for candidate in asked:
-                    trial = self.ledger.issue(number, num_issued, candidate)
-                    pool.submit(trial.number, candidate, "search")
+                issued = self.ledger.issue_all(number, num_issued, asked)
+                clock.lap("record")
+                for trial in issued:
+                    pool.submit(trial.number, trial.candidate, "search")
                     pending[trial.number] = trial
-                    num_issued += 1
+                    clock.lap("submit")
+                    self.watcher.issue(trial)
+                    clock.lap("show")
+                num_issued += len(issued)
             if not pending:
                 return self._stop_if_asked()
             result = next(pool.results())
+            clock.lap("wait")
+            result = replace(result, fate={**result.fate, "driver": clock.take()})
             trial = self._record(pending.pop(result.key), result)
-            proposer.tell(observe(trial, self.plan.objectives))
+            clock.lap("record")
+            with proposing():
+                proposer.tell(observe(trial, self.plan.objectives))
+            clock.lap("propose")
             self.watcher.advance(trial)
+            clock.lap("show")
 
     def _record(self, trial: Trial, result: Result) -> Trial:
         outcome = result.outcome

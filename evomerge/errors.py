@@ -13,6 +13,17 @@ Every message is one line: what, expected, found, what to do.
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Literal
+
+Kind = Literal[
+    "undefined merge",  # these coefficients have none
+    "merge error",  # raised while it was computed
+    "not finite",  # a NaN or an infinity: in the merged tensors, in what items score, in a descent's loss
+    "evaluator error",  # raised while it was scored
+    "out of memory",  # in batches of half the size too
+    "timed out",
+    "killed workers",  # as many as it may
+]
 
 
 class EvoMergeError(Exception):
@@ -46,12 +57,12 @@ class RunError(InputError):
 class CandidateError(EvoMergeError):
     """One candidate could not be scored; the reason is recorded in its trial.
 
-    kind is one or two words for it: ``failed``, ``out of memory``, ``timed out``, ``killed workers``.
+    kind: a few words for it, by which failures are counted. halved: it was scored in batches of half the size.
     """
 
-    def __init__(self, message: str, kind: str = "failed") -> None:
+    def __init__(self, message: str, kind: Kind = "undefined merge", *, halved: bool = False) -> None:
         super().__init__(message)
-        self.kind = kind
+        self.kind, self.halved = kind, halved
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,33 +1,31 @@
 """From a run or a recipe to a checkpoint on disk, and proof that it is the model that was scored."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from evomerge.card import PICTURE, Written, auto_class, model_card
 from evomerge.card_metadata import Input
-from evomerge.course import Course
-from evomerge.errors import EvoMergeError, InputError, RunError
+from evomerge.errors import InputError
 from evomerge.evaluators.evaluator import ItemScores
 from evomerge.front_picture import draw_front
 from evomerge.interop.read import read_any_recipe
 from evomerge.interop.write import write_mergekit
 from evomerge.materialize.adapter import CONFIG as ADAPTER_CONFIG
 from evomerge.materialize.adapter_write import adapted, merged_adapter, why_no_adapter, write_adapter
-from evomerge.materialize.arrangement import Output
 from evomerge.materialize.checkpoint import open_checkpoint
 from evomerge.materialize.companions import choose_companions
 from evomerge.materialize.materializer import Materializer
 from evomerge.materialize.residence import Place
-from evomerge.materialize.resident import load_model
+from evomerge.materialize.resident import ResidentModel, load_model
 from evomerge.materialize.write import SHARD_SIZE, require_new, require_size, write_checkpoint
 from evomerge.plan import Plan, choose_device, decisions, make_plan
+from evomerge.rebuild import rebuild, recipe_of
 from evomerge.recipe_file import write_recipe
-from evomerge.records import Recipe, Split, Trial
-from evomerge.run import Run, require_same_inputs
+from evomerge.records import Split, Trial
+from evomerge.run import Run
 from evomerge.scorer import objective_score
 
 Loading = Callable[[str], None]
@@ -85,14 +83,12 @@ def export_trial(run: Run, trial: Trial, out: Path, loading: Loading, form: Form
     require_size(form.shard_size)
     plan = make_plan(run.campaign)
     companions = choose_companions(plan.base, plan.experts, form.tokenizer_from)
-    course = Course(run.campaign, plan, run.changes)
-    course.leg(trial.stage, run.trials)
-    recipe = course.recipe(trial)
+    recipe = recipe_of(run, trial, plan)
     operator = plan.operators[recipe.operator]
     reason = why_no_adapter(operator, plan.experts)
     if form.as_adapter and reason:
         raise InputError(f"--as-adapter: {reason}; leave the option out")
-    materializer = _rebuild(run, plan, trial, recipe, loading)
+    materializer = rebuild(run, plan, trial, recipe, loading)
     weights, architecture = materializer.weights_hash(), type(materializer.module).__name__
 
     def add(folder: Path) -> None:
@@ -119,27 +115,6 @@ def export_trial(run: Run, trial: Trial, out: Path, loading: Loading, form: Form
         write_checkpoint(materializer, out, add, shard_size=form.shard_size)
     fits_adapter = reason is None and not form.as_adapter
     return Exported(auto_class(architecture), companions.origin, companions.notes, fits_adapter)
-
-
-def _rebuild(run: Run, plan: Plan, trial: Trial, recipe: Recipe, loading: Loading) -> Materializer:
-    """Return a materializer that holds the trial's model, the one that was tested if it was."""
-    materializer = Materializer(
-        plan.base,
-        list(plan.experts.values()),
-        dtype=plan.dtype,
-        output=Output(layers=recipe.layers),
-        place=plan.place,
-        progress=loading,
-    )
-    require_same_inputs(run, materializer.hashes, plan.evaluator.digest)
-    materializer.build(plan.operators[recipe.operator], recipe)
-    tested = run.tested.get(f"trial:{trial.number}")
-    if tested and tested.weights != materializer.weights_hash():
-        raise EvoMergeError(
-            f"trial {trial.number}: the rebuilt tensors differ from those that were tested: another device, "
-            f"number of threads or version of torch; rebuild where the run was made"
-        )
-    return materializer
 
 
 def _inputs(run: Run, plan: Plan) -> dict[str, Input]:
@@ -204,10 +179,12 @@ def verify_export(run: Run, trial: Trial, folder: Path, loading: Loading) -> lis
     """
     loading(str(folder))
     plan = make_plan(run.campaign)
+    alone = replace(plan.place, residence="auto" if plan.place.residence == "auto" else "host")
     if (folder / ADAPTER_CONFIG).is_file():
-        model = adapted(plan.base, folder, plan.dtype, Place(device=plan.place.device)).module
+        model = adapted(plan.base, folder, plan.dtype, alone).module
     else:
-        model = load_model(open_checkpoint(str(folder), folder), plan.dtype).to(torch.device(plan.place.device))
+        settled = alone.choose(plan.device_bytes)
+        model = ResidentModel(load_model(open_checkpoint(str(folder), folder), plan.dtype), settled.rooms).module
     rows = []
     for split, measured in (("search", run.searched), ("test", run.tested)):
         recorded = measured.get(f"trial:{trial.number}")
@@ -230,15 +207,3 @@ def verify_export(run: Run, trial: Trial, folder: Path, loading: Loading) -> lis
                 )
             )
     return rows
-
-
-def parse_preference(text: str) -> dict[str, float]:
-    """Read ``a=2,b=1``. Raises: RunError."""
-    preference = {}
-    for part in text.split(","):
-        name, _, weight = part.partition("=")
-        try:
-            preference[name.strip()] = float(weight)
-        except ValueError as error:
-            raise RunError(f"--prefer: expected NAME=WEIGHT,... such as a=2,b=1, found {part!r}") from error
-    return preference

@@ -25,7 +25,7 @@ from evomerge.materialize.adapter import Adapter, open_expert
 from evomerge.materialize.arrangement import arrange
 from evomerge.materialize.checkpoint import Checkpoint, fit_to_base, open_checkpoint
 from evomerge.materialize.paths import describe
-from evomerge.materialize.residence import Place, Residence
+from evomerge.materialize.residence import AUTO, Place, Residence
 from evomerge.materialize.resident import empty_model, tensor_index, tied_names
 from evomerge.materialize.vocabulary import vocabulary_tensors
 from evomerge.operators.linear import TaskArithmetic
@@ -296,15 +296,26 @@ def decisions(experts: Iterable[Checkpoint | Adapter], dtype: str) -> list[str]:
 
 
 def choose_device(asked: str) -> str:
-    """Return the device to merge and score on: what was asked for, or a GPU where there is one."""
-    if asked == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=asked)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise CampaignError(f"device: {asked!r} cannot be used here ({reason}); try auto or cpu") from error
-    return asked
+    """Return the device to merge and score on, as ``Place`` has it: what was asked for, or GPUs where there are some.
+
+    Raises: CampaignError for a device that is not there, and for several that are not GPUs, each its own.
+    """
+    if asked == AUTO:
+        return "cpu" if not torch.cuda.is_available() else AUTO if torch.cuda.device_count() > 1 else "cuda"
+    found = []
+    for device in asked.split(","):
+        try:
+            found.append(torch.empty(1, device=device.strip()).device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise CampaignError(f"device: {asked!r} cannot be used here ({reason}); try auto or cpu") from error
+    # The CPU may be named twice: that shows without any GPU what a spread model does.
+    if len({device.type for device in found}) > 1 or (found[0].type == "cuda" and len(set(found)) < len(found)):
+        raise CampaignError(
+            f"device: expected auto, one device, or different GPUs to spread the model over (cuda:0,cuda:1), found "
+            f"{asked!r}"
+        )
+    return ",".join(map(str, found))
 
 
 def _make_evaluator(campaign: Campaign, base: Checkpoint) -> Evaluator:

@@ -1,14 +1,14 @@
 """A pool that races: candidates go through the rounds of a race on another pool, and come back stopped or complete."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from evomerge.evidence.summary import Summarizer
 from evomerge.fidelity.race import Race, RaceOptions
 from evomerge.plan import Plan
 from evomerge.records import Candidate, Measurement, Split, TaskItems, Trial, in_order
-from evomerge.workers.pool import Pool, Result, Subject
+from evomerge.workers.pool import SECONDS, Pool, Result, Subject, fate_of
 
 
 def make_race(plan: Plan, options: RaceOptions, references: Mapping[str, Measurement], seed: int) -> Race:
@@ -31,10 +31,11 @@ def finished_models(
 
 @dataclass(frozen=True, slots=True)
 class _Runner:
-    """A candidate on its way, with what its rounds up to now have shown."""
+    """A candidate on its way, with what its rounds up to now have shown, and their seconds (``Result.fate``)."""
 
     subject: Subject
     measurement: Measurement | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class RacingPool:
@@ -66,9 +67,11 @@ class RacingPool:
 
     def results(self) -> Iterator[Result]:
         """Yield results of candidates that failed, were stopped or have run all rounds, until none is left."""
-        for result in self._pool.results():
-            key, outcome = result.key, result.outcome
+        for last in self._pool.results():
+            key, outcome = last.key, last.outcome
             runner = self._running.pop(key)
+            seconds = {part: runner.seconds.get(part, 0.0) + last.fate.get(part, 0.0) for part in SECONDS}
+            result = replace(last, fate={**last.fate, **seconds})
             if not isinstance(outcome, Measurement):
                 yield result
                 continue
@@ -76,14 +79,19 @@ class RacingPool:
             items = self._race.next_items(measurement)
             if items is None:
                 self._finished[f"trial:{key}"] = self._summarizer.add(measurement)
-                yield replace(result, outcome=measurement)
+                yield _complete(result, measurement)
                 continue
             estimate = self._race.estimate(measurement, self._finished)
             reason = self._race.verdict(self._summarizer.add(estimate), self._finished)
             if reason is not None:
-                yield replace(result, outcome=replace(estimate, stopped=reason))
+                yield _complete(result, replace(estimate, stopped=reason))
                 continue
             # A descent is done once: the later rounds score where it ended.
             subject = Candidate(point=measurement.arrival.point) if measurement.arrival else runner.subject
-            self._running[key] = _Runner(subject, measurement)
+            self._running[key] = _Runner(subject, measurement, seconds)
             self._pool.submit(key, subject, measurement.split, items)
+
+
+def _complete(result: Result, measurement: Measurement) -> Result:
+    """Return the result of the last round as that of all rounds."""
+    return replace(result, outcome=measurement, fate={**result.fate, **fate_of(measurement)})

@@ -23,6 +23,7 @@ TaskItems = Mapping[str, Items]
 Direction = Literal["max", "min"]
 Split = Literal["adapt", "search", "test"]
 Summary = Literal["mean", "worst"]
+TrialState = Literal["pending", "scored", "stopped", "failed"]
 
 
 class Options(BaseModel):
@@ -263,6 +264,7 @@ class Measurement:
     stopped says why a race left the other items out; values and standard errors are then estimates of what all items
     would have given. cost is in full-evaluation equivalents (a forward over all search items of all tasks = 1, with
     backward = 3); seconds says where the time went. weights is the hash of the merged tensors where it was asked for.
+    halved: it did not fit memory, and was made in batches of half the size (a trial's fate says so too).
     """
 
     split: Split
@@ -272,6 +274,7 @@ class Measurement:
     weights: str | None = None
     arrival: Arrival | None = None
     stopped: str | None = None
+    halved: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,6 +301,13 @@ class Trial:
         """The point that was scored: where the descent ended, if there was one."""
         arrival = self.measurement.arrival if self.measurement else None
         return arrival.point if arrival else self.candidate.point
+
+    @property
+    def state(self) -> TrialState:
+        """Pending until it has its result; then scored on all items, stopped by a race before that, or failed."""
+        if self.order is None:
+            return "pending"
+        return "failed" if self.measurement is None else "stopped" if self.measurement.stopped else "scored"
 
 
 def in_order(trials: Iterable[Trial]) -> list[Trial]:

@@ -18,7 +18,7 @@ from evomerge.errors import RunError
 from evomerge.front.front import observe, worst_of_inputs
 from evomerge.plan import Findings, Plan, make_plan
 from evomerge.proposers.llm import Llm
-from evomerge.proposers.proposer import Proposer
+from evomerge.proposers.proposer import Proposer, proposing
 from evomerge.records import Candidate, Objective, Trial, as_it_went
 from evomerge.run import Run
 from evomerge.space.space import Dimension
@@ -55,6 +55,7 @@ class StageReplay:
     difference: Difference | None
 
 
+@proposing()
 def replay(run: Run, progress: Callable[[int, int], None] = lambda _done, _total: None) -> list[StageReplay]:
     """Propose all trials of a run again, and return each stage's first difference; a stage is left where it differs.
 

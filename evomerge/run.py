@@ -8,23 +8,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from evomerge.campaign import Campaign
-from evomerge.errors import RunError, did_you_mean
+from evomerge.errors import RunError
 from evomerge.evidence.compare import paired_difference
 from evomerge.evidence.summary import Summarizer, all_sources
-from evomerge.front.front import front_hypervolume, front_of, maximized
-from evomerge.front.pick import knee, prefer
+from evomerge.front.front import Front, front_hypervolume, front_of
 from evomerge.ledger.ledger import Ledger
 from evomerge.ledger.location import Location, locate
-from evomerge.records import Measurement, Objective, Split, Trial
+from evomerge.records import Measurement, Objective, Split, Trial, digest
 from evomerge.sections import DataFlowSection, SpaceChanges
 from evomerge.space.choice import chosen
 from evomerge.space.data_flow import layers_on
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from evomerge.plan import Findings, Plan
+    from evomerge.rebuild import LiveModel
     from evomerge.watcher import Watcher
 
 
@@ -72,9 +72,9 @@ class Run:
         return [objective for objective in self.objectives if objective.steers]
 
     @cached_property
-    def front(self) -> list[Trial]:
+    def front(self) -> Front:
         """The front on search values."""
-        return front_of(self.trials, self.objectives)
+        return Front(tuple(front_of(self.trials, self.objectives)), self.objectives)
 
     @property
     def is_finished(self) -> bool:
@@ -88,6 +88,16 @@ class Run:
     def stopped(self) -> list[Trial]:
         """Trials that a race stopped before all search items were scored."""
         return [trial for trial in self.trials if trial.measurement and trial.measurement.stopped]
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """Kind of failure -> how many trials ended so, most first."""
+        return dict(Counter(trial.fate.get("kind", "failed") for trial in self.trials if trial.failure).most_common())
+
+    @property
+    def halved(self) -> list[Trial]:
+        """Trials that fitted memory, if at all, only in batches of half the size."""
+        return [trial for trial in self.trials if trial.fate.get("halved")]
 
     @property
     def cost(self) -> float:
@@ -146,6 +156,16 @@ class Run:
         counts = [str(len(stage["space"])) for stage in self._stages]
         return ", then ".join(counts if len(set(counts)) > 1 else counts[:1])
 
+    def ancestor(self, trial: Trial) -> int | None:
+        """Number of the trial that a trial's stage started from; None if it started anew."""
+        ancestor: int | None = self._stages[trial.stage].get("ancestor")
+        return ancestor
+
+    def proposer_of(self, trial: Trial) -> str:
+        """Name of the proposer of a trial's stage; ``auto`` where the campaign left the choice to the search."""
+        stages = self.campaign.search
+        return stages if isinstance(stages, str) else stages[trial.stage].proposer
+
     @property
     def lineage(self) -> list[str]:
         """Say of each stage with a space of its own which trial it started from, and which experts it left out."""
@@ -192,45 +212,74 @@ class Run:
         return front_hypervolume(self.trials, self.objectives, self.searched["base"])
 
     def pick(
-        self, *, trial: int | None = None, at_knee: bool = False, preference: Mapping[str, float] | None = None
+        self,
+        *,
+        trial: int | None = None,
+        at_knee: bool = False,
+        preference: Mapping[str, float] | None = None,
+        minimum: Mapping[str, float] | None = None,
+        maximum: Mapping[str, float] | None = None,
     ) -> Trial:
         """Return one trial: by number, the front's knee, or the member that serves a preference best.
 
-        A preference weighs objectives; one that it leaves out counts 1. Picking uses search values.
-        Raises: RunError if there is no such trial, it failed, or the front is empty.
+        A preference weighs objectives; one that it leaves out counts 1. minimum and maximum: objective -> the least or
+        the largest value that a member may have, in the user's sign; with them alone, the knee of those that keep them.
+        Picking uses search values. Raises: RunError if there is no such trial, it failed, or the front is empty.
         """
+        bounds = minimum or {}, maximum or {}
+        at_knee = at_knee or (trial is None and preference is None and any(bounds))
         if (trial is not None) + at_knee + (preference is not None) != 1:
-            raise RunError("pick one model: --trial N, --knee, or --prefer NAME=WEIGHT,...")
+            raise RunError("pick one model: --trial N, --knee, or --prefer NAME=WEIGHT,... (and --min, --max)")
         if trial is not None:
-            return self._trial(trial)
+            if any(bounds):
+                raise RunError(f"--trial {trial}: it names one model; --min and --max are for --knee and --prefer")
+            found = self.trial(trial)
+            if found.measurement is None:
+                raise RunError(f"trial {trial} has no scores: {found.failure or 'it has not finished'}; pick another")
+            return found
         if not self.front:
             raise RunError(
                 f"{self.location}: no trial has finished within the floors and ceilings; there is no front yet"
             )
-        values_NM = np.array(
-            [maximized(member.measurement, self.objectives) for member in self.front if member.measurement]
-        )
-        if at_knee:
-            return self.front[knee(values_NM)]
-        assert preference is not None
-        names = [objective.name for objective in self.steering]
-        for name, weight in preference.items():
-            if name not in names:
-                raise RunError(f"--prefer: no objective {name!r}{did_you_mean(name, names)}")
-            if not (np.isfinite(weight) and weight >= 0):
-                raise RunError(f"--prefer: {name}: expected a weight of 0 or more, found {weight:g}")
-        weights_M = np.array([preference.get(name, 1.0) for name in names])
-        if not weights_M.any():
-            raise RunError("--prefer: all weights are 0; give at least one objective a positive weight")
-        return self.front[prefer(values_NM, weights_M)]
+        front = self.front.within(*bounds)
+        return front.knee() if preference is None else front.prefer(preference)
 
-    def _trial(self, number: int) -> Trial:
+    def trial(self, number: int) -> Trial:
+        """Return a trial by its number, whatever became of it. Raises: RunError if there is none."""
         if not 0 <= number < len(self.trials):
             raise RunError(f"{self.location}: no trial {number}; there are trials 0 to {len(self.trials) - 1}")
-        found = self.trials[number]
-        if found.measurement is None:
-            raise RunError(f"trial {number} has no scores: {found.failure or 'it has not finished'}; pick another")
-        return found
+        return self.trials[number]
+
+    def trials_frame(self) -> "pd.DataFrame":
+        """Return all trials as a pandas frame, a row a trial; ``frames.py`` names the columns. Raises: InputError."""
+        from evomerge.frames import frame_of, trial_rows
+
+        return frame_of(trial_rows(self))
+
+    def front_frame(self) -> "pd.DataFrame":
+        """Return the front's trials in the same columns, best first in the first objective. Raises: InputError."""
+        from evomerge.frames import frame_of, trial_rows
+
+        return frame_of(trial_rows(self, self.front))
+
+    def materialize(self, trial: Trial | int) -> "LiveModel":
+        """Return a trial's model and processor, alive: in memory on the run's device, ready to predict.
+
+        Raises: RunError if the trial has no scores, or checkpoints or items changed since; EvoMergeError if the tensors
+        are not those that were tested.
+        """
+        from evomerge.rebuild import materialize
+
+        return materialize(self, self.pick(trial=trial if isinstance(trial, int) else trial.number))
+
+    def __repr__(self) -> str:
+        return f"Run of {self.campaign.name} in {self.location}"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the front, beside the reference models."""
+        from evomerge.frames import as_html
+
+        return as_html(self)
 
 
 def open_run(given: str | Path | Location) -> Run:
@@ -265,10 +314,13 @@ def search(
     from evomerge.course import Course
     from evomerge.draining import Draining
     from evomerge.driver import Driver
+    from evomerge.log import Log
     from evomerge.plan import make_plan
     from evomerge.pools import open_pool
     from evomerge.stages import make_stages
-    from evomerge.watcher import Unwatched
+    from evomerge.trackers import require_clients
+    from evomerge.tracking import Tracking
+    from evomerge.watcher import Watchers
 
     location = locate(location).called(campaign.name)
     Ledger.upgrade(location)
@@ -277,11 +329,20 @@ def search(
         _require_same_meaning(run, campaign)
         if run.is_finished and campaign.budget.evaluations <= run.campaign.budget.evaluations:
             return run
-    with closing(Ledger.drive(location, campaign.name)) as ledger:
+    log = Log(location, campaign)
+    shown = Watchers([log, *([watcher] if watcher else [])])
+    with closing(Ledger.drive(location, campaign.name, shown.note)) as ledger:
         plan = make_plan(campaign)
         make_stages(campaign, plan)  # mistakes come to light before the weights are loaded
-        watcher = watcher or Unwatched()
-        with open_pool(campaign, plan, watcher.note) as (pool, findings):
+        require_clients(campaign.trackers)
+        identity = f"{campaign.name}-{digest(ledger.created())[:12]}"
+        tracking = Tracking(campaign, location, identity, shown.note)
+        watcher = Watchers([tracking, shown])
+        with (
+            log.session(resumed=ledger.has_begun),
+            tracking,
+            open_pool(campaign, plan, watcher.note) as (pool, findings),
+        ):
             plan = plan.with_findings(findings)
             stages = make_stages(campaign, plan)  # with what the workers have found out
             dumped = campaign.model_dump(mode="json")

@@ -63,12 +63,13 @@ def run_locations(place: Location) -> Iterator[Location]:
 def summarize_run(location: Location) -> RunSummary:
     """Return a run in a few numbers, or why it cannot be read."""
     try:
-        return _summary_of(open_run(location))
+        return summary_of(open_run(location))
     except RunError as error:
         return RunSummary(location=location, problem=str(error))
 
 
-def _summary_of(run: Run) -> RunSummary:
+def summary_of(run: Run) -> RunSummary:
+    """Return an open run in a few numbers."""
     holder = run.ledger.holder()
     state = "running" if holder else "finished" if run.is_finished else "stopped"
     finished = [trial for trial in run.trials if trial.order is not None]

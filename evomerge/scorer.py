@@ -1,18 +1,19 @@
 """The scorer: owns the resident model; subject -> recipe -> merged model -> measurement."""
 
-import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 import numpy as np
 import torch
 
+from evomerge.clock import Clock
 from evomerge.descend import Descender
-from evomerge.errors import CandidateError, DataError, EvoMergeError
-from evomerge.evaluators.evaluator import LOSS, ItemScores, companion_of
+from evomerge.errors import CandidateError, DataError, EvoMergeError, Kind
+from evomerge.evaluators.evaluator import LOSS, Evaluator, ItemScores, companion_of
 from evomerge.evidence.scores import score_of
 from evomerge.materialize.materializer import Materializer
+from evomerge.materialize.memory import fitting_memory, free_memory, lacks_memory
 from evomerge.materialize.sharing import Bytes, Shared, buffers_of
 from evomerge.operators.linear import TaskArithmetic
 from evomerge.operators.operator import Operator
@@ -36,6 +37,7 @@ class Scorer:
     Raises: InputError if the experts do not suit an operator.
     """
 
+    @fitting_memory("base, experts and the merged model")
     def __init__(
         self, plan: Plan, progress: Callable[[str], None] = lambda _: None, shared: Shared | None = None
     ) -> None:
@@ -91,41 +93,51 @@ class Scorer:
     def score(self, subject: Candidate | Recipe, split: Split, items: TaskItems | None = None) -> Measurement:
         """Build the merge and score it on items of a split (default: all of them); a descent comes first.
 
+        What does not fit memory is done once more in batches of half the size. The next candidate begins with whole
+        ones again: what it scores depends on itself alone, not on what its worker has seen before.
         Raises: CandidateError if the candidate fails, whatever the reason: the campaign goes on.
         """
         if items is None:
             items = {task: splits[split] for task, splits in self.plan.splits.items()}
-        try:
-            return self._score(subject, split, items)
-        except EvoMergeError:
-            raise
-        except Exception as error:  # a user's model or data can raise anything; it is one candidate's fate
-            raise CandidateError(_in_one_line(error)) from error
+        for halved in (False, True):
+            try:
+                return replace(self._score(subject, split, items, halved=halved), halved=halved)
+            except CandidateError as error:
+                if error.kind != "out of memory":
+                    error.halved = halved
+                    raise
+                reason = str(error)
+            free_memory()  # here the error is gone, and with it all that its frames held
+        raise CandidateError(f"{reason}; nor did it fit in batches of half the size", "out of memory", halved=True)
 
-    def _score(self, subject: Candidate | Recipe, split: Split, items: TaskItems) -> Measurement:
+    def _score(self, subject: Candidate | Recipe, split: Split, items: TaskItems, *, halved: bool) -> Measurement:
         clock = _Clock()
         arrival, cost = None, 0.0
         if isinstance(subject, Candidate) and subject.descent is not None:
-            arrival, cost = self._descender.descend(subject)
+            with _failing("evaluator error"):
+                arrival, cost = self._descender.descend(subject, num_parts=2 if halved else 1)
             clock.lap("descend")
-        if isinstance(subject, Candidate):
-            subject = self.plan.recipe(arrival.point if arrival else subject.point)
-        self.materializer.build(self._operators[subject.operator], subject)
+        with _failing("merge error"):
+            if isinstance(subject, Candidate):
+                subject = self.plan.recipe(arrival.point if arrival else subject.point)
+            self.materializer.build(self._operators[subject.operator], subject)
         clock.lap("materialize")
-        scores = self._evaluate(items)
-        clock.lap("evaluate")
+        with _failing("evaluator error"):
+            scores = self._evaluate(items, self.plan.evaluator.halved() if halved else self.plan.evaluator)
+            clock.lap("evaluate")
+            weights = self.materializer.weights_hash() if split == "test" else None
         return Measurement(
             split=split,
             scores=scores,
             cost=cost + sum(map(len, items.values())) / self._num_search_items,
             seconds=clock.seconds,
-            weights=self.materializer.weights_hash() if split == "test" else None,
+            weights=weights,
             arrival=arrival,
         )
 
-    def _evaluate(self, items: TaskItems) -> dict[str, Score]:
+    def _evaluate(self, items: TaskItems, evaluator: Evaluator) -> dict[str, Score]:
         """Score the resident model; every task once, whatever the number of its metrics."""
-        evaluator, model = self.plan.evaluator, self.materializer.module
+        model = self.materializer.module
         by_task = {task: evaluator.score(model, task, of_task) for task, of_task in items.items()}
         return {
             objective.name: objective_score(self.plan, objective, by_task[objective.task], items[objective.task])
@@ -143,33 +155,42 @@ def objective_score(plan: Plan, objective: Objective, reported: ItemScores, item
     for what, numbers in ((objective.metric, of_items), (LOSS, companion)):
         if numbers is not None and numbers.dtype.kind == "f" and not np.isfinite(numbers).all():
             flawed = int((~np.isfinite(numbers)).sum())
-            raise CandidateError(f"{objective.name}: {flawed} of {len(numbers)} items have no finite {what}")
+            raise CandidateError(
+                f"{objective.name}: {flawed} of {len(numbers)} items have no finite {what}", "not finite"
+            )
     sources = [plan.item_sources[objective.task][item] for item in items]
     try:
         score = score_of(of_items, items, sources, aggregate=metric.aggregate, companion=companion)
     except CandidateError as error:
-        raise CandidateError(f"{objective.name}: {error}") from error
+        raise CandidateError(f"{objective.name}: {error}", error.kind) from error
     if not np.isfinite([score.value, score.stderr]).all():
         raise CandidateError(
-            f"{objective.name}: {objective.metric} of {len(items)} items is {score.value:g} ± {score.stderr:g}"
+            f"{objective.name}: {objective.metric} of {len(items)} items is {score.value:g} ± {score.stderr:g}",
+            "not finite",
         )
     return score
+
+
+@contextmanager
+def _failing(kind: Kind) -> Iterator[None]:
+    """Let what is raised be the candidate's failure, of this kind unless memory ran out; errors of ours stay."""
+    try:
+        yield
+    except EvoMergeError:
+        raise
+    except Exception as error:  # a user's model, data or evaluator raises whatever it likes
+        raise CandidateError(_in_one_line(error), "out of memory" if lacks_memory(error) else kind) from error
 
 
 def _in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-class _Clock:
-    """Seconds by part; waits for the GPU where there is one."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+class _Clock(Clock):
+    """Waits for the GPU where there is one."""
 
     def lap(self, part: str) -> None:
+        """Count the time since the last lap to a part."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[part] = now - self._last
-        self._last = now
+        super().lap(part)

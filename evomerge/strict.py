@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import ValidationError
 
-from evomerge.errors import CampaignError, did_you_mean
+from evomerge.errors import CampaignError, InputError, did_you_mean
 from evomerge.records import Options
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
@@ -54,6 +54,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CampaignError(f"{path}: expected a mapping of keys, found {type(data).__name__}")
     return data
+
+
+def read_numbers(text: str, option: str) -> dict[str, float]:
+    """Read ``a=2,b=1``, as an option of the command line has it. Raises: InputError."""
+    numbers = {}
+    for part in text.split(","):
+        name, _, number = part.partition("=")
+        try:
+            numbers[name.strip()] = float(number)
+        except ValueError as error:
+            raise InputError(f"{option}: expected NAME=NUMBER,... such as a=2,b=1, found {part!r}") from error
+    return numbers
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -66,7 +66,8 @@ class Teachers:
             strict=True,
         )
         squares = [(other.float() - one.to(other.device).float()).square().mean() for one, other in pairs]
-        return loss + descent.alignment * torch.stack(squares).mean()
+        # Layers may lie on several devices.
+        return loss + descent.alignment * torch.stack([square.to(loss.device) for square in squares]).mean()
 
     def _answers(self, task: str, items: Items, layers: tuple[int, ...]) -> list[Answer]:
         evaluator, model = self._plan.evaluator, self._materializer.module

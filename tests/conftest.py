@@ -1,9 +1,13 @@
 import os
+import secrets
+import subprocess
 import uuid
 
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of tests side by side, each has a core
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["RAY_AUTH_MODE"] = "token"  # clusters of tests let tests in, and leave no token in the home folder
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +18,7 @@ import torch
 import yaml
 from filelock import FileLock
 from postgres_server import NoServerError, served
+from ray_head import Head, started
 from silent_watcher import Silent
 from small_families import SMALL
 
@@ -64,10 +69,17 @@ def digits4() -> FamilySummary:
 def postgresql() -> Iterator[str]:
     """URL of a real server's database; started for the first test that wants it."""
     try:
-        with served() as url:
-            yield url
+        with served() as server:
+            yield server.url
     except NoServerError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def ray_head() -> Iterator[Head]:
+    """The addresses of a Ray cluster with a job server; started for the first test that wants it."""
+    with started() as head:
+        yield head
 
 
 @pytest.fixture
@@ -79,6 +91,20 @@ def empty_postgresql(postgresql: str) -> str:
     with psycopg.connect(postgresql, autocommit=True) as connection:
         connection.execute(f"create database {name}")
     return postgresql.replace("/postgres?", f"/{name}?")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a few megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", folder], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.fixture

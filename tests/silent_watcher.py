@@ -12,6 +12,9 @@ class Silent:
     def phase(self, title: str, total: int, done: int) -> None:
         self.phases.append((title, total, done))
 
+    def issue(self, trial: object) -> None:
+        pass
+
     def advance(self, trial: object) -> None:
         self.num_advances += 1
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "evomerge"
 LAYERS = (
-    {"records", "errors", "strict", "chat", "scatter"},
+    {"records", "errors", "strict", "chat", "scatter", "clock"},
     {"kernels"},
     {"operators", "space", "splits", "front", "evidence"},
     {"materialize", "ledger", "surrogates", "descent_rules"},
-    {"proposers", "evaluators", "fidelity", "workers", "families"},
+    {"proposers", "evaluators", "fidelity", "workers", "families", "trackers"},
     {
         "sections",
         "campaign",
@@ -28,6 +28,7 @@ LAYERS = (
         "driver",
         "watcher",
         "draining",
+        "log",
         "pools",
         "recipe_file",
     },
@@ -42,9 +43,17 @@ LAYERS = (
         "export",
         "card",
         "guard",
+        "times",
+        "tracking",
+        "comparison",
+        "frames",
+        "rebuild",
+        "rescore",
+        "status",
         "card_metadata",
         "push",
         "front_picture",
+        "submit",
     },
     {"report"},
     {"cli"},
@@ -62,6 +71,7 @@ CONFINED = {  # library -> where alone it may be imported
     "sqlalchemy": {"ledger"},
     "psycopg": {"ledger"},
     "moocore": {"front"},
+    "pandas": {"frames", "run"},  # run.py names the type alone
     "PIL": {"scatter"},
     "huggingface_hub": {"materialize", "push"},
     "plotly": {"report"},
@@ -71,6 +81,9 @@ CONFINED = {  # library -> where alone it may be imported
     "typer": {"cli"},
     "ray": {"workers"},
     "lm_eval": {"evaluators"},
+    "tensorboardX": {"trackers"},
+    "mlflow": {"trackers"},
+    "wandb": {"trackers"},
 }
 
 

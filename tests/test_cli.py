@@ -3,11 +3,14 @@
 import json
 import os
 import re
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +22,8 @@ from transformers import AutoModel
 from evomerge import cli
 from evomerge.families.family import FamilySummary
 from evomerge.ledger.ledger import Ledger
-from evomerge.ledger.location import locate
+from evomerge.ledger.location import FILE_NAME, locate
+from evomerge.records import Candidate
 from evomerge.run import open_run
 
 ROOT = Path(__file__).parent.parent
@@ -84,7 +88,8 @@ def test_help_lists_the_commands() -> None:
     done = evomerge("--help")
     assert done.returncode == 0
     assert all(
-        command in done.stdout for command in ("check", "search", "front", "report", "export", "merge", "families")
+        command in done.stdout
+        for command in ("check", "search", "front", "status", "show", "compare", "score", "export", "merge", "families")
     )
 
 
@@ -201,8 +206,12 @@ MISTAKES = [
     (("export", "RUN", "--trial", "99", "--out", "x"), "no trial 99; there are trials 0 to 24"),
     (("export", "RUN", "--prefer", "rot91=2", "--out", "x"), "no objective 'rot91'; did you mean 'rot90'?"),
     (("export", "RUN", "--prefer", "rot90=-1", "--out", "x"), "expected a weight of 0 or more, found -1"),
-    (("export", "RUN", "--prefer", "rot90", "--out", "x"), "expected NAME=WEIGHT,... such as a=2,b=1, found 'rot90'"),
+    (("export", "RUN", "--prefer", "rot90", "--out", "x"), "expected NAME=NUMBER,... such as a=2,b=1, found 'rot90'"),
     (("export", "RUN", "--prefer", "rot90=0,parity=0", "--out", "x"), "all weights are 0"),
+    (("export", "RUN", "--min", "rot90=2", "--out", "x"), "--min rot90=2: expected a model on the front that keeps it"),
+    (("export", "RUN", "--max", "rot90", "--out", "x"), "--max: expected NAME=NUMBER,... such as a=2,b=1"),
+    (("show", "RUN", "99"), "no trial 99; there are trials 0 to 24"),
+    (("front", "RUN", "--json", "--csv"), "--json and --csv: expected one of them"),
     (("export", "RUN", "--knee", "--out", "RUN"), "expected a folder that is new or empty"),
     (("export", "RUN", "--knee", "--out", "x", "--shard-size", "5"), "--shard-size: expected a size such as 5GB"),
     (("export", "RUN", "--knee", "--out", "x", "--private"), "--private: says how --push creates its repository"),
@@ -230,6 +239,67 @@ def test_a_mistake_in_the_file_reaches_the_user(
     done = typed("check", campaign_file(space={"coefficient": {"low": 0.0, "hihg": 1.0}}))
     assert done.returncode == 2
     assert done.stderr.rstrip().endswith("space.coefficient.hihg: unknown key; did you mean 'high'?")
+
+
+@pytest.fixture
+def larger(run_folder: Path, tmp_path: Path) -> Path:
+    """The campaign of that run with a larger budget: the search has something to write."""
+    sections = yaml.safe_load((run_folder.parent.parent / "campaign.yaml").read_text())
+    path = tmp_path / "larger.yaml"
+    path.write_text(yaml.safe_dump({**sections, "budget": {"evaluations": 30}}))
+    return path
+
+
+@pytest.mark.parametrize("command", ["search", "front", "runs"])
+def test_a_run_on_a_read_only_medium(
+    command: str, run_folder: Path, larger: Path, small_disk: Path, typed: Callable[..., Typed]
+) -> None:
+    """It is read as any other; a search says in a line that it cannot be written."""
+    shutil.copytree(run_folder, small_disk / "run")
+    before = (small_disk / "run" / FILE_NAME).read_bytes()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    if command == "search":
+        for where in ("run", "another"):
+            done = typed("search", larger, "--run", small_disk / where)
+            assert done.returncode == 2
+            assert re.search(
+                "cannot (be written|write a run there) .*read-?only.*(give access|another place)", done.stderr, re.I
+            )
+            assert len(done.stderr.splitlines()) == 1
+    else:
+        done = typed(command, small_disk / ("run" if command == "front" else ""))
+        assert done.returncode == 0, done.stderr
+        assert "digits4" in done.stdout
+    assert (small_disk / "run" / FILE_NAME).read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["search", "front"])
+def test_a_ledger_of_a_newer_version_is_left_alone(
+    command: str, run_folder: Path, larger: Path, tmp_path: Path, typed: Callable[..., Typed]
+) -> None:
+    shutil.copytree(run_folder, tmp_path / "run")
+    with closing(sqlite3.connect(tmp_path / "run" / FILE_NAME)) as connection:
+        connection.execute("UPDATE evomerge_schema SET version = 99")
+        connection.commit()
+    before = (tmp_path / "run" / FILE_NAME).read_bytes()
+    done = typed(*(["search", larger, "--run"] if command == "search" else ["front"]), tmp_path / "run")
+    assert done.returncode == 2
+    assert re.search(r"expected schema \d+, found 99; use the evomerge that wrote it\n$", done.stderr)
+    assert len(done.stderr.splitlines()) == 1
+    assert (tmp_path / "run" / FILE_NAME).read_bytes() == before
+
+
+def test_a_second_driver_is_told_who_drives(
+    run_folder: Path, larger: Path, tmp_path: Path, typed: Callable[..., Typed]
+) -> None:
+    shutil.copytree(run_folder, tmp_path / "run")
+    with closing(Ledger.drive(locate(tmp_path / "run"), "digits4")) as ledger:
+        done = typed("search", larger, "--run", tmp_path / "run")
+        assert done.returncode == 2
+        assert f"process {os.getpid()} on" in done.stderr
+        assert "is driving this run; its lease ends at" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        ledger.issue(0, 100, Candidate(point=(0.5,)))
 
 
 def test_merge_says_what_a_mergekit_file_has_in_vain(

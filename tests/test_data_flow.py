@@ -19,8 +19,8 @@ from evomerge.materialize.resident import load_model
 from evomerge.plan import Plan, make_plan
 from evomerge.recipe_file import read_recipe, write_recipe
 from evomerge.records import Trial
+from evomerge.report.front import print_front
 from evomerge.report.html import write_report
-from evomerge.report.terminal import print_front
 from evomerge.run import Run, open_run, search
 from evomerge.scorer import Scorer
 from evomerge.space.data_flow import DataFlow, PathLayer

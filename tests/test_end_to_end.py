@@ -9,8 +9,8 @@ from evomerge.campaign import read_campaign
 from evomerge.export import export_trial, verify_export
 from evomerge.families.family import FamilySummary
 from evomerge.records import Measurement
+from evomerge.report.front import print_front
 from evomerge.report.html import write_report
-from evomerge.report.terminal import print_front
 from evomerge.run import Run, search
 from evomerge.sections import BudgetSection, CoefficientSection, SpaceSection, StageSection
 

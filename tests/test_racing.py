@@ -12,8 +12,8 @@ from evomerge.campaign import Campaign, read_campaign
 from evomerge.errors import CampaignError
 from evomerge.families.family import FamilySummary
 from evomerge.plan import make_plan
+from evomerge.report.front import print_front
 from evomerge.report.html import write_report
-from evomerge.report.terminal import print_front
 from evomerge.run import Run, search
 
 SEARCH = [{"proposer": "sobol", "evaluations": 24}, {"proposer": "nsga2", "population": 8}]

@@ -1,5 +1,6 @@
-"""A campaign whose task vectors are held in 8 bits: scored, exported and checked as such."""
+"""Campaigns whose task vectors are held in 8 bits, or whose model lies on several devices, from check to export."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from evomerge.campaign import Campaign
 from evomerge.check import check_campaign
 from evomerge.errors import RunError
 from evomerge.export import export_trial, verify_export
-from evomerge.report.terminal import print_check
+from evomerge.report.checked import print_check
 from evomerge.run import search
 
 Make = Callable[..., Campaign]
@@ -49,3 +50,30 @@ def test_check_says_how_candidates_are_merged(make_campaign: Make, capsys: pytes
         print_check(Path("campaign.yaml"), report)
         assert expected in " ".join(capsys.readouterr().out.split())
     assert report.plan.size_bytes < check_campaign(make_campaign(device="cpu"), quiet).plan.size_bytes
+
+
+def test_a_model_on_two_devices_is_searched_and_exported_as_on_one(
+    make_campaign: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Among its trials are descents."""
+    stages = [{"proposer": "adamerging", "evaluations": 2, "loss": "ce", "steps": 2}, {"proposer": "sobol"}]
+    trials = []
+    for number, device in enumerate(("cpu", "cpu,cpu")):
+        run = search(make_campaign(device=device, search=stages, budget={"evaluations": 6}), tmp_path / f"run{number}")
+        measured = [(trial.candidate, trial.measurement) for trial in run.trials if trial.measurement]
+        trials.append(
+            [
+                (of.point, at.arrival, {name: at.scores[name].items.tolist() for name in at.scores})
+                for of, at in measured
+            ]
+        )
+    assert len(trials[0]) == 6
+    assert trials[0] == trials[1]
+    best = run.pick(at_knee=True)
+    export_trial(run, best, tmp_path / "merged", quiet)
+    assert all(row.rescored == row.recorded for row in verify_export(run, best, tmp_path / "merged", quiet))
+    print_check(Path("campaign.yaml"), check_campaign(make_campaign(device="cpu,cpu"), quiet))
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert re.search(
+        r"on the host, base and experts too; of the merged model 0\.\d MB on cpu and 0\.\d MB on cpu;", said
+    )

@@ -128,7 +128,7 @@ def test_the_runs_of_a_folder_are_listed(make_campaign: Callable[..., Campaign],
     assert shown.exit_code == 0, shown.output
     assert shown.output.count("5 of 5") == 2
     assert f"not read  {runs / 'old'} was written by an earlier evomerge" in shown.output
-    rows = json.loads(CliRunner().invoke(app, ["runs", str(runs), "--json"]).output)
+    rows = json.loads(CliRunner().invoke(app, ["runs", str(runs), "--json"]).output)["runs"]
     assert [row["state"] for row in rows] == ["finished", "", "finished"]
     assert rows[0]["hypervolume"] == finished.hypervolume()
     with pytest.raises(RunError, match="expected a folder with runs, found none"):

@@ -14,6 +14,7 @@ model's parameters, searches can follow its gradient.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class CallableEvaluator:
 
     def __init__(self, options: CallableOptions, wanted: Wanted) -> None:
         self.losses = frozenset({"ce"})
-        self._factory, self._wanted = options.factory, wanted
+        self._factory, self._wanted, self._num_parts = options.factory, wanted, 1
         module, make = load(options.factory, "factory")
         self._object = self._make(make, options.options)
         counts = {task: self._count(task) for task in wanted}
@@ -71,6 +72,18 @@ class CallableEvaluator:
 
     def score(self, model: nn.Module, task: str, items: Items) -> ItemScores:
         """Ask the object, without gradients; what it reports beside the wanted metrics and companions is left out."""
+        parts = [
+            self._score(model, task, part) for part in np.array_split(items, min(self._num_parts, max(len(items), 1)))
+        ]
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+    def halved(self) -> "CallableEvaluator":
+        """Ask twice, each time for half of the items: how many go into a forward is the object's own matter."""
+        twin = copy(self)
+        twin._num_parts = 2 * self._num_parts
+        return twin
+
+    def _score(self, model: nn.Module, task: str, items: Items) -> ItemScores:
         with torch.no_grad():  # not inference_mode: what the object keeps of its inputs may meet gradients later
             reported = self._ask(model, task, items)
         if missing := [metric for metric in self._wanted[task] if metric not in reported]:

@@ -10,6 +10,8 @@ Shape letters: N items, B queries of a batch, C passages of a corpus, H size of 
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from functools import partial
 from math import inf
 from pathlib import Path
@@ -24,7 +26,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from evomerge.errors import DataError
 from evomerge.evaluators.encoder import Pooling, TextEncoder, Tokens, open_encoder
-from evomerge.evaluators.evaluator import LOSS, ItemScores, Metric, Wanted, digest_of
+from evomerge.evaluators.evaluator import LOSS, ItemScores, Metric, Wanted, digest_of, half
 from evomerge.evaluators.lines import path_of, read_lines
 from evomerge.evaluators.ranking import RANK_METRIC, positive_ranks, rank_metric, spearman
 from evomerge.records import Floats, Items, Options, digest
@@ -53,6 +55,8 @@ class EmbeddingOptions(Options):
 
 class _Task(Protocol):
     """One form of task: its texts, its metrics, and what a model makes of its items."""
+
+    encoder: TextEncoder
 
     @property
     def texts(self) -> Iterable[Tokens]: ...
@@ -113,6 +117,14 @@ class EmbeddingEvaluator:
             raise DataError(f"task {task}: a search asks for the loss {name!r}; embeddings have ce alone")
         return self._tasks[task].measure(model, items)[LOSS].mean()
 
+    def halved(self) -> "EmbeddingEvaluator":
+        """Take half as many texts a forward."""
+        twin = copy(self)
+        twin._tasks = {task: copy(held) for task, held in self._tasks.items()}
+        for held in twin._tasks.values():
+            held.encoder = replace(held.encoder, batch_size=half(held.encoder.batch_size))
+        return twin
+
 
 class _Similarity:
     """Pairs of texts with a gold score, which is scaled to 0..1 over the file.
@@ -126,7 +138,7 @@ class _Similarity:
         if scores_N.min() == scores_N.max():
             raise DataError(f"{where}: every score is {scores_N[0]:g}; expected scores to rank by")
         self._gold_N = (scores_N - scores_N.min()) / (scores_N.max() - scores_N.min())
-        self._encoder = encoder
+        self.encoder = encoder
         self._texts_a, self._texts_b = (
             _tokenized(where, [prefix + line[key] for line in lines], encoder) for key in ("text_a", "text_b")
         )
@@ -135,7 +147,7 @@ class _Similarity:
 
     def measure(self, model: nn.Module, items: Items) -> dict[str, Tensor]:
         texts = [of_side[item] for of_side in (self._texts_a, self._texts_b) for item in items]
-        a_NH, b_NH = self._encoder.embed(model, texts).tensor_split(2)
+        a_NH, b_NH = self.encoder.embed(model, texts).tensor_split(2)
         cosines_N = cosine_similarity(a_NH, b_NH)
         gold_N = torch.from_numpy(self._gold_N[items]).to(cosines_N)
         return {"spearman": cosines_N, LOSS: (cosines_N - gold_N) ** 2}
@@ -157,7 +169,7 @@ class _Retrieval:
         wanted: Sequence[str],
     ) -> None:
         queries, passages = lines
-        self._encoder, self._options = encoder, options
+        self.encoder, self._options = encoder, options
         self._positives = _positives(where, queries, passages)
         self._queries = _tokenized(where, [options.query_prefix + line["query"] for line in queries], encoder)
         texts = [options.passage_prefix + line["text"] for line in passages]
@@ -172,15 +184,15 @@ class _Retrieval:
         batches = [
             self._measure(queries_BH @ corpus_CH.T, [self._positives[item] for item in batch])
             for queries_BH, batch in zip(
-                queries_NH.split(self._encoder.batch_size),
-                torch.from_numpy(items).split(self._encoder.batch_size),
+                queries_NH.split(self.encoder.batch_size),
+                torch.from_numpy(items).split(self.encoder.batch_size),
                 strict=True,
             )
         ]
         return {metric: torch.cat([batch[metric] for batch in batches]) for metric in self.metrics}
 
     def _embed(self, model: nn.Module, texts: Sequence[Tokens], *, recompute: bool = False) -> Tensor:
-        vectors_NH = self._encoder.embed(model, texts, recompute=recompute)
+        vectors_NH = self.encoder.embed(model, texts, recompute=recompute)
         return normalize(vectors_NH, dim=-1) if self._options.normalize else vectors_NH
 
     def _measure(self, similarity_BC: Tensor, positives: Sequence[list[int]]) -> dict[str, Tensor]:

@@ -73,6 +73,9 @@ class Evaluator(Protocol):
     def loss(self, model: nn.Module, task: str, items: Items, name: str) -> Tensor:
         """Return the mean of a named loss over the items, in nats, differentiable in the model's parameters."""
 
+    def halved(self) -> "Evaluator":
+        """Return one that scores the same in batches of half the size, for a candidate that does not fit memory."""
+
 
 @runtime_checkable
 class Predictor(Evaluator, Protocol):
@@ -96,6 +99,11 @@ def divergence(teacher: Sequence[Tensor], logits: Sequence[Tensor], temperature:
         taught, own = ((held / temperature).log_softmax(-1) for held in (taught_RC.to(logits_RC), logits_RC))
         parts.append((taught.exp() * (taught - own)).sum(-1).mean())
     return temperature**2 * torch.stack(parts).mean()
+
+
+def half(batch_size: int) -> int:
+    """Return half of a batch size, at least one item."""
+    return max(1, batch_size // 2)
 
 
 def companion_of(name: str, metric: Metric, scores: ItemScores) -> npt.NDArray[np.float32] | None:

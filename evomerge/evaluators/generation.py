@@ -8,6 +8,7 @@ server that is given its weights (``endpoint``).
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from evomerge.errors import DataError
 from evomerge.evaluators.endpoint import Endpoint, EndpointOptions, Publisher, PublishOptions
-from evomerge.evaluators.evaluator import LOSS, ItemScores, Metric, Wanted, digest_of
+from evomerge.evaluators.evaluator import LOSS, ItemScores, Metric, Wanted, digest_of, half
 from evomerge.evaluators.generate import Limits, answer_text, end_tokens, generate
 from evomerge.evaluators.judge import FunctionJudge, Judge, ModelJudge, ModelJudgeOptions
 from evomerge.evaluators.layouts import TokenSequence
@@ -126,6 +127,12 @@ class GenerationEvaluator:
         if not references:
             raise DataError(f"task {task}: a search asks for the loss {name!r}; its lines have no answer to take it of")
         return mean_loss(model, [references[item] for item in items], self._options.batch_size, name)
+
+    def halved(self) -> "GenerationEvaluator":
+        """Take half as many prompts a forward."""
+        twin = copy(self)
+        twin._options = self._options.model_copy(update={"batch_size": half(self._options.batch_size)})
+        return twin
 
     def logits(self, model: nn.Module, task: str, items: Items) -> list[Tensor]:
         """A row for each token of the reference answer."""

@@ -8,16 +8,18 @@ Tokens are made once. Sequences are padded on the right, where a causal model ne
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from evomerge.errors import DataError
-from evomerge.evaluators.evaluator import LOSS, ItemScores, Metric, Wanted, digest_of
+from evomerge.evaluators.evaluator import LOSS, ItemScores, Metric, Wanted, digest_of, half
 from evomerge.evaluators.layouts import TokenSequence
 from evomerge.evaluators.lines import continuation, open_tokenizer, path_of, read_lines, text_tokens, token_limit
 from evomerge.evaluators.sequences import logprobs, mean_loss, scored_logits
@@ -40,7 +42,7 @@ class LanguageOptions(Options):
     """data: the folder of the task files; batch_size: sequences a forward; prefix_cache: run common beginnings once."""
 
     data: str
-    batch_size: int = 64
+    batch_size: int = Field(default=64, ge=1)
     prefix_cache: bool = True
 
 
@@ -95,6 +97,12 @@ class LanguageEvaluator:
     def loss(self, model: nn.Module, task: str, items: Items, name: str) -> Tensor:
         """Mean over items of the loss of the right answer, or of the entropy of the predictions where it stands."""
         return mean_loss(model, self._right(task, items), self._options.batch_size, name)
+
+    def halved(self) -> "LanguageEvaluator":
+        """Take half as many sequences a forward."""
+        twin = copy(self)
+        twin._options = self._options.model_copy(update={"batch_size": half(self._options.batch_size)})
+        return twin
 
     def logits(self, model: nn.Module, task: str, items: Items) -> list[Tensor]:
         """A row for each token of the right answer."""

@@ -9,6 +9,7 @@ the metric's name is enough. Items that the model answers with a NaN score NaN i
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import compress
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.errors import DataError
-from evomerge.evaluators.evaluator import LOSS, ItemScores, Metric, Wanted
+from evomerge.evaluators.evaluator import LOSS, ItemScores, Metric, Wanted, half
 from evomerge.evaluators.generate import Limits, generate
 from evomerge.evaluators.layouts import Tokens, TokenSequence
 from evomerge.evaluators.lm_eval_requests import Harness, Request
@@ -117,6 +118,12 @@ class LmEvalEvaluator:
             return -torch.stack([(row.exp() * row).sum() for row in logp]).mean()
         right = [row[list(item.gold)].logsumexp(0) for row, item in zip(logp, chosen, strict=True)]
         return -torch.stack(right).mean()
+
+    def halved(self) -> "LmEvalEvaluator":
+        """Take half as many sequences a forward."""
+        twin = copy(self)
+        twin._options = self._options.model_copy(update={"batch_size": half(self._options.batch_size)})
+        return twin
 
     def logits(self, model: nn.Module, task: str, items: Items) -> list[Tensor]:
         """One row over the choices, or one for each token of the reference."""

@@ -149,7 +149,9 @@ def _hand_out(cache: Any, of_row: Tensor) -> None:
 
 def _joined(kept: Tensor | None, of_row: Tensor, further: Tensor) -> Tensor:
     """Return keys or values of rows (B, heads, T, size): those kept of each row's head, (H, ...), and further ones."""
-    return further if kept is None else torch.cat([kept.index_select(0, of_row), further], dim=-2)
+    if kept is None:
+        return further
+    return torch.cat([kept.index_select(0, of_row.to(kept.device)), further], dim=-2)  # layers may lie on other devices
 
 
 def _logits(model: Any, inputs: Inputs, num_logits: int, cache: Any = None) -> Tensor:

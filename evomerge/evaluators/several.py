@@ -1,6 +1,7 @@
 """Several evaluators in one campaign, each scoring its own tasks."""
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 
 from torch import Tensor, nn
 
@@ -35,6 +36,12 @@ class SeveralEvaluators:
     def loss(self, model: nn.Module, task: str, items: Items, name: str) -> Tensor:
         """Return the mean loss over items of one task."""
         return self._parts[task].loss(model, task, items, name)
+
+    def halved(self) -> "SeveralEvaluators":
+        """Halve the batches of each."""
+        twin = copy(self)
+        twin._parts = {task: part.halved() for task, part in self._parts.items()}
+        return twin
 
     def logits(self, model: nn.Module, task: str, items: Items) -> list[Tensor]:
         """Return the predictions of items of one task."""

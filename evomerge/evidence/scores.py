@@ -100,7 +100,8 @@ def _influence(aggregate: Aggregate, reported: npt.NDArray[Any], items: Items, c
         source = int(np.flatnonzero(~np.isfinite(without_S))[0])
         raise CandidateError(
             f"without {num_items[source]} of {len(codes_N)} items the score is {without_S[source]:g}, "
-            "so its standard error is unknown"
+            "so its standard error is unknown",
+            "not finite",
         )
     rest_S = len(codes_N) - num_items
     centre = float((rest_S * without_S).sum() / rest_S.sum())

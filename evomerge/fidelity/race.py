@@ -92,7 +92,8 @@ class Race:
         }
         parts = [*first.seconds, *(part for part in second.seconds if part not in first.seconds)]
         seconds = {part: first.seconds.get(part, 0.0) + second.seconds.get(part, 0.0) for part in parts}
-        return replace(first, scores=scores, cost=first.cost + second.cost, seconds=seconds)
+        halved = first.halved or second.halved
+        return replace(first, scores=scores, cost=first.cost + second.cost, seconds=seconds, halved=halved)
 
     def estimate(self, partial: Measurement, finished: Mapping[str, Measurement]) -> Measurement:
         """Return what all items would give, were the candidate stopped now.

@@ -1,15 +1,19 @@
 """From measurements to values that are maximized, and to the front: the trials that no other trial dominates.
 
-Those of the front keep floors and ceilings, and are scored on all items.
+Those of the front keep floors and ceilings, and are scored on all items. One of them is picked by its search values.
 
 Shape letters: N trials, M objectives that steer.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import overload
 
 import numpy as np
 
+from evomerge.errors import RunError, did_you_mean
 from evomerge.front.pareto import hypervolume, non_dominated
+from evomerge.front.pick import knee, prefer
 from evomerge.records import Floats, Measurement, Objective, Observation, Trial
 
 
@@ -82,3 +86,86 @@ def front_hypervolume(trials: Sequence[Trial], objectives: Sequence[Objective], 
         return 0.0
     values_NM = np.array([maximized(trial.measurement, objectives) for trial in members if trial.measurement])
     return hypervolume(values_NM, maximized(reference, objectives))
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Front(Sequence[Trial]):
+    """The trials that no other trial dominates, best first in the first objective.
+
+    Picking happens on search values, all objectives that steer scaled to [0, 1] over the members.
+    """
+
+    members: tuple[Trial, ...]
+    objectives: tuple[Objective, ...]
+
+    @overload
+    def __getitem__(self, place: int) -> Trial: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[Trial, ...]: ...
+    def __getitem__(self, place: int | slice) -> Trial | tuple[Trial, ...]:
+        return self.members[place]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __repr__(self) -> str:
+        return f"Front of {len(self)} trials: {', '.join(str(member.number) for member in self.members)}"
+
+    def knee(self) -> Trial:
+        """Return the member with the best balance; the front must not be empty."""
+        return self.members[knee(self._values())]
+
+    def prefer(self, preference: Mapping[str, float]) -> Trial:
+        """Return the member that serves a preference best: objective -> weight; one that is left out counts 1.
+
+        The front must not be empty. Raises: RunError for an unknown objective, or a weight below 0.
+        """
+        names = [objective.name for objective in self.objectives if objective.steers]
+        for name, weight in preference.items():
+            if name not in names:
+                raise RunError(f"--prefer: no objective {name!r}{did_you_mean(name, names)}")
+            if not (np.isfinite(weight) and weight >= 0):
+                raise RunError(f"--prefer: {name}: expected a weight of 0 or more, found {weight:g}")
+        weights_M = np.array([preference.get(name, 1.0) for name in names])
+        if not weights_M.any():
+            raise RunError("--prefer: all weights are 0; give at least one objective a positive weight")
+        return self.members[prefer(self._values(), weights_M)]
+
+    def within(self, minimum: Mapping[str, float], maximum: Mapping[str, float]) -> "Front":
+        """Return the members whose search values, in the user's sign, keep a least or a largest number an objective.
+
+        Raises: RunError for an unknown objective, or if no member keeps them all.
+        """
+        kept = list(self.members)
+        for option, bounds, sign in (("--min", minimum, 1), ("--max", maximum, -1)):
+            for name, bound in bounds.items():
+                values = self._values_of(option, name)
+                kept = [member for member in kept if sign * values[member.number] >= sign * bound]
+                best = max(values.values(), key=lambda value: sign * value)
+                if sign * best < sign * bound:
+                    raise RunError(
+                        f"{option} {name}={bound:g}: expected a model on the front that keeps it, found none: the best "
+                        f"of {len(self)} has {best:.4g} on search items; ask for less, or search on"
+                    )
+        if not kept:
+            asked = [
+                f"{option} {name}={bound:g}"
+                for option, bounds in (("--min", minimum), ("--max", maximum))
+                for name, bound in bounds.items()
+            ]
+            raise RunError(
+                f"{' '.join(asked)}: each is kept by some of the {len(self)} models on the front, but no model keeps "
+                "them all on search items; loosen one, or search on"
+            )
+        return replace(self, members=tuple(kept))
+
+    def _values_of(self, option: str, name: str) -> dict[int, float]:
+        """Return trial -> its search value in an objective."""
+        names = [objective.name for objective in self.objectives]
+        if name not in names:
+            raise RunError(f"{option}: no objective {name!r}{did_you_mean(name, names)}")
+        return {member.number: member.measurement.scores[name].value for member in self.members if member.measurement}
+
+    def _values(self) -> Floats:
+        """The search values that steer, (N, M), maximized."""
+        return np.array([maximized(trial.measurement, self.objectives) for trial in self.members if trial.measurement])

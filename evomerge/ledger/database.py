@@ -1,21 +1,46 @@
-"""A database that holds runs: all that SQLite and PostgreSQL do differently stands here."""
+"""A database that holds runs: all that SQLite and PostgreSQL do differently stands here.
 
+A driver outlasts what may pass: a full disk, a server that is away. Its results are in memory meanwhile.
+"""
+
+import os
+import shutil
+import sqlite3
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
 
-from sqlalchemy import ColumnElement, Connection, Float, cast, create_engine, event, extract, func, literal, select
+from sqlalchemy import ColumnElement, Connection, Float, bindparam, cast, create_engine, event, extract, func, select
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DatabaseError, IntegrityError
+from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError
 
-from evomerge.errors import EvoMergeError, RunError
+from evomerge.errors import RunError
 from evomerge.ledger.location import Location
 
 LOCK = 0x65766F6D65726765  # "evomerge": the number of PostgreSQL's lock that drivers take when they come and go
 PATIENCE_S = 10
+RETRY_S = 1.0
 IMMEDIATE = "BEGIN IMMEDIATE"
+ROOM_MB = 10  # for SQLite's write-ahead log, and for some hundred trials
+FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)  # the second: a quota
+PASSING_STATES = ("53100", "53300", "57P01", "57P02", "57P03")  # disk full, no free connection, going down, starting
+
+T = TypeVar("T")
+
+
+class _PassingError(RunError):
+    """The database cannot be used, but perhaps in a while; ``what`` is its message without what to do."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}; {REMEDY}")
+        self.what = what
+
+
+REMEDY = "make room or give access: what is recorded is safe, and the same command goes on"
 
 
 class Database:
@@ -43,27 +68,56 @@ class Database:
             with self._readers.begin() as connection:
                 yield connection
         except DatabaseError as error:
+            if self._may_pass(error):
+                raise _PassingError(f"{self._shown} cannot be read ({_reason(error)})") from error
             raise RunError(f"{self._shown} is not a readable ledger ({_reason(error)})") from error
 
     @contextmanager
     def writing(self, *, alone: bool = False) -> Iterator[Connection]:
-        """Commit what the block does, or nothing. Raises: EvoMergeError if the database cannot be written.
+        """Commit what the block does, or nothing. Raises: RunError if the database cannot be written.
 
         alone: while no other driver comes or goes. What contradicts the tables' keys is a mistake of ours, and stays
         SQLAlchemy's IntegrityError.
         """
+        is_committing = False
         try:
             with self._writers.begin() as connection:
                 if alone and not self._is_sqlite:  # in SQLite every writer is alone
                     connection.execute(select(func.pg_advisory_xact_lock(LOCK)))
                 yield connection
+                is_committing = True
         except IntegrityError:
             raise
         except DatabaseError as error:
-            raise EvoMergeError(
-                f"{self._shown} cannot be written ({_reason(error)}); make room or give access: what is recorded is "
-                "safe, and the same command goes on"
-            ) from error
+            what = f"{self._shown} cannot be written ({_reason(error)}{self._room(error)})"
+            # Of a connection lost while it commits, nobody knows whether it did: doing it again might do it twice.
+            if self._may_pass(error) and not (is_committing and error.connection_invalidated):
+                raise _PassingError(what) from error
+            raise RunError(f"{what}; {REMEDY}") from error
+
+    def outlast(self, work: Callable[[], T], notify: Callable[[str], None] | None) -> T:
+        """Return what a transaction returns, trying it until the disk has room and the server is there.
+
+        notify is told once that this takes a while, and why, and when it is over; without it, nothing is waited for.
+        """
+        if notify is None:
+            return work()
+        is_waiting = False
+        while True:
+            try:
+                result = work()
+            except _PassingError as error:
+                if not is_waiting:
+                    notify(
+                        f"{error.what}; the search waits with its results in memory, and goes on by itself when it can "
+                        "be used again; Ctrl-C twice stops"
+                    )
+                is_waiting = True
+            else:
+                if is_waiting:
+                    notify(f"{self._shown} can be used again; the search goes on")
+                return result
+            time.sleep(RETRY_S)
 
     def make_folder(self) -> None:
         """Make the folder in which the file will lie. Raises: RunError."""
@@ -80,8 +134,20 @@ class Database:
     def now(self) -> ColumnElement[float]:
         """Unix seconds, by a clock that all drivers of the database share."""
         if self._is_sqlite:
-            return literal(time.time())
+            return bindparam(None, type_=Float(), callable_=time.time)  # when it is used
         return cast(extract("epoch", func.clock_timestamp()), Float)
+
+    def _may_pass(self, error: DatabaseError) -> bool:
+        if self._is_sqlite:
+            return getattr(error.orig, "sqlite_errorcode", None) in FULL
+        state = getattr(error.orig, "sqlstate", None)  # None: what was said is not the server's
+        return state in PASSING_STATES or (state is None and isinstance(error, OperationalError))
+
+    def _room(self, error: DatabaseError) -> str:
+        """Say how much room there is, if that is what is missing, and how much should be."""
+        if self._path is None or not self._may_pass(error):
+            return ""
+        return f"; expected {ROOM_MB} MB of room, found {shutil.disk_usage(self._path.parent).free / 1e6:.1f} MB"
 
     def close(self) -> None:
         """Close all connections."""
@@ -90,13 +156,21 @@ class Database:
 
 def _engine(url: URL) -> Any:
     if url.get_backend_name() == "sqlite":
-        return create_engine(url)
+        return create_engine(_as_it_lies(url))
     try:
         engine = create_engine(url, pool_pre_ping=True)
     except ImportError as error:
         raise RunError("a PostgreSQL database needs psycopg: pip install 'evomerge[postgresql]'") from error
     event.listen(engine, "connect", _limit)
     return engine
+
+
+def _as_it_lies(url: URL) -> URL:
+    """Let a file on a read-only medium be read: SQLite cannot lay its shared memory beside it, and need not."""
+    path = Path(str(url.database))
+    if not path.is_file() or os.access(path.parent, os.W_OK) or Path(f"{path}-wal").exists():
+        return url
+    return url.set(database=f"file:{quote(str(path))}", query={"mode": "ro", "immutable": "1", "uri": "true"})
 
 
 def _limit(connection: Any, _: object) -> None:

@@ -51,6 +51,8 @@ class Lease:
         self._holder = Holder(
             host=socket.gethostname(), machine=_machine(), pid=os.getpid(), token=secrets.token_hex(16)
         )
+        ours = (leases.c.run == run) & (leases.c.token == self._holder.token)
+        self._renewal = update(leases).where(ours).values(expires=database.now + DURATION_S)
         self._released = threading.Event()
         self._heart = threading.Thread(target=self._beat, name=f"lease on {location}", daemon=True)
 
@@ -69,9 +71,7 @@ class Lease:
 
     def renew(self, connection: Connection) -> None:
         """Put the end off, and hold off whoever would take over until the transaction ends. Raises: EvoMergeError."""
-        ours = (leases.c.run == self._run) & (leases.c.token == self._holder.token)
-        changed = connection.execute(update(leases).where(ours).values(expires=self._database.now + DURATION_S))
-        if changed.rowcount != 1:
+        if connection.execute(self._renewal).rowcount != 1:
             found = held(self._database, connection, self._run)
             raise EvoMergeError(
                 f"{self._location}: {found[0] if found else 'another process'} has taken this run over, because this "

@@ -9,11 +9,11 @@ What items scored is read when somebody asks for it.
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Connection, bindparam, delete, func, insert, select, update
 
@@ -26,11 +26,55 @@ from evomerge.ledger.migration import make_tables, schema_version, upgrade_from_
 from evomerge.ledger.rows import ItemNumbers, LazyItems, StoredScore, item_numbers_of, measurement_of, rows_of, trial_of
 from evomerge.records import Candidate, Measurement, Score, Split, Trial, digest
 
+Parameters = ParamSpec("Parameters")
+Returned = TypeVar("Returned")
+
 OF_ONE_MEASUREMENT = select(tables.items).where(  # made once: it is asked for thousands of times
     tables.items.c.run == bindparam("of_run"),
     tables.items.c.split == bindparam("of_split"),
     tables.items.c.subject == bindparam("of_subject"),
 )
+
+
+def _next(column: Any) -> Any:
+    """The next free number of a dense sequence of a run, which starts at 0."""
+    return select(func.coalesce(func.max(column), -1) + 1).where(column.table.c.run == bindparam("of_run"))
+
+
+def _following(column: Any) -> Any:
+    return _next(column).scalar_subquery()
+
+
+# What every trial needs is made once, too.
+ISSUE = (
+    insert(tables.trials)
+    .values(number=_following(tables.trials.c.number), known=_following(tables.trials.c.finish_order))
+    .returning(tables.trials.c.number, tables.trials.c.known)
+)
+END = (
+    update(tables.trials)
+    .where(
+        tables.trials.c.run == bindparam("of_run"),
+        tables.trials.c.number == bindparam("of_number"),
+        tables.trials.c.finish_order.is_(None),
+    )
+    .values(finish_order=_following(tables.trials.c.finish_order))
+    .returning(tables.trials.c.finish_order)
+)
+MEASURE = insert(tables.measurements).values(place=_following(tables.measurements.c.place))
+SCORES, ITEMS = insert(tables.scores), insert(tables.items)
+
+
+def _patient(
+    transaction: "Callable[Concatenate[Ledger, Parameters], Returned]",
+) -> "Callable[Concatenate[Ledger, Parameters], Returned]":
+    """Let a method that is one transaction be tried until the database has room and is there, if the ledger waits."""
+
+    @wraps(transaction)
+    def outlasting(ledger: "Ledger", /, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:
+        return ledger._database.outlast(lambda: transaction(ledger, *args, **kwargs), ledger._notify)
+
+    return outlasting
 
 
 class Ledger:
@@ -39,13 +83,15 @@ class Ledger:
     def __init__(self, location: Location, database: Database, run: int, lease: Lease | None = None) -> None:
         self.location = location
         self._database, self._run, self._lease = database, run, lease
+        self._notify: Callable[[str], None] | None = None
 
     @classmethod
-    def drive(cls, location: Location, name: str) -> "Ledger":
+    def drive(cls, location: Location, name: str, notify: Callable[[str], None] | None = None) -> "Ledger":
         """Take the lease on a run, which need not be there yet; ``close`` gives it back.
 
-        name: of the run where the location does not say. Raises: RunError if another process drives it, or the
-        location cannot hold a ledger of this version.
+        name: of the run where the location does not say. notify: with it, the ledger that is returned waits where the
+        disk is full or the server away, and says so; without it, it raises RunError.
+        Raises: RunError if another process drives it, or the location cannot hold a ledger of this version.
         """
         database = Database(location)
         database.make_folder()
@@ -58,7 +104,9 @@ class Ledger:
             lease = Lease(database, run, location)
             lease.take(connection)
         lease.keep()
-        return cls(location, database, run, lease)
+        ledger = cls(location, database, run, lease)
+        ledger._notify = notify
+        return ledger
 
     @classmethod
     def open(cls, location: Location) -> "Ledger":
@@ -122,6 +170,7 @@ class Ledger:
         with self._database.reading() as connection:
             return self._column(connection, tables.runs.c.campaign) is not None
 
+    @_patient
     def begin(self, campaign: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         """Commit a campaign, and the facts that readers need (both JSON)."""
         with self._writing() as connection:
@@ -146,6 +195,11 @@ class Ledger:
             found = held(self._database, connection, self._run)
         return found[0] if found else None
 
+    def created(self) -> float:
+        """Return when the run was created, in Unix seconds: what tells it from others of its name."""
+        with self._database.reading() as connection:
+            return float(self._column(connection, tables.runs.c.created))
+
     def last_written(self) -> float:
         """Return when a trial was last issued or finished, or the run begun, in Unix seconds."""
         latest = select(func.max(tables.trials.c.issued), func.max(tables.trials.c.finished))
@@ -163,11 +217,13 @@ class Ledger:
             place = connection.execute(select(func.max(places)).where(self._own(tables.measurements))).scalar()
             return digest([*connection.execute(counts).one(), place, *connection.execute(texts).one()])[:16]
 
+    @_patient
     def update_campaign(self, campaign: Mapping[str, Any]) -> None:
         """Note a campaign that differs in its budget or workers."""
         with self._writing() as connection:
             self._update_run(connection, campaign=json.dumps(campaign))
 
+    @_patient
     def begin_stage(self, number: int, facts: Mapping[str, Any]) -> None:
         """Commit what readers need to know of a stage (JSON) before its first trial is issued; once is enough."""
         with self._writing() as connection:
@@ -177,6 +233,7 @@ class Ledger:
                 stages.append(facts)
                 self._update_run(connection, facts=json.dumps(noted))
 
+    @_patient
     def finish(self, num_evaluations: int) -> None:
         """Note that the search has come to its end within a budget of so many, and the front's test scores are here."""
         with self._writing() as connection:
@@ -185,22 +242,25 @@ class Ledger:
 
     def issue(self, stage: int, index: int, candidate: Candidate) -> Trial:
         """Commit a candidate before it is submitted, with the number of results known by now."""
-        with self._writing() as connection:
-            number = self._next(connection, tables.trials.c.number)
-            known = self._next(connection, tables.trials.c.finish_order)
-            connection.execute(
-                insert(tables.trials).values(
-                    run=self._run,
-                    number=number,
-                    stage=stage,
-                    stage_index=index,
-                    candidate=json.dumps(asdict(candidate)),
-                    known=known,
-                    issued=time.time(),
-                )
-            )
-        return Trial(number=number, stage=stage, index=index, candidate=candidate, known=known)
+        return self.issue_all(stage, index, [candidate])[0]
 
+    @_patient
+    def issue_all(self, stage: int, first: int, candidates: Sequence[Candidate]) -> list[Trial]:
+        """Commit candidates together before they are submitted; ``first`` is the index of the first in its stage."""
+        trials = []
+        with self._writing() as connection:
+            for index, candidate in enumerate(candidates, start=first):
+                row = {
+                    "run": self._run,
+                    "stage": stage,
+                    "stage_index": index,
+                    "candidate": json.dumps(asdict(candidate)),
+                }
+                number, known = connection.execute(ISSUE, {"of_run": self._run, **row, "issued": time.time()}).one()
+                trials.append(Trial(number=number, stage=stage, index=index, candidate=candidate, known=known))
+        return trials
+
+    @_patient
     def record(
         self,
         trial: Trial,
@@ -215,15 +275,10 @@ class Ledger:
         measurement = outcome if isinstance(outcome, Measurement) else None
         failure = outcome.replace("\0", "\\0") if isinstance(outcome, str) else None  # which PostgreSQL cannot hold
         with self._writing() as connection:
-            order = self._next(connection, tables.trials.c.finish_order)
-            pending = (
-                self._own(tables.trials)
-                & (tables.trials.c.number == trial.number)
-                & tables.trials.c.finish_order.is_(None)
-            )
-            ending = {"finish_order": order, "finished": time.time(), "fingerprint": fingerprint, "failure": failure}
-            ending["fate"] = json.dumps(fate) if fate else None
-            if connection.execute(update(tables.trials).where(pending).values(ending)).rowcount != 1:
+            ending = {"finished": time.time(), "fingerprint": fingerprint, "failure": failure}
+            ending |= {"of_run": self._run, "of_number": trial.number, "fate": json.dumps(fate) if fate else None}
+            order = connection.execute(END, ending).scalar_one_or_none()
+            if order is None:
                 raise EvoMergeError(
                     f"trial {trial.number} is not pending: it was never issued, or has its result already"
                 )
@@ -231,31 +286,41 @@ class Ledger:
                 self._insert(connection, f"trial:{trial.number}", measurement)
         return replace(trial, order=order, measurement=measurement, failure=failure, fate=fate or {})
 
+    @_patient
     def trials(self) -> list[Trial]:
         """Return all trials in the order of issue, with their search measurements."""
         query = select(tables.trials).where(self._own(tables.trials)).order_by(tables.trials.c.number)
         with self._database.reading() as connection:
-            rows = connection.execute(query).all()
             measured = self._read(connection, "search")
-        return [trial_of(row, measured.get(f"trial:{row.number}")) for row in rows]
+            return [trial_of(row, measured.get(f"trial:{row.number}")) for row in connection.execute(query)]
 
+    def times(self) -> dict[int, tuple[float, float | None]]:
+        """Return trial -> when it was issued and when it finished (None: not yet), in Unix seconds."""
+        columns = tables.trials.c
+        query = select(columns.number, columns.issued, columns.finished).where(self._own(tables.trials))
+        with self._database.reading() as connection:
+            return {row.number: (row.issued, row.finished) for row in connection.execute(query).all()}
+
+    @_patient
     def measure(self, subject: str, measurement: Measurement) -> None:
         """Commit a measurement that is no trial: a reference model's, or test scores."""
         with self._writing() as connection:
             self._insert(connection, subject, measurement)
 
+    @_patient
     def measurements(self, split: Split) -> dict[str, Measurement]:
         """Return subject -> measurement on a split, trials and references alike."""
         with self._database.reading() as connection:
             return self._read(connection, split)
 
+    @_patient
     def touch_test_items(self) -> None:
         """Note that the front of the trials finished by now is about to be scored on the test items.
 
         Going on with the same front after an interruption is the same touch.
         """
         with self._writing() as connection:
-            num_finished = self._next(connection, tables.trials.c.finish_order)
+            num_finished = connection.execute(_next(tables.trials.c.finish_order), {"of_run": self._run}).scalar_one()
             touches = json.loads(self._column(connection, tables.runs.c.test_touches))
             if num_finished not in touches:
                 self._update_run(connection, test_touches=json.dumps([*touches, num_finished]))
@@ -276,6 +341,7 @@ class Ledger:
         """The rows of this run."""
         return table.c.run == self._run
 
+    @_patient
     def _json(self, column: Any) -> Any:
         with self._database.reading() as connection:
             return json.loads(self._column(connection, column))
@@ -286,17 +352,11 @@ class Ledger:
     def _update_run(self, connection: Connection, **values: str) -> None:
         connection.execute(update(tables.runs).where(tables.runs.c.id == self._run).values(values))
 
-    def _next(self, connection: Connection, column: Any) -> int:
-        """Return the next free number of a dense sequence that starts at 0."""
-        highest = connection.execute(select(func.max(column)).where(self._own(column.table))).scalar()
-        return 0 if highest is None else int(highest) + 1
-
     def _insert(self, connection: Connection, subject: str, measurement: Measurement) -> None:
-        place = self._next(connection, tables.measurements.c.place)
-        of_measurement, of_scores, of_items = rows_of({"run": self._run, "subject": subject}, place, measurement)
-        connection.execute(insert(tables.measurements).values(of_measurement))
-        connection.execute(insert(tables.scores), of_scores)
-        connection.execute(insert(tables.items), of_items)
+        of_measurement, of_scores, of_items = rows_of({"run": self._run, "subject": subject}, measurement)
+        connection.execute(MEASURE, {"of_run": self._run, **of_measurement})
+        connection.execute(SCORES, of_scores)
+        connection.execute(ITEMS, of_items)
 
     def _read(self, connection: Connection, split: Split) -> dict[str, Measurement]:
         """Read measurements with their scores, but not their items."""
@@ -304,18 +364,20 @@ class Ledger:
         query = select(
             columns.subject, columns.objective, columns.value, columns.stderr, columns.loss, columns.loss_stderr
         )
+        read = partial(self._items, split)
         scores: dict[str, dict[str, Score]] = {}
         items: dict[str, LazyItems] = {}
-        for subject, objective, *numbers in connection.execute(self._on(query, tables.scores, split)).all():
+        for subject, objective, *numbers in connection.execute(self._on(query, tables.scores, split)):
             if subject not in scores:
-                scores[subject], items[subject] = {}, LazyItems(partial(self._items, split, subject))
+                scores[subject], items[subject] = {}, LazyItems(read, subject)
             scores[subject][objective] = StoredScore(objective, numbers, items[subject])
-        rows = connection.execute(self._on(select(tables.measurements), tables.measurements, split)).all()
+        rows = connection.execute(self._on(select(tables.measurements), tables.measurements, split))
         return {row.subject: measurement_of(row, split, scores.get(row.subject, {})) for row in rows}
 
     def _on(self, query: Any, table: Any, split: Split) -> Any:
         return query.where(self._own(table), table.c.split == split).order_by(table.c.place)
 
+    @_patient
     def _items(self, split: Split, subject: str) -> dict[str, ItemNumbers]:
         """Read what the items of one measurement scored, by objective."""
         key = {"of_run": self._run, "of_split": split, "of_subject": subject}

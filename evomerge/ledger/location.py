@@ -40,6 +40,15 @@ class Location:
             raise RunError(f"{self}: a run in a database has no folder for {name}; say where with --out")
         return self.folder / name
 
+    def beside(self, name: str) -> Path:
+        """Return where what goes with the run lies: in its folder; of a database, beside its file, or under runs/.
+
+        In a database, the location must have the run's name.
+        """
+        if self.folder is not None:
+            return self.folder / name
+        return (self.path.parent if self.path else Path("runs")) / f"{self.name}.{name}"
+
     @property
     def path(self) -> Path | None:
         """The file of an SQLite database."""
@@ -54,6 +63,19 @@ class Location:
     def quoted(self) -> str:
         """As it is typed in a shell."""
         return quote(str(self))
+
+    @property
+    def absolute(self) -> "Location":
+        """The same place, whatever the working directory."""
+        if self.path is None:
+            return self
+        path = self.path.absolute()
+        return replace(self, url=self.url.set(database=str(path)), folder=self.folder and path.parent)
+
+    @property
+    def has_secret(self) -> bool:
+        """Whether the URL holds a password."""
+        return self.url.password is not None or any(key in self.url.query for key in SECRETS)
 
     def called(self, name: str) -> "Location":
         """Return the location with a name, where it needs one and has none."""

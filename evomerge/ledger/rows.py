@@ -18,17 +18,17 @@ Row = dict[str, Any]
 
 
 class LazyItems:
-    """What the items of one measurement score, by objective: read once, when somebody asks."""
+    """What the items of a subject's measurement score, by objective: read once, when somebody asks."""
 
-    __slots__ = ("_numbers", "_read")
+    __slots__ = ("_numbers", "_read", "_subject")
 
-    def __init__(self, read: Callable[[], Mapping[str, ItemNumbers]]) -> None:
-        self._read = read
+    def __init__(self, read: Callable[[str], Mapping[str, ItemNumbers]], subject: str) -> None:
+        self._read, self._subject = read, subject
         self._numbers: Mapping[str, ItemNumbers] | None = None
 
     def __getitem__(self, objective: str) -> ItemNumbers:
         if self._numbers is None:
-            self._numbers = self._read()
+            self._numbers = self._read(self._subject)
         return self._numbers[objective]
 
 
@@ -97,15 +97,14 @@ def measurement_of(row: Any, split: Split, scores: Mapping[str, Score]) -> Measu
     )
 
 
-def rows_of(key: Row, place: int, measurement: Measurement) -> tuple[Row, list[Row], list[Row]]:
-    """Return the rows of a measurement, of its scores and of their items.
+def rows_of(key: Row, measurement: Measurement) -> tuple[Row, list[Row], list[Row]]:
+    """Return the rows of a measurement (all but its place), of its scores and of their items.
 
-    key: run and subject; place: of the measurement among those of the run.
+    key: run and subject.
     """
     key = {**key, "split": measurement.split}
     of_measurement = {
         **key,
-        "place": place,
         "cost": measurement.cost,
         "seconds": json.dumps(dict(measurement.seconds)),
         "weights": measurement.weights,

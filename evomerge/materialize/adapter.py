@@ -31,6 +31,7 @@ from evomerge.materialize.checkpoint import (
     open_checkpoint,
     read_json,
     read_safetensors_header,
+    still_there,
 )
 from evomerge.materialize.resident import tensor_index
 
@@ -118,7 +119,7 @@ def load_adapter(adapter: Adapter, layout: Layout, base_P: Tensor) -> LowRank:
     numbers = {tensor.name: s for s, tensor in enumerate(layout.tensors)}
     factors: dict[int, tuple[Tensor, Tensor]] = {}
     scalings: dict[int, float] = {}
-    with safe_open(adapter.folder / WEIGHTS, "pt") as file:
+    with still_there(adapter.name, adapter.folder), safe_open(adapter.folder / WEIGHTS, "pt") as file:
 
         def read(key: str, dtype: torch.dtype = torch.float32) -> Tensor:
             tensor: Tensor = file.get_tensor(key).to(base_P.device, dtype)

@@ -4,11 +4,14 @@ safetensors only: a pickle can run code. Index files cannot point outside their 
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from evomerge.errors import CheckpointError
 from evomerge.materialize.vocabulary import Alignment, Vocabulary, align, read_vocabulary
@@ -186,6 +189,16 @@ def read_json(name: str, path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{name}: {path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+@contextmanager
+def still_there(name: str, folder: Path) -> Iterator[None]:
+    """Raise CheckpointError if tensors cannot be read that were there when their headers were."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{name}: {folder} can no longer be read ({reason}); put its files back") from error
 
 
 def _count(names: Collection[str]) -> str:

@@ -33,6 +33,7 @@ class Materializer:
     """Holds base, experts and the resident model, and rebuilds the model for each recipe.
 
     base and experts are flat buffers of ``dtype``: (K + 2) times the model's size in all, but see ``residence.py``.
+    ``out_P`` is where merges are written: the resident model's own memory, or the host's, which ships them there.
     Adapters are held as their factors; the first operator that does not read factors makes a buffer of each, too.
     hashes maps each checkpoint's folder to the SHA-256 of its tensors. shared: base and experts as another process of
     this machine has read them; what was sound there is not looked at again.
@@ -57,17 +58,20 @@ class Materializer:
         module = self._load_base(base, out_dtype)
         num_elements = sum(tensor.numel() for tensor in merged_tensors(module).values())
         element_bytes = max(DTYPES[dtype].itemsize, DTYPES[out_dtype].itemsize)
-        self.residence = place.choose(place.needed_bytes(num_elements, element_bytes, experts))
-        self.resident = ResidentModel(module, torch.device(place.device))
-        self.layout, self.out_P = self.resident.layout, self.resident.out_P
-        self._merged_P = self.out_P
+        settled = place.choose(place.needed_bytes(num_elements, element_bytes, experts))
+        self.residence = settled.residence
+        self.resident = ResidentModel(module, settled.rooms)
+        self.layout, self.out_P = self.resident.layout, self.resident.buffers[0]
         if self.residence == "host":
-            self._merged_P = self.out_P.to("cpu", copy=True).pin_memory()  # shipped from there at the bus's full speed
+            # Pinned, it is shipped at the bus's full speed.
+            self.out_P = torch.empty(self.layout.num_padded, dtype=self.out_P.dtype, pin_memory=self.out_P.is_cuda)
+            for here, piece_P in self.resident.pieces():
+                self.out_P[here].copy_(piece_P)
         self._checkpoints: tuple[Checkpoint | Adapter, ...] = (base, *experts)
         if shared is None:
             self.sources = self._load(dtype, out_dtype, progress)
         else:
-            self.base_P = base_of(shared, DTYPES[dtype]).to(self._merged_P.device)
+            self.base_P = base_of(shared, DTYPES[dtype]).to(self.out_P.device)
             self.hashes |= shared.hashes
             self.adopt(shared)
         self._densified: Sources | None = None
@@ -101,13 +105,11 @@ class Materializer:
         changed = self._changed(operator, values)
         self._built = None
         state = self._prepare(operator, values)
-        operator.merge(self._merged_P, self._sources_of(operator), operator.weights(values, state), state, changed)
-        if flawed := self.layout.first_non_finite(self._merged_P, changed):
-            raise CandidateError(f"the merged tensor {flawed} is not finite")
-        if self._merged_P is not self.out_P:
-            for run in self.layout.runs(changed):
-                here = slice(run.start * BLOCK, run.stop * BLOCK)
-                self.out_P[here].copy_(self._merged_P[here])
+        operator.merge(self.out_P, self._sources_of(operator), operator.weights(values, state), state, changed)
+        if flawed := self.layout.first_non_finite(self.out_P, changed):
+            raise CandidateError(f"the merged tensor {flawed} is not finite", "not finite")
+        if self.residence == "host":
+            self.resident.ship(self.out_P, changed)
         self._built = operator, recipe, values
 
     def gradients(
@@ -138,7 +140,7 @@ class Materializer:
                 value.backward()
                 number = float(value.detach())
                 if not math.isfinite(number):
-                    raise CandidateError(f"the loss is {number}")
+                    raise CandidateError(f"the loss is {number}", "not finite")
                 slopes = torch.autograd.grad(
                     weights_KS, list(values.values()), products_KS, retain_graph=True, allow_unused=True
                 )
@@ -166,7 +168,9 @@ class Materializer:
 
     def weights_hash(self) -> str:
         """SHA-256 of the tensors of ``module`` as they are: what is exported must have the same."""
-        return sha256(self.out_P) if self.module is self.resident.module else tensors_hash(self.module)
+        if self.module is not self.resident.module:
+            return tensors_hash(self.module)
+        return sha256(*(piece_P for _, piece_P in self.resident.pieces()))
 
     def parts(self, operator: Operator, recipe: Recipe) -> tuple[Sources, Tensor, Any]:
         """Return what a recipe's merge is made of: the sources as the operator reads them, its weights, its state."""
@@ -178,7 +182,7 @@ class Materializer:
         """Give the memory of base and experts back: the model stays as it is, and nothing can be built any more."""
         self._built = self._densified = self._directions = self._paths = None
         self._states.clear()
-        self._merged_P = self.base_P = self.out_P[:0]
+        self.base_P = self.out_P = self.out_P.new_empty(0)
         self.sources = replace(self.sources, base_P=self.base_P, experts=())
 
     def _spread(self, recipe: Recipe) -> dict[str, Tensor]:
@@ -228,6 +232,12 @@ class Materializer:
 
     def _open_paths(self) -> Paths:
         """Raises: InputError if the experts do not lie whole where the model runs."""
+        if len(self.resident.shares) > 1:
+            devices = ", ".join(str(share.device) for share in self.resident.shares)
+            raise InputError(
+                f"device: paths run on the experts' own tensors, on one device, but the model is spread over {devices}"
+                "; expected one that holds base and experts"
+            )
         if self.residence != "resident":
             raise InputError(
                 f"residence: {self.residence}: paths run on the experts' own tensors; expected residence: resident"
@@ -240,7 +250,7 @@ class Materializer:
         """Read base and experts from their files."""
         base, *experts = self._checkpoints
         assert isinstance(base, Checkpoint)
-        self.base_P = self._merged_P.clone()
+        self.base_P = self.out_P.clone()
         if out_dtype != dtype:
             self.base_P = self._flat(merged_tensors(self._load_base(base, dtype))).to(self.base_P.device)
         self._require_finite(base, self.base_P)
@@ -284,7 +294,7 @@ class Materializer:
 
     def _flat(self, named: Mapping[str, Tensor]) -> Tensor:
         """Return tensors in a buffer of their own dtype, where the residence has them; on the CPU if that is 8 bits."""
-        device = "cpu" if self.residence == "int8" else self._merged_P.device
+        device = "cpu" if self.residence == "int8" else self.out_P.device
         buffer_P = torch.zeros(self.layout.num_padded, dtype=next(iter(named.values())).dtype, device=device)
         self.layout.flatten(named, buffer_P)
         return buffer_P
@@ -337,6 +347,9 @@ def tensors_hash(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def sha256(buffer_P: Tensor) -> str:
-    """Return the hash of a flat buffer's bytes."""
-    return hashlib.sha256(buffer_P.cpu().view(torch.uint8).numpy().data).hexdigest()
+def sha256(*pieces_P: Tensor) -> str:
+    """Return the hash of a flat buffer's bytes, of which pieces may lie on several devices."""
+    found = hashlib.sha256()
+    for piece_P in pieces_P:
+        found.update(piece_P.cpu().view(torch.uint8).numpy().data)
+    return found.hexdigest()

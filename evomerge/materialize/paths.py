@@ -141,7 +141,9 @@ class Paths:
                     num_used += -(-tensor.numel() // BLOCK) * BLOCK
                     tensor = _scaled(tensor, step.gain, room_P)
                     if not bool(tensor.isfinite().all()):
-                        raise CandidateError(f"{_renumbered(name, i)} times its gain of {step.gain:g} is not finite")
+                        raise CandidateError(
+                            f"{_renumbered(name, i)} times its gain of {step.gain:g} is not finite", "not finite"
+                        )
                 tensors[name.removeprefix(f"{self._tower}.{step.layer}.")] = tensor
             block = _copied(self._blocks[step.layer])
             _replace(block, tensors)

@@ -2,15 +2,17 @@
 
 resident  base, experts and the merged model on the GPU: (K + 2) times the model, and a candidate takes milliseconds
 int8      base and merged model as they are, the task vectors in 8 bits: half of that (bfloat16, large K)
-host      base and experts on the host, which merges and ships the result: one model on the GPU
+host      base and experts on the host, which merges and ships the result: one model on the GPU, or on several
 
 ``auto`` takes resident where it fits, else host. It never takes int8, which rounds the task vectors: the same campaign
 would mean another merge on a smaller GPU. Whoever asks for int8 gets it on every device, and it is part of the recipe.
-Resident and host differ in time only.
+Resident and host differ in time only. A model that lies on several GPUs is always merged on the host.
 
 Shape letters: P padded elements, B blocks, E elements of a block.
 """
 
+import gc
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -23,10 +25,12 @@ from evomerge.kernels.layout import BLOCK
 from evomerge.kernels.sources import Dense
 from evomerge.materialize.adapter import Adapter
 from evomerge.materialize.checkpoint import Checkpoint
+from evomerge.materialize.spread import Room
 
 Residence = Literal["resident", "int8", "host"]
 AskedResidence = Literal["auto", "resident", "int8", "host"]
 
+AUTO = "auto"
 EVALUATION_SHARE = 0.25
 """Of the free memory: left for activations, caches of generation, and what an operator prepares."""
 CHUNK_BLOCKS = 2**12
@@ -34,10 +38,19 @@ INT8_MAX = 127
 
 
 @dataclass(frozen=True, slots=True)
+class Settled:
+    """What a place came to: where base and experts are, and the devices of the merged model with their room."""
+
+    residence: Residence
+    rooms: tuple[Room, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Place:
     """The device of the merged model, and what was asked for base and experts.
 
-    factored: adapters stay factors, since no operator needs their tensors whole.
+    device: one, several over which the model is spread (``cuda:0,cuda:1``), or ``auto``: one GPU if that is enough,
+    else all that this process sees. factored: adapters stay factors, since no operator needs their tensors whole.
     """
 
     device: str = "cpu"
@@ -53,16 +66,38 @@ class Place:
         factor_bytes = sum(adapter.size_bytes for adapter in adapters)
         return device_bytes(num_elements * element_bytes, num_whole, element_bytes, factor_bytes)
 
-    def choose(self, needed_bytes: Mapping[Residence, int]) -> Residence:
-        """Return where base and experts go. On the CPU all is resident, or int8 if that was asked for.
+    def choose(self, needed_bytes: Mapping[Residence, int]) -> Settled:
+        """Return where base and experts go, and the model. On one CPU all is resident, or int8 if that was asked for.
 
         Raises: InputError if what was asked for does not fit.
         """
-        device = torch.device(self.device)
-        if device.type != "cuda":
-            return "int8" if self.residence == "int8" else "resident"
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-        return choose_residence(self.residence, needed_bytes, free_bytes)
+        devices = self.devices
+        if torch.cuda.is_initialized():
+            gc.collect()  # what an earlier model of this process has left there
+            torch.cuda.empty_cache()
+        free = [_free_bytes(device) for device in devices]
+        rooms = tuple(map(Room, devices, (_room(self.residence, num_bytes) for num_bytes in free)))
+        if len(rooms) > 1 and not (self.device == AUTO and self._fits_one(needed_bytes, rooms[0])):
+            if self.residence not in {"auto", "host"}:
+                raise InputError(
+                    f"residence: {self.residence}: base and experts lie on one device; expected residence: host or "
+                    f"auto for a model on {self.device}"
+                )
+            return Settled("host", rooms)
+        if devices[0].type != "cuda":
+            return Settled("int8" if self.residence == "int8" else "resident", rooms[:1])
+        return Settled(choose_residence(self.residence, needed_bytes, free[0]), rooms[:1])
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """The devices that the model may lie on."""
+        if self.device == AUTO:
+            return tuple(torch.device("cuda", number) for number in range(torch.cuda.device_count()))
+        return tuple(map(torch.device, self.device.split(",")))
+
+    def _fits_one(self, needed_bytes: Mapping[Residence, int], room: Room) -> bool:
+        """Whether one GPU is enough, or can alone be meant."""
+        return self.residence not in {"auto", "host"} or needed_bytes["host"] <= room.num_bytes
 
 
 ON_THE_CPU = Place()
@@ -86,23 +121,31 @@ def choose_residence(asked: AskedResidence, needed_bytes: Mapping[Residence, int
 
     Raises: InputError that says what is needed, what is free, and what would fit.
     """
-    if asked != "auto":
-        if needed_bytes[asked] <= free_bytes:
-            return asked
-        room = free_bytes
-    else:
-        room = int((1 - EVALUATION_SHARE) * free_bytes)
-        preferred: tuple[Residence, ...] = ("resident", "host")
-        for residence in preferred:
-            if needed_bytes[residence] <= room:
-                return residence
-        asked = "host"
+    room = _room(asked, free_bytes)
+    preferred: tuple[Residence, ...] = ("resident", "host") if asked == "auto" else (asked,)
+    for residence in preferred:
+        if needed_bytes[residence] <= room:
+            return residence
     fitting = [residence for residence in get_args(Residence) if needed_bytes[residence] <= room]
-    advice = f"residence: {' or '.join(fitting)} fits" if fitting else "merge on the CPU (device: cpu)"
-    raise InputError(
-        f"residence: {asked} needs {needed_bytes[asked] / 1e9:.1f} GB on the GPU, expected at most {room / 1e9:.1f} of "
-        f"the {free_bytes / 1e9:.1f} GB that are free; {advice}"
+    advice = (
+        f"residence: {' or '.join(fitting)} fits"
+        if fitting
+        else "spread it over several GPUs (residence: host, device: auto, workers.gpus), or use the CPU (device: cpu)"
     )
+    raise InputError(
+        f"residence: {preferred[-1]} needs {needed_bytes[preferred[-1]] / 1e9:.1f} GB on the GPU, expected at most "
+        f"{room / 1e9:.1f} of the {free_bytes / 1e9:.1f} GB that are free; {advice}"
+    )
+
+
+def _room(asked: AskedResidence, free_bytes: int) -> int:
+    """Return how much of the free memory may be taken: all of it where a person decides."""
+    return int((1 - EVALUATION_SHARE) * free_bytes) if asked == "auto" else free_bytes
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Return a GPU's free memory; of the CPU's it is not asked."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else sys.maxsize
 
 
 def to_int8(expert: Dense, base_P: Tensor) -> Dense:

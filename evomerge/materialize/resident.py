@@ -1,4 +1,4 @@
-"""The resident model: a transformers model whose parameters are views of one flat buffer that candidates overwrite.
+"""The resident model: a transformers model whose parameters are views of flat buffers that candidates overwrite.
 
 Names and shapes are transformers' own (its loader converts old file names), so that every architecture it can load can
 be merged. A dtype-changing ``.to``, ``resize_token_embeddings`` or a deepcopy would break the views: ``check_views``
@@ -6,7 +6,7 @@ notices.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from evomerge.errors import CheckpointError, EvoMergeError
-from evomerge.kernels.layout import Layout
-from evomerge.materialize.checkpoint import Checkpoint
+from evomerge.kernels.layout import BLOCK, Layout
+from evomerge.materialize.checkpoint import Checkpoint, still_there
+from evomerge.materialize.spread import Room, settle, spread
 from evomerge.records import TensorIndex, TensorInfo
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -90,7 +91,7 @@ def tied_names(model: nn.Module) -> frozenset[str]:
 
 def load_model(checkpoint: Checkpoint, dtype: str) -> nn.Module:
     """Load a checkpoint on the CPU; every tensor must be found and used. Raises: CheckpointError otherwise."""
-    with quiet_transformers():
+    with quiet_transformers(), still_there(checkpoint.name, checkpoint.folder):
         model, report = model_class(checkpoint).from_pretrained(
             checkpoint.folder,
             dtype=DTYPES[dtype],
@@ -108,6 +109,17 @@ def load_model(checkpoint: Checkpoint, dtype: str) -> nn.Module:
             )
     loaded: nn.Module = model.eval()
     return loaded
+
+
+def load_processor(checkpoint: Checkpoint) -> Any | None:
+    """Return the checkpoint's tokenizer or processor, by the files that lie in its folder; None if there are none."""
+    from transformers import AutoProcessor
+
+    names = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json")
+    if not any((checkpoint.folder / name).is_file() for name in names):
+        return None
+    with quiet_transformers():
+        return AutoProcessor.from_pretrained(checkpoint.folder, local_files_only=True)
 
 
 def merged_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -137,24 +149,59 @@ def tensor_index(model: nn.Module) -> TensorIndex:
 
 
 class ResidentModel:
-    """A model in memory that candidates overwrite in place.
+    """A model in memory that candidates overwrite in place, on one device or on several.
 
-    ``module`` is the live model; ``out_P`` the flat buffer behind its parameters.
+    ``module`` is the live model; ``buffers`` are the flat buffers behind its parameters, one a device, and ``shares``
+    say what lies in each. The first device is where inputs go.
+    Raises: InputError if the devices have too little room, or the model cannot be divided.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, rooms: Sequence[Room]) -> None:
         named = merged_tensors(module)
         self.layout = Layout.of(tensor_index(module))
+        self.shares = spread(module, named, self.layout, rooms)
+        self.buffers: list[Tensor] = []
+        self._layouts = [Layout.of(tuple(self.layout.tensors[s] for s in share.tensors)) for share in self.shares]
+        self._views: dict[str, Tensor] = {}
         first = next(iter(named.values()))
-        self.out_P = torch.zeros(self.layout.num_padded, dtype=first.dtype, device=device)
-        self.layout.flatten(named, self.out_P)
-        self._views = self.layout.views(self.out_P)
+        for share, layout in zip(self.shares, self._layouts, strict=True):
+            buffer_P = torch.zeros(layout.num_padded, dtype=first.dtype, device=share.device)
+            layout.flatten(named, buffer_P)
+            self.buffers.append(buffer_P)
+            self._views |= layout.views(buffer_P)
         for name, tensor in named.items():
             tensor.requires_grad_(False)
             tensor.data = self._views[name]
         # The merged tensors are there already: a GPU never holds them twice.
-        self.module = module.to(device)
-        self._tensors = merged_tensors(self.module)
+        settle(module, self.shares)
+        self.module = module
+        self._tensors = merged_tensors(module)
+
+    def pieces(self, changed: Sequence[int] | None = None) -> list[tuple[slice, Tensor]]:
+        """Return the buffers' elements of the given tensors (None: of all) in few pieces, in the layout's order.
+
+        With each goes its place in a flat buffer of the whole model.
+        """
+        asked = set(range(len(self.layout.tensors)) if changed is None else changed)
+        found = []
+        for share, layout, buffer_P in zip(self.shares, self._layouts, self.buffers, strict=True):
+            numbers = {s: i for i, s in enumerate(share.tensors)}
+            for run in self.layout.runs(sorted(asked & numbers.keys())):
+                first = int(layout.first_block[numbers[int(self.layout.block_segment[run.start])]])
+                piece_P = buffer_P[first * BLOCK : (first + run.stop - run.start) * BLOCK]
+                found.append((slice(run.start * BLOCK, run.stop * BLOCK), piece_P))
+        return sorted(found, key=lambda piece: piece[0].start)
+
+    def ship(self, merged_P: Tensor, changed: Sequence[int] | None) -> None:
+        """Copy the given tensors (None: all) of a flat buffer of the whole model into the model."""
+        for here, piece_P in self.pieces(changed):
+            piece_P.copy_(merged_P[here])
+
+    @property
+    def devices(self) -> tuple[Room, ...]:
+        """What each device holds."""
+        pairs = zip(self.shares, self.buffers, strict=True)
+        return tuple(Room(share.device, buffer_P.nbytes) for share, buffer_P in pairs)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -9,7 +9,7 @@ from rich.table import Table
 from evomerge.errors import EvoMergeError
 from evomerge.replay import Difference, StageReplay
 from evomerge.replay import replay as run_replay
-from evomerge.report.terminal import console, make_progress, say
+from evomerge.report.console import console, make_progress, say
 from evomerge.run import Run
 
 

@@ -1,55 +1,66 @@
-"""Many runs in one table, for people and as JSON."""
+"""Many runs in one table."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import fields
 from datetime import UTC, datetime
-
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from typing import Any
 
 from evomerge.ledger.location import Location
-from evomerge.report.terminal import console, say
+from evomerge.report.tables import Column, Shown, make_table
 from evomerge.runs import RunSummary
 
 
-def print_runs(summaries: Sequence[RunSummary], place: Location) -> None:
-    """Print the runs of a place; those that cannot be read with the reason, below."""
-    readable = [summary for summary in summaries if summary.problem is None]
-    if not summaries:
-        say(f"no runs in {place}; runs start with evomerge search")
-    if readable:
-        table = Table(title=f"runs in {place}: the front by search items", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for column in ("run", "campaign", "state", "trials", "front", "best", "hypervolume", "last written"):
-            is_text = column in ("run", "campaign", "state", "last written")
-            table.add_column(column, justify="left" if is_text else "right", overflow="fold")
-        for summary in readable:
-            table.add_row(*_cells(summary))
-        console.print(table)
-    for summary in summaries:
-        if summary.problem is not None:
-            say(f"not read  {summary.problem}")
-
-
-def runs_as_json(summaries: Sequence[RunSummary]) -> str:
-    """Return the runs as a JSON list; times in ISO 8601."""
-    rows = [{field.name: getattr(summary, field.name) for field in fields(summary)} for summary in summaries]
-    for row in rows:
-        row["location"] = str(row["location"])
-        row["written"] = row["written"] and datetime.fromtimestamp(row["written"], UTC).isoformat(timespec="seconds")
-    return json.dumps(rows, indent=2)
-
-
-def _cells(summary: RunSummary) -> list[str]:
-    location = summary.location
-    assert summary.written is not None
-    return [
-        location.name or str(location),
-        summary.name,
-        f"{summary.state} ({summary.holder})" if summary.holder else summary.state,
-        f"{summary.num_finished} of {summary.num_evaluations}",
-        str(summary.num_on_front),
-        "" if summary.best is None else f"{summary.best:.4g}",
-        "" if summary.hypervolume is None else f"{summary.hypervolume:.4g}",
-        datetime.fromtimestamp(summary.written).astimezone().strftime("%Y-%m-%d %H:%M"),
+def runs(summaries: Sequence[RunSummary], place: Location) -> Shown:
+    """Return the runs of a place; those that cannot be read with the reason, below."""
+    rows = [row_of(summary) for summary in summaries]
+    columns = [
+        Column("run", lambda row: row["name"] or row["location"], is_number=False),
+        Column("campaign", lambda row: row["campaign"], is_number=False),
+        Column("state", lambda row: row["state"] + (f" ({row['holder']})" if row["holder"] else ""), is_number=False),
+        Column("trials", lambda row: f"{row['num_finished']} of {row['num_evaluations']}"),
+        Column("front", lambda row: str(row["num_on_front"])),
+        Column("best", lambda row: _number(row["best"])),
+        Column("hypervolume", lambda row: _number(row["hypervolume"])),
+        Column("last written", lambda row: local(row["written"])[:16], is_number=False),
     ]
+    readable = [row for row in rows if row["problem"] is None]
+    table = make_table(f"runs in {place}: the front by search items", columns, readable)
+    return Shown(
+        tables={"runs": rows},
+        people=[
+            *([] if summaries else [f"no runs in {place}; runs start with evomerge search"]),
+            *([table] if readable else []),
+            *(f"not read  {summary.problem}" for summary in summaries if summary.problem is not None),
+        ],
+    )
+
+
+def row_of(summary: RunSummary) -> dict[str, Any]:
+    """Return a run as a row; its time in ISO 8601."""
+    return {
+        "location": str(summary.location),
+        "name": summary.location.name,
+        "campaign": summary.name,
+        "state": summary.state,
+        "holder": summary.holder,
+        "num_finished": summary.num_finished,
+        "num_evaluations": summary.num_evaluations,
+        "num_on_front": summary.num_on_front,
+        "best": summary.best,
+        "hypervolume": summary.hypervolume,
+        "written": iso(summary.written),
+        "problem": summary.problem,
+    }
+
+
+def iso(seconds: float | None) -> str | None:
+    """Return Unix seconds in ISO 8601, UTC."""
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def local(time: str | None) -> str:
+    """Return an ISO time as the clock on the wall had it."""
+    return "" if time is None else datetime.fromisoformat(time).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

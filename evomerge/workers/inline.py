@@ -4,9 +4,12 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from evomerge.clock import Clock
 from evomerge.errors import CandidateError
 from evomerge.records import Options, Split, TaskItems
-from evomerge.workers.pool import Result, Scorer, Subject
+from evomerge.workers.pool import Outcome, Result, Scorer, Subject, fate_of
+
+HERE = "inline"
 
 
 class InlineOptions(Options):
@@ -21,6 +24,7 @@ class InlinePool:
     def __init__(self, scorer: Scorer) -> None:
         self.scorer = scorer
         self._queue: deque[tuple[int, Subject, Split, TaskItems | None]] = deque()
+        self._clock = Clock()
 
     @property
     def num_free(self) -> int:
@@ -39,7 +43,12 @@ class InlinePool:
         """Score and yield, until nothing is left."""
         while self._queue:
             key, subject, split, items = self._queue.popleft()
+            self._clock.lap("idle_s")
+            outcome: Outcome
             try:
-                yield Result(key, self.scorer.score(subject, split, items))
+                outcome = self.scorer.score(subject, split, items)
             except CandidateError as error:
-                yield Result(key, error, {"kind": error.kind})
+                error.__cause__ = error.__context__ = error.__traceback__ = None  # their frames hold tensors
+                outcome = error
+            self._clock.lap("busy_s")
+            yield Result(key, outcome, {"worker": HERE, **self._clock.take(), **fate_of(outcome)})

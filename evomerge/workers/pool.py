@@ -10,6 +10,9 @@ from evomerge.records import Candidate, Measurement, Recipe, Split, TaskItems
 Subject = Candidate | Recipe
 Outcome = Measurement | CandidateError
 
+SECONDS = ("queue_s", "busy_s", "idle_s")
+"""Of a result's fate: how long no worker had the subject, how long its worker did, and was idle before it."""
+
 
 class Scorer(Protocol):
     """Owns a resident model and scores what it is given. Raises: CandidateError for a candidate that fails."""
@@ -23,11 +26,21 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of a subject: its outcome, and how it came about (JSON): attempts, worker, kind of failure."""
+    """What became of a subject: its outcome, and how it came about (JSON): attempts, worker, kind of failure.
+
+    Seconds (``SECONDS``) are among it. What workers that died have tried counts as queue_s, the way to the worker and
+    back as busy_s.
+    """
 
     key: int
     outcome: Outcome
     fate: Mapping[str, Any] = field(default_factory=dict)
+
+
+def fate_of(outcome: Outcome) -> dict[str, Any]:
+    """Return what an outcome says itself of how it came about."""
+    kind = {"kind": outcome.kind} if isinstance(outcome, CandidateError) else {}
+    return {**kind, "halved": True} if outcome.halved else kind
 
 
 class Pool(Protocol):

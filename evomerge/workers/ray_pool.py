@@ -23,11 +23,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from evomerge.errors import CampaignError, CandidateError, EvoMergeError
 from evomerge.records import Measurement, Options, Split, TaskItems
-from evomerge.workers.pool import Outcome, Result, Scorer, Subject
+from evomerge.workers.pool import Outcome, Result, Scorer, Subject, fate_of
 
 LOOK_S = 5.0  # between looks at the cluster while nothing happens
 MAX_DEAD_STARTS = 3  # in a row, until one worker has opened
@@ -51,6 +51,31 @@ class RayOptions(Options):
     timeout_s: PositiveFloat | None = None
     attempts: PositiveInt = 3
     runtime_env: dict[str, Any] | None = None
+
+    @field_validator("gpus")
+    @classmethod
+    def _can_be_placed(cls, given: float | str) -> float | str:
+        if isinstance(given, float) and not (0 <= given <= 1 or (given > 1 and given % 1 == 0)):
+            raise ValueError("expected a fraction of one GPU, or a whole number of them")
+        return given
+
+    def located(self, folder: Path) -> "RayOptions":
+        """Return the options with absolute paths in runtime_env, given relative to a folder. Raises: CampaignError."""
+
+        def locate(given: Any) -> Any:
+            if not isinstance(given, str) or "://" in given:
+                return given
+            path = folder / Path(given).expanduser()
+            if not path.exists():
+                raise CampaignError(f"workers.runtime_env: {given}: no such folder or file in {folder}")
+            return str(path.resolve())
+
+        env = dict(self.runtime_env or {})
+        if "working_dir" in env:
+            env["working_dir"] = locate(env["working_dir"])
+        if isinstance(env.get("py_modules"), list):
+            env["py_modules"] = [locate(given) for given in env["py_modules"]]
+        return self.model_copy(update={"runtime_env": env}) if env else self
 
 
 class Findings(Protocol):
@@ -135,13 +160,15 @@ class _Job:
 
 @dataclass(slots=True)
 class _Slot:
-    """A worker: ``ref`` is what it is at; starting as long as it is nowhere."""
+    """A worker: ``ref`` is what it is at; starting as long as it is nowhere; at it, or idle, since ``since``."""
 
     actor: Any
     ref: Any = None
     where: str = ""
     job: _Job | None = None
     deadline: float = float("inf")
+    since: float = 0.0
+    idle_s: float = 0.0
 
 
 class RayPool:
@@ -161,6 +188,7 @@ class RayPool:
         self._stage, self._stage_refs = 0, list[Any]()
         self._shared: list[Any] = []
         self._dead_starts, self._num_left_out = 0, 0
+        self._told: set[str] = set()  # why workers were left out
         self._looked, self._is_waiting = time.monotonic(), False
         self.findings: Any = None
         try:
@@ -222,7 +250,9 @@ class RayPool:
                 slot.job = job = self._jobs.popleft()
                 job.attempts += 1
                 slot.ref = slot.actor.score.remote(self._stage, self._stage_refs, job.subject, job.split, job.items)
-                slot.deadline = time.monotonic() + (self._options.timeout_s or float("inf"))
+                now = time.monotonic()
+                slot.deadline = now + (self._options.timeout_s or float("inf"))
+                slot.idle_s, slot.since = now - slot.since, now
 
     def _step(self, limit_s: float) -> None:
         """Wait until something happens, or a while; and see to it."""
@@ -246,7 +276,7 @@ class RayPool:
         except self._ray.exceptions.RayTaskError as error:
             if slot.job is None and self._shared:  # what was lent is lost with the machine that held it
                 return self._bury(slot, "what it was to read was lost")
-            raise EvoMergeError(f"a worker raised {_first_line(error.cause)}") from error
+            raise EvoMergeError(f"a worker raised {first_line(error.cause)}") from error
         except self._ray.exceptions.RayError as error:
             return self._bury(slot, self._reason(error))
         if slot.job is None:
@@ -271,15 +301,17 @@ class RayPool:
             return self._leave_out(
                 slot, f"the worker on {brought.where} reads other checkpoints or items, and is left out"
             )
-        slot.where, self._dead_starts = brought.where, 0
+        slot.where, slot.since, self._dead_starts = brought.where, time.monotonic(), 0
         if self._is_waiting:
             self.notify("a worker has come; the search goes on")
-            self._is_waiting = False
+            self._is_waiting, self._num_left_out = False, 0
         return None
 
     def _leave_out(self, slot: _Slot, why: str) -> None:
-        """Do without a worker that would fail again wherever Ray puts it."""
-        self.notify(why)
+        """Do without a worker that would fail again wherever Ray puts it; while there is none, they go on trying."""
+        if why not in self._told:
+            self.notify(why)
+            self._told.add(why)
         self._drop(slot)
         self._num_left_out += 1
 
@@ -387,29 +419,36 @@ def _connect(options: RayOptions) -> tuple[Any, bool]:
             ray.init(options.address or "local", **asked)
         except Exception as error:  # Ray raises a dozen unrelated classes
             raise CampaignError(
-                f"workers.address: no Ray cluster at {options.address or 'this machine'} ({_first_line(error)}); start "
-                "one with ray start --head, or leave the address out"
+                f"workers.address: no Ray cluster at {options.address or 'this machine'} ({first_line(error)}); start "
+                "one with ray start --head, leave the address out, or set RAY_AUTH_MODE=token if it asks for a token"
             ) from error
     return ray, True
 
 
 def _places(resources: Mapping[str, float], cpus: float, gpus: float) -> int:
-    """How many workers one machine has room for."""
-    by_cpu = resources.get("CPU", 0.0) // cpus
-    return int(min(by_cpu, resources.get("GPU", 0.0) // gpus) if gpus else by_cpu)
+    """How many workers one machine has room for; a fraction of a GPU lies on one of them."""
+    by_cpu = _times(resources.get("CPU", 0.0), cpus)
+    if not gpus:
+        return by_cpu
+    num_gpus = resources.get("GPU", 0.0)
+    return min(by_cpu, int(num_gpus) * _times(1.0, gpus) if gpus < 1 else _times(num_gpus, gpus))
+
+
+def _times(whole: float, part: float) -> int:
+    """How often a part fits into a whole, in the ten-thousandths that Ray counts in: 0.1 fits into 1 ten times."""
+    return round(whole * 1e4) // max(round(part * 1e4), 1)
 
 
 def _result(job: _Job, slot: _Slot, outcome: Outcome) -> Result:
+    now = time.monotonic()
     fate: dict[str, Any] = {"worker": slot.where, "attempts": job.attempts}
+    fate |= {"queue_s": slot.since - job.submitted, "busy_s": now - slot.since, "idle_s": slot.idle_s}
+    slot.since = now
     if job.deaths:
         fate["deaths"] = job.deaths
-    if isinstance(outcome, CandidateError):
-        fate |= {"kind": outcome.kind}
-        return Result(job.key, outcome, fate)
-    return Result(
-        job.key, outcome, fate | {"queue_s": time.monotonic() - job.submitted - sum(outcome.seconds.values())}
-    )
+    return Result(job.key, outcome, fate | fate_of(outcome))
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return an error's words in one line, shortened: Ray's fill a screen."""
     return " ".join(str(error).split())[:300] or type(error).__name__

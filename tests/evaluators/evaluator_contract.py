@@ -1,6 +1,7 @@
 """What every evaluator promises; a test class of an evaluator inherits ``EvaluatorContract``."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,25 @@ def assert_same_scores(one: ItemScores, other: ItemScores) -> None:
     assert one.keys() == other.keys()
     for metric, scores in one.items():
         np.testing.assert_allclose(scores.tolist(), other[metric].tolist(), **TOLERANCE)  # objects: pairs of numbers
+
+
+@contextmanager
+def widest_batch(model: Any) -> Iterator[list[int]]:
+    """Gather how many rows each forward of the model takes, whether its head is asked or not."""
+    rows: list[int] = []
+
+    def count(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows.append(max(len(given) for given in (*args, *kwargs.values()) if isinstance(given, torch.Tensor)))
+
+    hooks = [
+        module.register_forward_pre_hook(count, with_kwargs=True)
+        for module in {model, getattr(model, "base_model", model)}
+    ]
+    try:
+        yield rows
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class EvaluatorContract:
@@ -88,6 +108,18 @@ class EvaluatorContract:
                 with torch.no_grad():
                     one, other = (float(e.loss(model, task, items, name)) for e in (evaluator, one_at_a_time))
                 assert one == pytest.approx(other, rel=1e-5)
+
+    def test_halved_often_enough_it_takes_one_at_a_time(self, evaluator: Evaluator, model: Any) -> None:
+        halved = evaluator
+        for _ in range(9):
+            halved = halved.halved()
+        for task in self.tasks:
+            items = self.everything(evaluator, task)
+            with widest_batch(model) as before:
+                whole = evaluator.score(model, task, items)
+            with widest_batch(model) as after:
+                assert_same_scores(halved.score(model, task, items), whole)
+            assert max(after) == 1 < max(before)
 
     def test_the_cross_entropy_is_the_mean_of_the_items_losses(self, evaluator: Evaluator, model: Any) -> None:
         for task in self.mean_loss_tasks:

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from ledger_contract import LedgerContract, Place, begun
 from ledger_processes import candidate, measured
+from postgres_server import served
 from sqlalchemy import create_engine, text
 
 from evomerge.errors import EvoMergeError, RunError
+from evomerge.ledger import database
 from evomerge.ledger.ledger import Ledger
 from evomerge.ledger.location import Location, locate
 
@@ -43,6 +45,31 @@ def test_a_driver_whose_connections_were_cut_goes_on(location: Location, adminis
             text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
         )
         assert ledger.record(ledger.trials()[0], measured(), None).order == 0
+
+
+def test_a_driver_outlasts_a_server_that_is_started_again(monkeypatch: pytest.MonkeyPatch, postgresql: str) -> None:
+    """Stopped and not there for a while, for reads and writes alike; nothing is recorded twice."""
+    monkeypatch.setattr(database, "RETRY_S", 0.05)
+    notes: list[str] = []
+    with served() as server:  # one of its own
+
+        def note(line: str) -> None:
+            notes.append(line)
+            if "the search waits" in line:
+                server.start()
+
+        with closing(Ledger.drive(locate(f"{server.url}#run"), "run", note)) as ledger:
+            ledger.begin({}, {})
+            server.stop()
+            trial = ledger.issue(0, 0, candidate())
+            server.stop()
+            assert [read.order for read in ledger.trials()] == [None]
+            server.stop()
+            assert ledger.record(trial, measured(), None).order == 0
+            assert len(ledger.trials()) == 1
+    assert ["the search waits" in line for line in notes] == [True, False] * 3
+    assert "cannot be written" in notes[0]
+    assert "cannot be read" in notes[2]
 
 
 def test_a_reader_in_the_midst_of_reading_keeps_nobody_waiting(location: Location) -> None:

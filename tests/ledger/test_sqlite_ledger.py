@@ -2,17 +2,22 @@
 
 import json
 import sqlite3
+import threading
 import zlib
+from collections.abc import Iterator
 from contextlib import closing
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from ledger_contract import LedgerContract, Place, assert_same, begun, reopened
 from ledger_processes import candidate, measured
+from sqlalchemy import Engine, event
 
-from evomerge.errors import EvoMergeError, RunError
+from evomerge.errors import RunError
+from evomerge.ledger import database
 from evomerge.ledger.ledger import Ledger
 from evomerge.ledger.location import FILE_NAME, locate
 
@@ -193,22 +198,56 @@ def test_an_upgrade_that_fails_leaves_the_older_schema(older: Path) -> None:
         Ledger.open(locate(older))
 
 
-def test_a_full_disk_is_said_in_one_line_and_nothing_is_lost(tmp_path: Path) -> None:
+class Disk:
     """SQLite's own page limit stands in for the disk's end."""
-    from sqlalchemy import Engine, event
 
-    def no_room(connection: object) -> None:
-        pages = connection.exec_driver_sql("pragma page_count").scalar()  # type: ignore[attr-defined]
-        connection.exec_driver_sql(f"pragma max_page_count = {pages}")  # type: ignore[attr-defined]
+    is_full = True
 
+    def __call__(self, connection: Any) -> None:
+        pages = connection.exec_driver_sql("pragma page_count").scalar() if self.is_full else 2**31
+        connection.exec_driver_sql(f"pragma max_page_count = {pages}")
+
+
+@pytest.fixture
+def disk() -> Iterator[Disk]:
+    held = Disk()
+    event.listen(Engine, "begin", held)
+    yield held
+    event.remove(Engine, "begin", held)
+
+
+def fill(ledger: Ledger) -> None:
+    for index in range(100):
+        ledger.record(ledger.issue(0, index, candidate()), measured(num_items=4000), None)
+
+
+def test_a_full_disk_is_said_in_one_line_and_nothing_is_lost(tmp_path: Path, disk: Disk) -> None:
+    disk.is_full = False
     ledger = begun(locate(tmp_path))
-    try:
-        event.listen(Engine, "begin", no_room)
-        with pytest.raises(EvoMergeError, match="cannot be written .*full.*the same command goes on"):
-            for index in range(100):
-                ledger.record(ledger.issue(0, index, candidate()), measured(num_items=4000), None)
-    finally:
-        event.remove(Engine, "begin", no_room)
+    disk.is_full = True
+    with pytest.raises(RunError, match="cannot be written .*full; expected 10 MB.*the same command goes on"):
+        fill(ledger)
+    disk.is_full = False
     recorded = ledger.trials()
     with closing(reopened(ledger)) as again:
         assert again.record(again.issue(0, len(recorded), candidate()), measured(), None).number == len(recorded)
+
+
+def test_a_ledger_that_is_told_to_waits_for_room(tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The note that it waits makes room a while later; each of its lines comes once, and each trial."""
+    monkeypatch.setattr(database, "RETRY_S", 0.02)
+    notes: list[str] = []
+
+    def note(line: str) -> None:
+        notes.append(line)
+        if "waits" in line:
+            threading.Timer(0.1, lambda: setattr(disk, "is_full", False)).start()
+
+    disk.is_full = False
+    with closing(Ledger.drive(locate(tmp_path), "one", note)) as ledger:
+        ledger.begin({}, {})
+        disk.is_full = True
+        fill(ledger)
+        assert [trial.order for trial in ledger.trials()] == list(range(100))
+    assert ["the search waits" in line for line in notes] == [True, False]
+    assert notes[1].endswith("can be used again; the search goes on")

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from test_every_operator import opened, recipe
-from torch import Tensor
 
 from evomerge.assemble import OPERATORS
 from evomerge.errors import InputError
@@ -88,9 +87,9 @@ def test_int8_is_off_by_half_a_step_of_its_block(dtype: torch.dtype, is_task_vec
 
 @pytest.fixture
 def merge_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU that is too small, but for the pinned memory, which needs one."""
-    monkeypatch.setattr(Place, "choose", lambda self, needed_bytes: "host")
-    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    """As on a GPU that is too small."""
+    choose = Place.choose
+    monkeypatch.setattr(Place, "choose", lambda *asked: replace(choose(*asked), residence="host"))
 
 
 def held_by(

@@ -19,8 +19,10 @@ class EchoFindings:
 class Echo:
     """A real scorer of nothing: its measurement's cost says which candidate it saw, its seconds which items.
 
-    Its stage adds to the cost.
+    Its stage adds to the cost. It halves the batch for one number and for its negative, which fails, as all do.
     """
+
+    HALVED = -50.0
 
     def __init__(self) -> None:
         self.findings, self.stage = EchoFindings(), 0.0
@@ -36,11 +38,12 @@ class Echo:
 
     def score(self, subject: Any, split: Split, items: TaskItems | None = None) -> Measurement:
         if subject.point[0] < 0:
-            raise CandidateError("negative")
+            raise CandidateError("negative", "not finite", halved=subject.point[0] == self.HALVED)
         if subject.point[0] > 100:
             raise EvoMergeError("ours")
         seconds = {task: float(len(of_task)) for task, of_task in (items or {}).items()}
-        return Measurement(split=split, scores={}, cost=subject.point[0] + self.stage, seconds=seconds)
+        cost, halved = subject.point[0] + self.stage, abs(subject.point[0]) == -self.HALVED
+        return Measurement(split=split, scores={}, cost=cost, seconds=seconds, halved=halved)
 
 
 class PoolContract:
@@ -75,12 +78,25 @@ class PoolContract:
 
     def test_a_failed_candidate_is_an_outcome_and_the_others_go_on(self) -> None:
         pool = self.make()
-        for key, x in enumerate((1.0, -1.0, 2.0)):
+        for key, x in enumerate((1.0, -1.0, 2.0, Echo.HALVED, -Echo.HALVED)):
             pool.submit(key, Candidate(point=(x,)), "search")
         results = {result.key: result for result in pool.results()}
         assert isinstance(results[1].outcome, CandidateError)
-        assert results[1].fate["kind"] == "failed"
+        assert [result.fate.get("kind") for _, result in sorted(results.items())] == [
+            None, "not finite", None, "not finite", None,
+        ]  # fmt: skip
+        assert [key for key, result in results.items() if result.fate.get("halved")] == [3, 4]
         assert results[2].outcome.cost == 2.0
+
+    def test_each_result_says_who_brought_it_and_where_the_time_went(self) -> None:
+        pool = self.make()
+        for key, x in enumerate((1.0, -1.0, 2.0)):
+            pool.submit(key, Candidate(point=(x,)), "search")
+        for result in pool.results():
+            assert result.fate["worker"]
+            assert result.fate["busy_s"] > 0
+            assert result.fate["idle_s"] >= 0
+            assert result.fate.get("queue_s", 0.0) >= 0
 
     def test_a_failure_of_ours_is_not_hidden(self) -> None:
         pool = self.make()

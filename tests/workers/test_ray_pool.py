@@ -13,6 +13,7 @@ from pool_contract import Echo, EchoFindings, PoolContract
 
 from evomerge.errors import CampaignError, CandidateError, CheckpointError, EvoMergeError
 from evomerge.records import Candidate, Measurement, Split, TaskItems
+from evomerge.workers import ray_pool
 from evomerge.workers.ray_pool import RayOptions, RayPool
 
 pytestmark = pytest.mark.ray
@@ -120,6 +121,16 @@ def open_pool(tmp_path: Path, notes: list[str]) -> Iterator[Any]:
         pool.close()
 
 
+def test_what_waits_for_a_worker_waits_while_it_is_busy(open_pool: Any) -> None:
+    pool = open_pool(count=1)
+    for key in range(2):
+        pool.submit(key, point(Actor.WHO), "search")
+    first, second = (result.fate for result in pool.results())
+    assert first["worker"] == second["worker"]
+    assert second["queue_s"] > 0
+    assert first["busy_s"] >= 0.2  # it sleeps so long
+
+
 def test_a_candidate_whose_worker_dies_goes_to_another(
     open_pool: Any, notes: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,6 +215,29 @@ def test_a_worker_that_reads_other_files_is_left_out(tmp_path: Path, notes: list
         assert (pool.num_workers, len(pool._slots)) == (1, 1)
     assert len(notes) == 1
     assert "reads other checkpoints or items, and is left out" in notes[0]
+
+
+def test_files_that_vanish_are_waited_for(tmp_path: Path, notes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that replaces a dead one cannot read them: that is said once, and tried again until they are back."""
+    monkeypatch.setattr(ray_pool, "LOOK_S", 0.1)
+
+    def scorer(_findings: Any, lent: Sequence[Any]) -> Actor:
+        with (tmp_path / "tries").open("a") as tries:
+            tries.write("x")
+        if (tmp_path / "gone").exists():
+            raise CheckpointError("rot90: no such folder")
+        return Actor(tmp_path, lent)
+
+    with RayPool(scorer, RayOptions(kind="ray", count=1), notes.append) as pool:
+        (tmp_path / "gone").touch()
+        pool.submit(0, point(Actor.DIE_ONCE), "search")
+        wait_for(pool, lambda: (tmp_path / "tries").stat().st_size >= 4)
+        (tmp_path / "gone").unlink()
+        [result] = pool.results()
+    assert isinstance(result.outcome, Measurement)
+    left_out = "a worker cannot open the campaign, and is left out: rot90: no such folder"
+    assert notes.count(left_out) == 1
+    assert notes[-1] == "a worker has come; the search goes on"
 
 
 def test_workers_read_what_the_first_has_lent_and_none_keeps_a_copy(open_pool: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from evomerge.front.front import maximized, violation
-from evomerge.front.pareto import hypervolume, non_dominated
+from evomerge.front.so_far import SoFar
 from evomerge.records import Descent, Floats, Measurement, Objective, Trial, in_order
 from evomerge.report.page.arrays import Packed, pack, pack_columns
 from evomerge.run import Run
@@ -192,18 +192,12 @@ def _hypervolume(run: Run) -> dict[str, Packed] | None:
     finished = in_order(run.trials)
     if "base" not in run.searched or not finished:
         return None
-    base_M = maximized(run.searched["base"], run.objectives)
     costs = np.cumsum([trial.measurement.cost if trial.measurement else 0.0 for trial in finished])
     steps = sorted({int(step) for step in np.linspace(1, len(finished), NUM_STEPS)})
-    front_NM, volumes, before = np.zeros((0, len(base_M))), [], 0
+    so_far, volumes, before = SoFar(run.objectives, run.searched["base"]), [], 0
     for step in steps:
-        added = [
-            maximized(trial.measurement, run.objectives)
-            for trial in finished[before:step]
-            if trial.measurement and not trial.measurement.stopped and not violation(trial.measurement, run.objectives)
-        ]
-        front_NM = np.concatenate([front_NM, np.array(added).reshape(-1, len(base_M))])
-        front_NM = front_NM[non_dominated(front_NM)]
-        volumes.append(hypervolume(front_NM, base_M))
+        for trial in finished[before:step]:
+            so_far.add(trial)
+        volumes.append(so_far.volume)
         before = step
     return {"cost": pack(costs[np.array(steps) - 1]), "volume": pack(np.array(volumes, dtype=np.float64))}

@@ -1,0 +1,178 @@
+"""Two models or two runs side by side, and a model on tasks that its campaign did not have."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.text import Text
+
+from evomerge.comparison import ModelComparison, RunComparison, compare_models, compare_runs, subject_of
+from evomerge.errors import RunError
+from evomerge.evidence.pairs import Pair
+from evomerge.records import Measurement, Objective
+from evomerge.report.tables import Column, Row, Shown, make_table, short, with_error
+from evomerge.rescore import Rescored
+from evomerge.run import Run, open_run
+
+FOOTNOTE = "± is one standard error, ranges are 95 % intervals; paired by item and clustered by source"
+OBJECTIVE = Column("objective", lambda row: row["objective"] + (" ↓" if row["direction"] == "min" else ""), False)
+
+
+def comparison(place: str, one: str, other: str | None) -> Shown:
+    """Return two models of a run by their names, or two runs by their places. Raises: RunError."""
+    run = open_run(place)
+    if other is not None:
+        return model_comparison(run, compare_models(run, subject_of(run, one), subject_of(run, other)))
+    if one == "knee" or one.isdecimal():
+        raise RunError(f"compare {place} {one}: expected a second model of that run, such as knee or uniform")
+    return run_comparison(compare_runs(run, open_run(one)))
+
+
+def model_comparison(run: Run, compared: ModelComparison) -> Shown:
+    """Return two models of a run, objective by objective."""
+    rows = [pair_row(compared.ours, compared.theirs, pair) for pair in compared.pairs]
+    ours, theirs = (label(subject) for subject in (compared.ours, compared.theirs))
+    columns = [
+        OBJECTIVE,
+        Column(ours, lambda row: with_error(row["value"], row["stderr"])),
+        Column(theirs, lambda row: with_error(row["other_value"], row["other_stderr"])),
+        *difference_columns(),
+    ]
+    table = make_table(f"{run.campaign.name}: {ours} less {theirs}, on {compared.split} items", columns, rows)
+    facts = {"run": run.location, "split": compared.split, "model": compared.ours, "other": compared.theirs}
+    return Shown(tables={"objectives": rows}, facts=facts, people=[table, FOOTNOTE])
+
+
+def pair_row(ours: str, theirs: str, pair: Pair) -> dict[str, Any]:
+    """Return two models in one objective as a row; the difference is ours less theirs, in the user's own sign."""
+    sign = pair.objective.sign
+    low, high = sorted(sign * end for end in pair.interval)
+    return {
+        "model": ours,
+        "other": theirs,
+        "objective": pair.objective.name,
+        "direction": pair.objective.direction,
+        "value": pair.ours.value,
+        "stderr": pair.ours.stderr,
+        "other_value": pair.theirs.value,
+        "other_stderr": pair.theirs.stderr,
+        "difference": sign * pair.gain.value,
+        "difference_stderr": pair.gain.stderr,
+        "difference_low": low,
+        "difference_high": high,
+        "items": pair.num_items,
+        "items_gained": pair.num_gained,
+        "items_lost": pair.num_lost,
+        "verdict": pair.verdict,
+    }
+
+
+def difference_columns() -> list[Column]:
+    """Return how people read a difference, where it comes from, and whether it is beyond noise."""
+    return [
+        Column("difference", lambda row: f"{row['difference']:+.3f} ±{short(row['difference_stderr'])}"),
+        Column("95 %", lambda row: f"{row['difference_low']:+.3f} to {row['difference_high']:+.3f}"),
+        Column("items", _won_and_lost),
+        Column("beyond noise", lambda row: "" if row["verdict"] == "alike" else row["verdict"], False),
+    ]
+
+
+def _won_and_lost(row: Row) -> str:
+    return "" if row["items_gained"] is None else f"+{row['items_gained']} -{row['items_lost']} of {row['items']}"
+
+
+def label(subject: str) -> str:
+    """How a subject is shown: ``trial 12``, ``expert rot90``, ``uniform``."""
+    return subject.replace(":", " ")
+
+
+def run_comparison(compared: RunComparison) -> Shown:
+    """Return two runs: their hypervolumes above one reference point, and how much of each other's front they cover."""
+    rows = [
+        {
+            "run": str(side.run.location),
+            "campaign": side.run.campaign.name,
+            "trials": side.num_trials,
+            "cost": side.cost,
+            "on_front": side.num_on_front,
+            "hypervolume_at_equal_cost": side.hypervolume_at_equal_cost,
+            "hypervolume": side.hypervolume,
+            "hypervolume_on_test": side.hypervolume_on_test,
+            "coverage": side.coverage,
+        }
+        for side in compared.sides
+    ]
+
+    def number(key: str) -> Any:
+        return lambda row: "" if row[key] is None else f"{row[key]:.4g}"
+
+    columns = [
+        Column("run", lambda row: row["run"], False),
+        Column("trials", lambda row: str(row["trials"])),
+        Column("cost", lambda row: f"{row['cost']:.0f}"),
+        Column("front", lambda row: str(row["on_front"])),
+        Column(f"hv at {compared.equal_cost:.0f}", number("hypervolume_at_equal_cost")),
+        Column("hv whole", number("hypervolume")),
+        Column("hv test", number("hypervolume_on_test")),
+        Column("covers", lambda row: "" if row["coverage"] != row["coverage"] else f"{row['coverage']:.0%}"),
+    ]
+    names = ", ".join(objective.name for objective in compared.objectives)
+    point = ", ".join(f"{name} {value:.4g}" for name, value in compared.reference.items())
+    notes = [
+        f"hv: hypervolume above {point}; on search items after {compared.equal_cost:.0f} full-evaluation equivalents, "
+        "what both can afford, and of the whole run; then of the front's test values",
+        "covers: how much of the other run's front a model of this one matches or surpasses in every objective",
+    ]
+    if not compared.has_same_items:
+        notes.append("the runs were scored on other items or other splits of them: small differences say nothing")
+    facts = {
+        "objectives": [objective.name for objective in compared.objectives],
+        "reference": compared.reference,
+        "equal_cost": compared.equal_cost,
+        "same_items": compared.has_same_items,
+    }
+    table = make_table(f"two runs in {names}", columns, rows)
+    return Shown(tables={"runs": rows}, facts=facts, people=[table, *map(Text, notes)])
+
+
+def rescored(run: Run, found: Rescored) -> Shown:
+    """Return a model beside base, experts, uniform average and best scalar on further tasks."""
+    subject = f"trial:{found.trial.number}"
+    models = [_model_row(name, measured, found.objectives) for name, measured in found.measured.items()]
+    rows = [pair_row(subject, found.best_experts[pair.objective.name], pair) for pair in found.pairs]
+    columns = [Column("model", lambda row: label(row["model"]), False)]
+    columns += [_score_column(objective) for objective in found.objectives]
+    scores = make_table(
+        f"{run.campaign.name}: {label(subject)} on tasks that its campaign did not have",
+        columns,
+        models,
+        faint=lambda row: row["model"] != subject,
+    )
+    beside = [
+        OBJECTIVE,
+        Column("best expert", lambda row: label(row["other"]).removeprefix("expert "), False),
+        *difference_columns(),
+    ]
+    counts = ", ".join(f"{count} of {task}" for task, count in found.num_items.items())
+    notes = [
+        FOOTNOTE,
+        f"every item was scored ({counts}): nothing was picked by these numbers, and none of them enters the record",
+    ]
+    return Shown(
+        tables={"models": models, "objectives": rows},
+        facts={"run": run.location, "model": subject, "items": found.num_items},
+        people=[scores, make_table(f"{label(subject)} less the best expert", beside, rows), *map(Text, notes)],
+    )
+
+
+def _model_row(subject: str, measured: Measurement, objectives: Sequence[Objective]) -> Mapping[str, Any]:
+    cells: dict[str, Any] = {"model": subject}
+    for objective in objectives:
+        score = measured.scores[objective.name]
+        cells |= {f"value/{objective.name}": score.value, f"stderr/{objective.name}": score.stderr}
+    return cells
+
+
+def _score_column(objective: Objective) -> Column:
+    name = objective.name
+    head = name + (" ↓" if objective.direction == "min" else "")
+    return Column(head, lambda row: with_error(row[f"value/{name}"], row[f"stderr/{name}"]))

@@ -1,0 +1,132 @@
+"""What a command shows: tables and sentences for people, or the same as JSON or CSV for scripts.
+
+Rows hold plain values under keys that stay: unrounded, in the user's own sign, None where there is none. A column says
+how people read a row. ``search/NAME`` and its kin are named as in the frames of ``frames.py``.
+"""
+
+import csv
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rich.box import SIMPLE_HEAD
+from rich.console import RenderableType
+from rich.table import Table
+
+from evomerge.errors import InputError
+from evomerge.report.console import console, say
+
+Row = Mapping[str, Any]
+Form = Literal["text", "json", "csv"]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """How people read one thing of a row, under a heading; numbers stand to the right."""
+
+    head: str
+    text: Callable[[Row], str]
+    is_number: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """What a command shows.
+
+    facts: what JSON says beside the tables. tables: rows by name; CSV is the first. people: tables and pictures, lines
+    (text) that are never broken, and sentences (rich's ``Text``) that are.
+    """
+
+    tables: Mapping[str, Sequence[Row]]
+    people: Sequence[RenderableType]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def form_of(*, as_json: bool, as_csv: bool) -> Form:
+    """Return the form that the options ask for. Raises: InputError for both."""
+    if as_json and as_csv:
+        raise InputError("--json and --csv: expected one of them; CSV is the first table of the JSON")
+    return "json" if as_json else "csv" if as_csv else "text"
+
+
+def show(shown: Shown, form: Form = "text") -> None:
+    """Print in one of the forms."""
+    if form == "json":
+        print(json.dumps(_plain({**shown.facts, **shown.tables}), indent=2))
+    elif form == "csv":
+        _write_csv(next(iter(shown.tables.values())))
+    else:
+        for part in shown.people:
+            if isinstance(part, str):
+                say(part)
+            else:
+                console.print(part)
+
+
+def make_table(
+    title: str,
+    columns: Sequence[Column],
+    rows: Iterable[Row],
+    *,
+    faint: Callable[[Row], bool] = lambda _: False,
+) -> Table:
+    """Return rows as people read them; a rule parts the faint ones from those that follow."""
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in columns:
+        table.add_column(
+            column.head,
+            justify="right" if column.is_number else "left",
+            no_wrap=column.is_number,
+            overflow="ellipsis" if column.is_number else "fold",
+        )
+    before = False
+    for row in rows:
+        is_faint = faint(row)
+        if before and not is_faint:
+            table.add_section()
+        table.add_row(*(column.text(row) for column in columns), style="dim" if is_faint else None)
+        before = is_faint
+    return table
+
+
+def with_error(value: float | None, stderr: float | None) -> str:
+    """A number with its standard error, which has no leading zero; nothing for none."""
+    if value is None:
+        return ""
+    return f"{value:.3f}" + ("" if stderr is None else f" ±{short(stderr)}")
+
+
+def signed(value: float, stderr: float) -> str:
+    """A difference with its standard error."""
+    return f"{value:+.3f} ±{short(stderr)}"
+
+
+def short(error: float) -> str:
+    """An error below 1 without its leading zero."""
+    return f"{error:.3f}".removeprefix("0")
+
+
+def _write_csv(rows: Sequence[Row]) -> None:
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(sys.stdout, keys, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
+
+
+def _cell(value: Any) -> Any:
+    """A list or a mapping in a cell is JSON."""
+    return json.dumps(_plain(value)) if isinstance(value, list | tuple | Mapping) else value
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON has it: what is not finite is null, what is no plain value is its text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value if value is None or isinstance(value, str | int | bool) else str(value)
