@@ -17,7 +17,6 @@ from evomerge.cli import app
 from evomerge.evidence.compare import paired_difference
 from evomerge.evidence.intervals import difference_intervals, student
 from evomerge.evidence.scores import source_codes
-from evomerge.export import parse_preference
 from evomerge.families.family import FamilySummary
 from evomerge.front.pick import knee, prefer
 from evomerge.plan import make_plan
@@ -107,12 +106,12 @@ def test_sliders_and_bounds_pick_what_the_command_would(browser: Any, report: st
         assert picked(page) == made_up.pick(at_knee=True).number
         drag(page, "code", 4)
         drag(page, "chat", 0.5)
-        preference = parse_preference("code=4,chat=0.5")
+        preference = {"code": 4.0, "chat": 0.5}
         assert picked(page) == made_up.pick(preference=preference).number
         values = {t.number: t.measurement.scores["maths"].value for t in made_up.front if t.measurement}
         floor = sorted(values.values())[-3]
         page.get_by_label("maths at least", exact=True).fill(str(floor))
-        assert values[picked(page)] >= floor
+        assert picked(page) == made_up.pick(preference=preference, minimum={"maths": floor}).number
         page.get_by_label("maths at least", exact=True).fill("2")
         assert "No model of the front keeps these bounds" in page.locator("#picked").text_content()
         page.get_by_role("button", name="Reset weights and bounds").click()

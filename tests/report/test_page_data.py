@@ -133,6 +133,14 @@ def test_what_a_surrogate_has_planned_is_named(made_up: Run, tmp_path: Path) -> 
     assert len(unpacked(found["objectives"][0]["expected"])) == 5
 
 
+def test_times_and_log_are_those_of_the_run(small_run: Path) -> None:
+    run = open_run(small_run)
+    times = json.loads(part_json(run, "overview", item_bytes=0))["times"]
+    assert sum(worker["num_results"] for worker in times["workers"]) == len(run.trials)
+    events = json.loads(part_json(run, "log", item_bytes=0))
+    assert (events[0]["event"], events[-1]) == ("begin", {**events[-1], "event": "end", "how": "finished"})
+
+
 @pytest.mark.parametrize("num_trials", [1, 3])
 def test_a_run_that_has_hardly_begun_has_a_page(tmp_path: Path, num_trials: int) -> None:
     write_run(locate(tmp_path), num_trials)

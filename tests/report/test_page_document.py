@@ -10,6 +10,7 @@ import pytest
 
 from evomerge.report.html import write_report
 from evomerge.report.page.document import one_document, static_names, static_text
+from evomerge.report.page.parts import PARTS
 from evomerge.run import Run
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;"
@@ -50,4 +51,4 @@ def test_a_report_holds_all_parts(made_up: Run, tmp_path: Path) -> None:
     write_report(made_up, tmp_path / "report.html", told.append)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert all(f'id="part-{name}"' in page for name in told)
-    assert told == ["overview", "evidence", "items", "surrogate"]
+    assert told == list(PARTS)

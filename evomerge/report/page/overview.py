@@ -4,6 +4,7 @@ Shape letters: N trials, M objectives, S subjects.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from evomerge.front.so_far import SoFar
 from evomerge.records import Descent, Floats, Measurement, Objective, Trial, in_order
 from evomerge.report.page.arrays import Packed, pack, pack_columns
 from evomerge.run import Run
+from evomerge.times import times_of
 
 STATES = ("waiting", "failed", "stopped", "out of bounds", "dominated", "front")
 NUM_STEPS = 80  # of the curve
@@ -46,6 +48,7 @@ def overview(run: Run) -> dict[str, Any]:
         "test": scores(run.tested, [*references, *_members(run)], run.objectives),
         "hypervolume": _hypervolume(run),
         "seconds": run.seconds,
+        "times": asdict(times_of(run.trials)),
     }
 
 

@@ -3,12 +3,14 @@
 import json
 from typing import Any
 
+from evomerge.log import last_events
 from evomerge.report.page.evidence import evidence, items
 from evomerge.report.page.overview import overview
 from evomerge.report.page.surrogate import surrogate
 from evomerge.run import Run
 
-PARTS = ("overview", "evidence", "items", "surrogate")
+PARTS = ("overview", "evidence", "items", "surrogate", "log")
+NUM_EVENTS = 200  # of the log, the latest
 
 
 def part_json(run: Run, part: str, *, item_bytes: int) -> str:
@@ -22,4 +24,6 @@ def part_json(run: Run, part: str, *, item_bytes: int) -> str:
 def _part(run: Run, part: str, item_bytes: int) -> Any:
     if part == "items":
         return items(run, item_bytes)
+    if part == "log":
+        return last_events(run.location.called(run.campaign.name), NUM_EVENTS)
     return {"overview": overview, "evidence": evidence, "surrogate": surrogate}[part](run)

@@ -158,7 +158,7 @@ const Page = (() => {
       theme: document.documentElement.dataset.theme,
       ...known,
     });
-    need({ front: ["evidence"], model: ["items"], surrogate: ["surrogate"], run: [] }[state.view]);
+    need({ front: ["evidence"], model: ["items"], surrogate: ["surrogate"], run: ["log"] }[state.view]);
   }
 
   // Read the parts that a view needs, and show it again once they are here. What takes the server long is not asked for

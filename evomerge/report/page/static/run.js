@@ -4,6 +4,7 @@
 const RunView = (() => {
   const { el, fill, number, seconds, count, card, empty } = Dom;
   const MAX_NAMED = 8; // trials beside a reason
+  const MAX_EVENT = 240; // characters of an event
   let places = null;
 
   // Texts that trials have, most frequent first: [text, trials].
@@ -74,17 +75,37 @@ const RunView = (() => {
     ];
   }
 
-  function workers(run) {
-    const found = grouped(run, run.workerOf);
-    if (!found.length) return empty("All trials were scored in the command's own process.");
+  function workers({ times }) {
+    if (!times.workers.length) return empty("No result says who brought it.");
     return bars(
-      found.map(([worker, trials]) => {
-        const spent = trials.reduce(
-          (sum, trial) => sum + (Number.isNaN(run.secondsOf[trial]) ? 0 : run.secondsOf[trial]),
-          0,
-        );
-        return [worker, spent, `${count(trials.length, "trial")} · ${seconds(spent)}`];
+      times.workers.map(({ worker, num_results: results, busy_s: busy, idle_s: idle }) => {
+        const share = ((100 * busy) / Math.max(busy + idle, 1e-9)).toFixed(0);
+        return [worker, busy, `${count(results, "result")} · ${seconds(busy)}, ${share} % of its time`];
       }),
+    );
+  }
+
+  function driver({ times }) {
+    const parts = Object.entries(times.driver);
+    if (!parts.length) return empty("Nothing is timed yet.");
+    return bars(parts.map(([name, size]) => [name, size, seconds(size)]));
+  }
+
+  // The log's latest events first, each with what it says beside its name.
+  function log(events) {
+    if (!events?.length) return empty(events ? "There is no log beside this run." : "Reading the log…");
+    const row = ({ time, event, ...rest }) =>
+      el(
+        "li",
+        {},
+        el("time", {}, new Date(time).toLocaleString()),
+        el("strong", {}, ` ${event} `),
+        el("small", {}, JSON.stringify(rest).slice(1, -1).replaceAll('"', " ").trim().slice(0, MAX_EVENT)),
+      );
+    return el(
+      "ul",
+      { class: "items", tabindex: "0", role: "log", "aria-label": "log" },
+      [...events].reverse().map(row),
     );
   }
 
@@ -120,6 +141,8 @@ const RunView = (() => {
 
   function make(place) {
     places = {
+      driver: el("div"),
+      log: el("div"),
       trials: el("div"),
       stages: el("div"),
       failures: el("div"),
@@ -137,8 +160,10 @@ const RunView = (() => {
         card("Failures, by reason", places.failures),
         card("Where the time went", places.timing),
         card("Workers", places.workers),
+        card("What the driver did", places.driver),
         card("Stopped early, by reason", places.stopped),
       ),
+      card("Log", places.log),
     );
   }
 
@@ -152,6 +177,8 @@ const RunView = (() => {
     places.stopped.parentElement.hidden = !run.inState("stopped").length;
     fill(places.timing, timing(run));
     fill(places.workers, workers(run));
+    fill(places.driver, driver(run));
+    fill(places.log, log(view.log));
   }
 
   return { render };
