@@ -11,9 +11,13 @@ ITEM_BYTES = 600_000  # a report of 10,000 trials shall stay below 8 MB, of whic
 
 
 def write_report(run: Run, path: Path, say: Callable[[str], None] = lambda _: None) -> None:
-    """Write the report. say: is told which part is being made."""
-    parts = {}
+    """Write the report. say: is told which part is being made.
+
+    The log stays beside the run: it names machines and processes, and reports are handed on.
+    """
+    parts = {"log": "[]"}
     for name in PARTS:
-        say(name)
-        parts[name] = part_json(run, name, item_bytes=ITEM_BYTES)
+        if name not in parts:
+            say(name)
+            parts[name] = part_json(run, name, item_bytes=ITEM_BYTES)
     path.write_text(one_document(parts), encoding="utf-8")

@@ -93,7 +93,7 @@ const RunView = (() => {
 
   // The log's latest events first, each with what it says beside its name.
   function log(events) {
-    if (!events?.length) return empty(events ? "There is no log beside this run." : "Reading the log…");
+    if (!events?.length) return empty(events ? "No log is shown here; a run has its log beside it." : "Reading the log…");
     const row = ({ time, event, ...rest }) =>
       el(
         "li",
