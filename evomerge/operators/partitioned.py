@@ -1,7 +1,7 @@
 """Task arithmetic with several coefficients a matrix: its entries are drawn into classes, each with one of its own."""
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -22,33 +22,52 @@ class PartitionedOptions(Options):
     seed: int = Field(default=0, ge=0, lt=2**31)
 
 
-class Partitioned(Lincomb):
+class InParts(Lincomb):
+    """What rules with several coefficients a tensor share: an expert's parts, each weighed by one of its own.
+
+    The directions are part by part, of each all experts. The coefficients are ``coefficient``, ``coefficient2``, ...
+    """
+
+    reads_factors: ClassVar[bool] = False
+    parameters: tuple[ParameterSpec, ...]
+
+    def weights(self, values: Values, state: Any) -> Tensor:  # noqa: ARG002
+        """The base once, then the experts' coefficients, part by part."""
+        coefficients = [values[spec.name] for spec in self.parameters]
+        return torch.cat([torch.ones_like(coefficients[0][:1]), *coefficients])
+
+
+def part_coefficients(num_parts: int, part: str, default: float) -> tuple[ParameterSpec, ...]:
+    """Return the coefficients of so many parts; part: what one is called, before its number."""
+    return tuple(
+        ParameterSpec(
+            name=f"coefficient{'' if number == 1 else number}",
+            meaning=f"weight of a task vector's entries of {part} {number}",
+            default=default,
+            low=-0.2,
+            high=1.2,
+        )
+        for number in range(1, num_parts + 1)
+    )
+
+
+class Partitioned(InParts):
     """theta = base + sum_k sum_p c_kp (m_p * tau_k), m_p the entries of class p: 1 at each place in one of the classes.
 
     The classes of a matrix are drawn for each entry, as likely as each other, and shared by all experts; tensors that
-    are no matrices are wholly of the first. The coefficients are ``coefficient``, ``coefficient2``, ...: all are
-    searched as the campaign's space says of coefficients. What is merged lies in memory once a class and expert.
+    are no matrices are wholly of the first. All coefficients are searched as the campaign's space says of coefficients.
+    What is merged lies in memory once a class and expert.
     Reference: Zhang et al. 2024, aTLAS, arxiv.org/abs/2407.02880, "aTLAS x K". The draws are DARE's hash of (seed, name
     of the tensor, place); the official code draws one mask for all tensors of a shape.
     """
 
     name: ClassVar[str] = "partitioned"
-    reads_factors: ClassVar[bool] = False
 
     options_type: ClassVar[type[Options]] = PartitionedOptions
 
     def __init__(self, options: PartitionedOptions | None = None) -> None:
         self.options = options or PartitionedOptions()
-        self.parameters: tuple[ParameterSpec, ...] = tuple(
-            ParameterSpec(
-                name=f"coefficient{'' if number == 1 else number}",
-                meaning=f"weight of a task vector's entries of class {number}",
-                default=0.3,
-                low=-0.2,
-                high=1.2,
-            )
-            for number in range(1, self.options.classes + 1)
-        )
+        self.parameters = part_coefficients(self.options.classes, "class", 0.3)
 
     def prepare(self, sources: Sources, values: Values, earlier: Sources | None) -> Sources:  # noqa: ARG002
         """Copy each expert once a class, with the base in the entries of the others."""
@@ -69,11 +88,6 @@ class Partitioned(Lincomb):
     def directions(self, sources: Sources, state: Sources) -> Sources:  # noqa: ARG002
         """The copies, class by class."""
         return state
-
-    def weights(self, values: Values, state: Sources) -> Tensor:  # noqa: ARG002
-        """The base once, then the experts' coefficients, class by class."""
-        coefficients = [values[spec.name] for spec in self.parameters]
-        return torch.cat([torch.ones_like(coefficients[0][:1]), *coefficients])
 
     @staticmethod
     def _begun(sources: Sources, expert: object) -> Dense:
