@@ -8,8 +8,8 @@ from pydantic import Field
 from torch import Tensor
 
 from evomerge.kernels.sources import Dense, Sources
+from evomerge.operators.linear import InParts
 from evomerge.operators.operator import Values
-from evomerge.operators.partitioned import InParts, part_coefficients
 from evomerge.records import Options
 
 
@@ -37,12 +37,12 @@ class Chunks:
 class Chunked(InParts):
     """theta = base + sum_k sum_p c_kp (m_p * tau_k), m_p 1 in the p-th chunk of the flattened tensor and 0 elsewhere.
 
-    A tensor's importance is the share of it in I_s = sum_k sum |tau_ks|, over its entries, and its number of chunks
-    floor(budget * S * I_s^kappa / sum_s I_s^kappa) of S tensors, at most ``chunks``. A tensor of fewer uses the first
-    coefficients, ``coefficient``, ``coefficient2``, ...; its others move nothing: their slope is 0, so that a descent
-    leaves them where they are, but they are numbers of the space, and a search by scores alone spends trials on them.
-    Where a tensor has no chunk, no coefficient moves anything. ``space.groups: tensor`` gives each tensor its own;
-    wider groups share the p-th coefficient among the p-th chunks of their tensors. Nothing is copied.
+    A tensor's importance is I_s = sum_k sum |tau_ks|, over its entries, and its number of chunks, of S tensors,
+    floor(budget * S * I_s^kappa / sum_j I_j^kappa), at most ``chunks``. A tensor of fewer uses the first coefficients.
+    Its others move nothing: their slope is 0, so that a descent leaves them (but for weight decay), yet they are numbers
+    of the space, on which a search by scores alone spends trials. Where a tensor has no chunk, no coefficient moves
+    anything. ``space.groups: tensor`` gives each tensor its own; wider groups share the p-th coefficient among the p-th
+    chunks of their tensors. Nothing is copied, and a merge takes no longer than task arithmetic's.
     Reference: Expert Merging++, 2025, arxiv.org/abs/2509.25712. Departures: importance counts all coefficients as
     equal, where the paper weighs task vectors by those of a training before; chunks begin at multiples of 1,024
     entries, so that a tensor has no more than it has of these; and their number has a limit.
@@ -54,7 +54,7 @@ class Chunked(InParts):
 
     def __init__(self, options: ChunkedOptions | None = None) -> None:
         self.options = options or ChunkedOptions()
-        self.parameters = part_coefficients(self.options.chunks, "chunk", self.options.start)
+        super().__init__(self.options.chunks, "chunk", default=self.options.start)
 
     def prepare(self, sources: Sources, values: Values, earlier: Chunks | None) -> Chunks:  # noqa: ARG002
         """Cut the tensors: each chunk is all experts, with a factor of 0 on the blocks of the other chunks."""

@@ -1,18 +1,17 @@
 """Task arithmetic with several coefficients a matrix: its entries are drawn into classes, each with one of its own."""
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from evomerge.kernels.masked import block_keys
 from evomerge.kernels.sources import Dense, Sources
-from evomerge.operators.linear import Lincomb
+from evomerge.operators.linear import InParts
 from evomerge.operators.masks import uniform_draws
 from evomerge.operators.operator import Values
-from evomerge.records import Options, ParameterSpec
+from evomerge.records import Options
 
 
 class PartitionedOptions(Options):
@@ -20,35 +19,6 @@ class PartitionedOptions(Options):
 
     classes: int = Field(default=4, ge=2)
     seed: int = Field(default=0, ge=0, lt=2**31)
-
-
-class InParts(Lincomb):
-    """What rules with several coefficients a tensor share: an expert's parts, each weighed by one of its own.
-
-    The directions are part by part, of each all experts. The coefficients are ``coefficient``, ``coefficient2``, ...
-    """
-
-    reads_factors: ClassVar[bool] = False
-    parameters: tuple[ParameterSpec, ...]
-
-    def weights(self, values: Values, state: Any) -> Tensor:  # noqa: ARG002
-        """The base once, then the experts' coefficients, part by part."""
-        coefficients = [values[spec.name] for spec in self.parameters]
-        return torch.cat([torch.ones_like(coefficients[0][:1]), *coefficients])
-
-
-def part_coefficients(num_parts: int, part: str, default: float) -> tuple[ParameterSpec, ...]:
-    """Return the coefficients of so many parts; part: what one is called, before its number."""
-    return tuple(
-        ParameterSpec(
-            name=f"coefficient{'' if number == 1 else number}",
-            meaning=f"weight of a task vector's entries of {part} {number}",
-            default=default,
-            low=-0.2,
-            high=1.2,
-        )
-        for number in range(1, num_parts + 1)
-    )
 
 
 class Partitioned(InParts):
@@ -67,7 +37,7 @@ class Partitioned(InParts):
 
     def __init__(self, options: PartitionedOptions | None = None) -> None:
         self.options = options or PartitionedOptions()
-        self.parameters = part_coefficients(self.options.classes, "class", 0.3)
+        super().__init__(self.options.classes, "class", default=0.3)
 
     def prepare(self, sources: Sources, values: Values, earlier: Sources | None) -> Sources:  # noqa: ARG002
         """Copy each expert once a class, with the base in the entries of the others."""
