@@ -39,8 +39,8 @@ class Chunked(InParts):
 
     A tensor's importance is I_s = sum_k sum |tau_ks|, over its entries, and its number of chunks, of S tensors,
     floor(budget * S * I_s^kappa / sum_j I_j^kappa), at most ``chunks``. A tensor of fewer uses the first coefficients.
-    Its others move nothing: their slope is 0, so that a descent leaves them (but for weight decay), yet they are numbers
-    of the space, on which a search by scores alone spends trials. Where a tensor has no chunk, no coefficient moves
+    Its others move nothing: their slope is 0, so that a descent leaves them (but for weight decay), yet they are still
+    numbers of the space, on which searches by scores alone spend trials. Where a tensor has no chunk, no number moves
     anything. ``space.groups: tensor`` gives each tensor its own; wider groups share the p-th coefficient among the p-th
     chunks of their tensors. Nothing is copied, and a merge takes no longer than task arithmetic's.
     Reference: Expert Merging++, 2025, arxiv.org/abs/2509.25712. Departures: importance counts all coefficients as
