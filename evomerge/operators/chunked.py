@@ -21,9 +21,9 @@ class ChunkedOptions(Options):
     """
 
     chunks: int = Field(default=4, ge=2)
-    budget: float = Field(default=1.0, gt=0)
-    kappa: float = Field(default=1.0, ge=0)
-    start: float = 0.3
+    budget: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    kappa: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    start: float = Field(default=0.3, allow_inf_nan=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,7 +42,7 @@ class Chunked(InParts):
     Its others move nothing: their slope is 0, so that a descent leaves them (but for weight decay), yet they are still
     numbers of the space, on which searches by scores alone spend trials. Where a tensor has no chunk, no number moves
     anything. ``space.groups: tensor`` gives each tensor its own; wider groups share the p-th coefficient among the p-th
-    chunks of their tensors. Nothing is copied, and a merge takes no longer than task arithmetic's.
+    chunks of their tensors. Nothing is copied: a merge is one pass over base and experts.
     Reference: Expert Merging++, 2025, arxiv.org/abs/2509.25712. Departures: importance counts all coefficients as
     equal, where the paper weighs task vectors by those of a training before; chunks begin at multiples of 1,024
     entries, so that a tensor has no more than it has of these; and their number has a limit.
