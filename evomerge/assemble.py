@@ -17,6 +17,7 @@ from evomerge.evaluators.lm_eval import LmEvalEvaluator
 from evomerge.evaluators.lm_eval_tasks import LmEvalOptions
 from evomerge.operators.arcee_fusion import ArceeFusion
 from evomerge.operators.breadcrumbs import Breadcrumbs, BreadcrumbsTies
+from evomerge.operators.chunked import Chunked
 from evomerge.operators.consensus import Consensus
 from evomerge.operators.dare import DareLinear, DareTies
 from evomerge.operators.della import Della, DellaLinear
@@ -82,6 +83,7 @@ _OPERATORS: tuple[type[Operator], ...] = (
     ArceeFusion,
     Breadcrumbs,
     BreadcrumbsTies,
+    Chunked,
     Consensus,
     DareLinear,
     DareTies,

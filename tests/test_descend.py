@@ -25,7 +25,11 @@ from evomerge.scorer import Scorer
 from evomerge.stages import Stage, make_stages, stage_cost
 from evomerge.teachers import Teachers
 
-OPERATORS = {"adamerging": {"name": "ties_paper", "normalize": False}, "atlas": {"name": "partitioned", "classes": 2}}
+OPERATORS = {
+    "adamerging": {"name": "ties_paper", "normalize": False},
+    "atlas": {"name": "partitioned", "classes": 2},
+    "expert_merging ++": {"name": "chunked", "chunks": 2, "budget": 1.5},
+}
 METHODS: dict[str, dict[str, Any]] = {
     "adamerging": {"batch_size": 4},
     "atlas": {"batch_size": 12, "learning_rate": 0.01},
@@ -33,6 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "fw_merging soft": {"variant": "soft", "batch_size": 6, "weight_steps": 3, "weight_batch_size": 4},
     "self_positioning": {"batch_size": 4},
     "expert_merging": {"experts": {"rot90": "rot90", "parity": "noise"}, "samples": 3, "batch_size": 2},
+    "expert_merging ++": {"experts": {"rot90": "rot90"}, "samples": 3, "batch_size": 2},
     "expert_merging aligned": {"experts": {"rot90": "noise"}, "samples": 3, "batch_size": 2, "layers": [1]},
 }
 WIDE = {"groups": "layer", "coefficient": {"low": -0.2, "high": 1.2, "start": 0.3}}

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from evomerge.kernels.launch import launch
 from evomerge.kernels.layout import BLOCK
@@ -40,15 +41,24 @@ def lincomb(out_P: Tensor, sources: Sources, weights_KS: Tensor, changed: Sequen
 
 
 def _linear_columns(sources: Sources, weights_KS: Tensor) -> tuple[list[Tensor], Tensor]:
-    """Return the dense experts' buffers and the factors (1 + rows, B) of base and rows."""
+    """Return the dense experts' buffers, each once, and the factors (1 + rows, B) of base and rows."""
     dense = [(k, expert) for k, expert in enumerate(sources.experts, start=1) if isinstance(expert, Dense)]
-    checkpoints = [k for k, expert in dense if not expert.is_task_vector]
+    checkpoints = [k for k, expert in dense if not expert.is_task_vector and expert.scales_B is None]
     columns_CS = torch.cat([weights_KS[:1] - weights_KS[checkpoints].sum(0), weights_KS[[k for k, _ in dense]]])
     floats_CB = sources.spread(columns_CS.float())
     for c, (_, expert) in enumerate(dense, start=1):
         if expert.scales_B is not None:
             floats_CB[c] *= expert.scales_B
-    return [expert.buffer_P for _, expert in dense], floats_CB
+            if not expert.is_task_vector:
+                floats_CB[0] -= floats_CB[c]
+    rows = {id(expert.buffer_P): expert.buffer_P for _, expert in dense}
+    if len(rows) < len(dense):
+        places, parts_CB = list(rows), floats_CB
+        floats_CB = parts_CB.new_zeros(parts_CB.shape[1], 1 + len(rows)).T
+        floats_CB[0] = parts_CB[0]
+        for part_B, (_, expert) in zip(parts_CB[1:], dense, strict=True):
+            floats_CB[1 + places.index(id(expert.buffer_P))] += part_B
+    return list(rows.values()), floats_CB
 
 
 def _lincomb_factored(
@@ -87,14 +97,27 @@ def task_vector_products(gradient_E: Tensor, sources: Sources, s: int) -> Tensor
         gradient = gradient_E[start : start + CHUNK].float()
         base = sources.base_P[here].float()
         products[0] += gradient @ base
+        blocks = slice(here.start // BLOCK, -(-here.stop // BLOCK))
+        by_block: dict[int, Tensor] = {}  # of a buffer that experts may share
         for k, expert in enumerate(sources.experts, start=1):
-            if isinstance(expert, Dense) and expert.scales_B is None:
-                held = expert.buffer_P[here].float()
-                products[k] += gradient @ (held if expert.is_task_vector else held - base)
+            if not isinstance(expert, Dense):
+                continue
+            if expert.scales_B is None:
+                products[k] += gradient @ _vector(expert, here, base)
+                continue
+            key = id(expert.buffer_P)
+            if key not in by_block:
+                terms = gradient * _vector(expert, here, base)
+                by_block[key] = pad(terms, (0, -len(terms) % BLOCK)).view(-1, BLOCK).sum(1)
+            products[k] += by_block[key] @ expert.scales_B[blocks]
     for k, expert in enumerate(sources.experts, start=1):
         if isinstance(expert, LowRank) and s in expert.factors:
             b, a = expert.factors[s]
             products[k] = ((gradient_E.float().view(b.shape[0], -1) @ a.T) * b).double().sum()
-        elif isinstance(expert, Dense) and expert.scales_B is not None:
-            products[k] = (gradient_E.float() @ sources.task_vector(k - 1, s).view(-1)).double()
     return products
+
+
+def _vector(expert: Dense, here: slice, base_E: Tensor) -> Tensor:
+    """Return so many entries of a task vector, float32, before any factor of its blocks."""
+    held_E = expert.buffer_P[here].float()
+    return held_E if expert.is_task_vector else held_E - base_E

@@ -17,7 +17,8 @@ from evomerge.kernels.layout import BLOCK, Layout
 class Dense:
     """An expert as a flat buffer: the checkpoint itself, or its task vector.
 
-    scales_B: for a task vector held in int8, the float32 factor of each block; else None.
+    scales_B: the float32 factor of each block of the task vector, or None for 1: of one held in int8, and 0 where an
+    expert takes no part. Experts that share a buffer are read once.
     """
 
     buffer_P: Tensor
@@ -97,18 +98,18 @@ class Sources:
                 b = b[rows.start * step : rows.stop * step]
             return self._shaped(b @ a, s, rows)
         held_E = expert.buffer_P[place].to(torch.float32, copy=True)
+        if not expert.is_task_vector:
+            held_E -= self.base_P[place].float()
         if expert.scales_B is not None:
             first, before = divmod(place.start, BLOCK)
             scales_B = expert.scales_B[first : -(-place.stop // BLOCK)]
             held_E *= scales_B.repeat_interleave(BLOCK)[before : before + len(held_E)]
-        if not expert.is_task_vector:
-            held_E -= self.base_P[place].float()
         return self._shaped(held_E, s, rows)
 
     def expert(self, k: int, s: int, rows: slice | None = None) -> Tensor:
         """Return expert k's tensor s, float32: in its shape, or so many rows of it as a matrix."""
         expert = self.experts[k]
-        if isinstance(expert, Dense) and not expert.is_task_vector:
+        if isinstance(expert, Dense) and not expert.is_task_vector and expert.scales_B is None:
             return self._shaped(expert.buffer_P[self._place(s, rows)].float(), s, rows)
         return self.base(s, rows) + self.task_vector(k, s, rows)
 

@@ -35,6 +35,33 @@ class Lincomb:
         lincomb(out_P, self.directions(sources, state), weights_KS, changed)
 
 
+class InParts(Lincomb):
+    """Task arithmetic on parts of the task vectors, the same of all experts: each part has a coefficient of its own.
+
+    part: what one is called, before its number. The coefficients are ``coefficient``, ``coefficient2``, ...; the
+    directions are part by part, of each all experts.
+    """
+
+    reads_factors: ClassVar[bool] = False
+
+    def __init__(self, num_parts: int, part: str, default: float) -> None:
+        self.parameters: tuple[ParameterSpec, ...] = tuple(
+            ParameterSpec(
+                name=f"coefficient{'' if number == 1 else number}",
+                meaning=f"weight of a task vector's entries of {part} {number}",
+                default=default,
+                low=-0.2,
+                high=1.2,
+            )
+            for number in range(1, num_parts + 1)
+        )
+
+    def weights(self, values: Values, state: Any) -> Tensor:  # noqa: ARG002
+        """The base once, then the experts' coefficients, part by part."""
+        coefficients = [values[spec.name] for spec in self.parameters]
+        return torch.cat([torch.ones_like(coefficients[0][:1]), *coefficients])
+
+
 class TaskArithmetic(Lincomb):
     """theta = base + sum_k c_k (expert_k - base).
 

@@ -5,14 +5,13 @@ from typing import ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from evomerge.kernels.masked import block_keys
 from evomerge.kernels.sources import Dense, Sources
-from evomerge.operators.linear import Lincomb
+from evomerge.operators.linear import InParts
 from evomerge.operators.masks import uniform_draws
 from evomerge.operators.operator import Values
-from evomerge.records import Options, ParameterSpec
+from evomerge.records import Options
 
 
 class PartitionedOptions(Options):
@@ -22,33 +21,23 @@ class PartitionedOptions(Options):
     seed: int = Field(default=0, ge=0, lt=2**31)
 
 
-class Partitioned(Lincomb):
+class Partitioned(InParts):
     """theta = base + sum_k sum_p c_kp (m_p * tau_k), m_p the entries of class p: 1 at each place in one of the classes.
 
     The classes of a matrix are drawn for each entry, as likely as each other, and shared by all experts; tensors that
-    are no matrices are wholly of the first. The coefficients are ``coefficient``, ``coefficient2``, ...: all are
-    searched as the campaign's space says of coefficients. What is merged lies in memory once a class and expert.
+    are no matrices are wholly of the first. All coefficients are searched as the campaign's space says of coefficients.
+    What is merged lies in memory once a class and expert.
     Reference: Zhang et al. 2024, aTLAS, arxiv.org/abs/2407.02880, "aTLAS x K". The draws are DARE's hash of (seed, name
     of the tensor, place); the official code draws one mask for all tensors of a shape.
     """
 
     name: ClassVar[str] = "partitioned"
-    reads_factors: ClassVar[bool] = False
 
     options_type: ClassVar[type[Options]] = PartitionedOptions
 
     def __init__(self, options: PartitionedOptions | None = None) -> None:
         self.options = options or PartitionedOptions()
-        self.parameters: tuple[ParameterSpec, ...] = tuple(
-            ParameterSpec(
-                name=f"coefficient{'' if number == 1 else number}",
-                meaning=f"weight of a task vector's entries of class {number}",
-                default=0.3,
-                low=-0.2,
-                high=1.2,
-            )
-            for number in range(1, self.options.classes + 1)
-        )
+        super().__init__(self.options.classes, "class", default=0.3)
 
     def prepare(self, sources: Sources, values: Values, earlier: Sources | None) -> Sources:  # noqa: ARG002
         """Copy each expert once a class, with the base in the entries of the others."""
@@ -69,11 +58,6 @@ class Partitioned(Lincomb):
     def directions(self, sources: Sources, state: Sources) -> Sources:  # noqa: ARG002
         """The copies, class by class."""
         return state
-
-    def weights(self, values: Values, state: Sources) -> Tensor:  # noqa: ARG002
-        """The base once, then the experts' coefficients, class by class."""
-        coefficients = [values[spec.name] for spec in self.parameters]
-        return torch.cat([torch.ones_like(coefficients[0][:1]), *coefficients])
 
     @staticmethod
     def _begun(sources: Sources, expert: object) -> Dense:

@@ -9,7 +9,8 @@ Reference: Expert Merging, 2025, arxiv.org/abs/2509.25712; the numbers are its o
 with rate 0.5, decay 1e-5 and gradients clipped to length 1, the rate on a cosine with restarts down to a tenth.
 Departures: every step sees items of all tasks (the code accumulates 8 items of one after the other). The paper leaves
 norms, embeddings, biases and heads at the start: fix them with ``space.exceptions``. Expert Merging++, which cuts the
-tensors that matter most into chunks with coefficients of their own, is not here.
+tensors that matter most into chunks with coefficients of their own, goes with ``operator: {name: chunked}``; the
+penalty is then a mean over all numbers, also those of chunks that a tensor does not have.
 """
 
 from collections.abc import Mapping

@@ -82,6 +82,31 @@ def test_every_form_of_an_expert_gives_the_same_merge() -> None:
         assert float(products[1]) == pytest.approx(expected, rel=1e-4, abs=2400 * tolerance)
 
 
+@pytest.mark.parametrize("is_task_vector", [False, True])
+def test_parts_that_share_a_buffer_are_weighed_block_by_block(is_task_vector: bool) -> None:
+    """Two parts of one expert and another expert between them, against sums by hand; the last block is cut short."""
+    generator = torch.Generator().manual_seed(0)
+    base_E, vector_E, other_E = torch.randn(3, 2 * BLOCK + 100, generator=generator)
+    buffer_P = torch.zeros(3 * BLOCK)
+    buffer_P[: len(base_E)] = vector_E if is_task_vector else base_E + vector_E
+    factors = torch.tensor([[1.0, 0.0, 0.5], [0.0, 2.0, 3.0]])
+    one, two = (Dense(buffer_P, is_task_vector, scales_B) for scales_B in factors)
+    held = sources(base_E, one, other_E, two)
+    parts = [vector_E * scales_B.repeat_interleave(BLOCK)[: len(base_E)] for scales_B in factors]
+    expected = 0.9 * base_E + 0.3 * parts[0] + 0.5 * (other_E - base_E) - 0.2 * parts[1]
+    out_P = torch.full_like(held.base_P, float("nan"))
+    lincomb(out_P, held, torch.tensor([[0.9], [0.3], [0.5], [-0.2]], dtype=torch.float64))
+    torch.testing.assert_close(out_P[: len(base_E)], expected, rtol=1e-5, atol=1e-5)
+    assert not out_P[len(base_E) :].any()
+
+    gradient_E = torch.randn(len(base_E), generator=generator)
+    products = task_vector_products(gradient_E, held, 0)
+    for k, part in ((0, parts[0]), (2, parts[1])):
+        torch.testing.assert_close(held.task_vector(k, 0), part, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(held.expert(k, 0), base_E + part, rtol=1e-5, atol=1e-5)
+        assert float(products[1 + k]) == pytest.approx(float(gradient_E.double() @ part.double()), rel=1e-4, abs=1e-3)
+
+
 @pytest.mark.parametrize("exponent", [1, 2])
 def test_absolute_sums_are_of_task_vectors_tensor_by_tensor(exponent: int) -> None:
     """Of a checkpoint and of an adapter that leaves the second tensor alone; the first takes several chunks."""
