@@ -187,9 +187,10 @@ class _Fmin2:
 class MapPublished(Map):
     """MAP in the course of its paper: (K+1)(K+2) points of its law, one fit, then the front that this fit predicts.
 
-    In a space of one number an expert, as in the paper. Where the authors' code harms itself we do not follow: the fit
+    Meant for one number an expert, as the paper has it. Where the authors' code harms itself we do not follow: the fit
     starts from ridge least squares in place of ones, at which the sigmoid saturates, and the front is sought in the box
-    instead of [-3, 3]. The other departures of ``evomerge/proposers/map.py``, those of refitting apart, hold as well.
+    instead of [-3, 3]. The other departures of ``evomerge/proposers/map.py`` hold too, but for the number of points and
+    refitting. A front that is used up is followed by points around it.
     Source: arxiv.org/abs/2406.07529, github.com/luli-git/MAP.
     """
 

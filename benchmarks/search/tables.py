@@ -26,7 +26,7 @@ def _tables(found: Comparison) -> Iterator[Group]:
     above = REFERENCES[found.reference]
     yield _by_cost(found, found.volumes, f"{what}\nhypervolume of test values above {above}; {seeds}{ceiling}")
     if found.distances:
-        distance = "IGD, the mean distance from points of the true front to the nearest found one (less is better)"
+        distance = "IGD: from the true front to the nearest found point, on average (less is better)"
         yield _by_cost(found, found.distances, f"{distance}; {seeds}")
     yield _by_cost(found, found.means, f"best mean of objectives, on test items; {seeds}")
     yield _at_the_end(found)
