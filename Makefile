@@ -6,9 +6,9 @@ BIN := $(VENV)/bin
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test test-ray test-all lint format docs bench-overhead bench-materialize bench-digits bench-evaluate \
-        bench-coverage bench-ledger bench-orderings bench-racing bench-scale bench-search bench-surrogates \
-        clean
+.PHONY: help setup demo test test-ray test-browser test-all lint format docs bench-overhead bench-materialize \
+        bench-digits bench-evaluate bench-coverage bench-ledger bench-orderings bench-page bench-racing bench-scale \
+        bench-search bench-surrogates clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -43,6 +43,11 @@ test: setup  ## The default tests: CPU, no network
 test-ray: setup  ## Workers, nodes and drivers lost on a real Ray cluster of this machine (five minutes)
 	@$(BIN)/python -m pytest -q -m ray
 
+test-browser: setup  ## The page in a real Chromium (two minutes)
+	@command -v chromium >/dev/null || test "$$(id -u)" != 0 || { apt-get -q update && apt-get -qy install chromium; }
+	@command -v chromium >/dev/null || { echo "the tests of the page drive Chromium: install it, such as by apt-get install chromium"; exit 1; }
+	@$(BIN)/python -m pytest -q -m browser
+
 test-all: setup  ## Every test, slow ones included
 	@$(BIN)/python -m pytest -q $(SIDE_BY_SIDE)
 
@@ -76,6 +81,9 @@ bench-orderings: setup  ## Orderings that papers report, and whether digits4 sho
 
 bench-ledger: setup  ## Size and speed of a ledger of 10,000 trials (ten minutes)
 	@$(BIN)/python benchmarks/ledger.py
+
+bench-page: setup  ## The page of 60, 1,000 and 10,000 trials: size, and time until it can be used (ten minutes)
+	@$(BIN)/python -m benchmarks.page
 
 bench-racing: setup  ## What a race saves in items for the same hypervolume, over ten seeds
 	@$(BIN)/python benchmarks/racing.py

@@ -46,6 +46,7 @@ from evomerge.times import times_of
 from evomerge.workers.pool import Result, Subject
 from evomerge.workers.ray_pool import RayOptions
 
+PARTS = ["efficiency", "throughput", "trials"]
 NUM_SCORES = 64  # different measurements that simulated workers return
 MEAN_S = 30.0
 
@@ -294,12 +295,14 @@ def _on_ray(count: int, num_evaluations: int) -> tuple[float, float]:
 def main() -> None:
     """Print the tables that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=["efficiency", "throughput", "trials", []], default=[])
+    parser.add_argument("what", nargs="*", help="efficiency, throughput, trials (default: all)")
     parser.add_argument("--trials", type=int, default=100_000)
     parser.add_argument("--evaluations", type=int, default=60, help="candidates a worker, of efficiency")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    wanted = given.what or ["efficiency", "throughput", "trials"]
+    wanted = given.what or PARTS
+    if unknown := [part for part in wanted if part not in PARTS]:
+        parser.error(f"unknown part {unknown[0]!r}; known: {', '.join(PARTS)}")
     tables = []
     if "efficiency" in wanted:
         tables.append(efficiency(given.evaluations, given.rounds))

@@ -246,14 +246,38 @@ def report(
     run: RunPlace,
     out: Annotated[Path | None, typer.Option(help="HTML file (default: report.html in the run's own folder).")] = None,
 ) -> None:
-    """Write a run's front, scores and coefficients to one HTML file that works offline."""
+    """Write the page of a run, with all that it shows, to one HTML file that works offline."""
+    from evomerge.report.console import Loading
     from evomerge.report.html import write_report
     from evomerge.run import open_run
 
     opened = open_run(run)
     path = out or opened.location.file("report.html")
-    write_report(opened, path)
+    with Loading() as loading:
+        write_report(opened, path, loading)
     typer.echo(f"report   {path}  ({path.stat().st_size / 1e6:.1f} MB, works offline)")
+
+
+@app.command()
+def ui(
+    place: Annotated[str, typer.Argument(metavar="[RUN|FOLDER|URL]", help="A run, or where many are.")] = "runs",
+    host: Annotated[
+        str, typer.Option(help="Address to serve at; elsewhere than on 127.0.0.1, with a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(help="Port (default: 8700, or the next that is free).")] = None,
+    show: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
+) -> None:
+    """Serve the page of a run, or of many, live while they are written; it only reads. Ctrl-C ends it."""
+    from evomerge.report.browser import open_browser
+    from evomerge.report.server import serve
+    from evomerge.runs import find_runs
+
+    def started(address: str) -> None:
+        typer.echo(f"page     {address}  (Ctrl-C ends it)")
+        if show:
+            open_browser(address)
+
+    serve(find_runs(place), host=host, port=port, started=started)
 
 
 @app.command()

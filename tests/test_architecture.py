@@ -76,6 +76,8 @@ CONFINED = {  # library -> where alone it may be imported
     "huggingface_hub": {"materialize", "push"},
     "plotly": {"report"},
     "rich": {"report"},
+    "starlette": {"report"},
+    "uvicorn": {"report"},
     "typer": {"cli"},
     "ray": {"workers"},
     "lm_eval": {"evaluators"},
@@ -136,7 +138,7 @@ def test_libraries_are_confined() -> None:
 def test_import_and_help_load_nothing_heavy() -> None:
     program = (
         "import sys, evomerge, evomerge.cli; "
-        "heavy = {'torch', 'transformers', 'optuna', 'cma', 'ray', 'lm_eval', 'plotly', 'sqlalchemy', 'numpy'}; "
+        "heavy = {'torch', 'transformers', 'optuna', 'cma', 'ray', 'lm_eval', 'plotly', 'sqlalchemy', 'numpy', 'starlette'}; "
         "print(sorted(heavy & sys.modules.keys()))"
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout

@@ -123,7 +123,7 @@ def test_it_is_shown(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str
     print_front(run)
     assert "models on the front" in capsys.readouterr().out
     write_report(run, tmp_path / "report.html")
-    assert "on python" in (tmp_path / "report.html").read_text()
+    assert '["on","python","' in (tmp_path / "report.html").read_text(encoding="utf-8")
     path = path_of(make_plan(run.campaign), run.trials[3])
     numbers = run.numbers_of(run.trials[3])
     assert [number for dimension, number in numbers if dimension["parameter"] == "on"].count(1.0) == len(path)

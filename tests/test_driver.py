@@ -112,7 +112,7 @@ def test_a_ladder_of_spaces_resumes_to_the_same_story_and_exports_every_stage(
     assert f"stage 2 searched {len(fine['space'])} numbers and started from trial {fine['ancestor']}" in run.lineage
     print_front(run)
     write_report(run, tmp_path / "report.html")
-    assert f"in {run.dimensions} dimensions" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f'"dimensions":"{run.dimensions}"' in (tmp_path / "report.html").read_text(encoding="utf-8")
     ledger = sqlite3.connect(run.location.file(FILE_NAME))
     fingerprints = [row[0] for row in ledger.execute("select fingerprint from evomerge_trials order by number")]
     course = Course(run.campaign, make_plan(run.campaign), run.changes)

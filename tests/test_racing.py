@@ -1,5 +1,7 @@
 """Campaigns that race: what is stopped never enters the front, what is finished scores as it does without a race."""
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,7 +110,10 @@ def test_a_race_is_shown(raced: Run, tmp_path: Path, capsys: pytest.CaptureFixtu
     print_front(raced)
     assert f"{len(raced.stopped)} of 60 trials were stopped early" in capsys.readouterr().out
     write_report(raced, tmp_path / "report.html")
-    assert "stopped early (estimates)" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    shown = json.loads(re.findall(r'id="part-overview">(.*?)</script>', page)[0])
+    reasons = dict.fromkeys(trial.measurement.stopped or "" for trial in raced.trials if trial.measurement)
+    assert shown["trials"]["stopped"]["texts"] == list(reasons)
 
 
 def test_descents_race_from_where_they_end(campaign: Callable[..., Campaign], tmp_path: Path) -> None:

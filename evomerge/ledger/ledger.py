@@ -24,7 +24,7 @@ from evomerge.ledger.lease import Holder, Lease, held
 from evomerge.ledger.location import Location
 from evomerge.ledger.migration import make_tables, schema_version, upgrade_from_2
 from evomerge.ledger.rows import ItemNumbers, LazyItems, StoredScore, item_numbers_of, measurement_of, rows_of, trial_of
-from evomerge.records import Candidate, Measurement, Score, Split, Trial
+from evomerge.records import Candidate, Measurement, Score, Split, Trial, digest
 
 Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
@@ -207,6 +207,15 @@ class Ledger:
             times = [*connection.execute(latest.where(self._own(tables.trials))).one()]
             times.append(self._column(connection, tables.runs.c.created))
         return max(float(time) for time in times if time is not None)
+
+    def stamp(self) -> str:
+        """Return a text that changes whenever something is written, by which a reader knows whether to look again."""
+        trials, places, runs = tables.trials.c, tables.measurements.c.place, tables.runs.c
+        counts = select(func.max(trials.number), func.max(trials.finish_order)).where(self._own(tables.trials))
+        texts = select(runs.campaign, runs.facts, runs.test_touches).where(runs.id == self._run)
+        with self._database.reading() as connection:
+            place = connection.execute(select(func.max(places)).where(self._own(tables.measurements))).scalar()
+            return digest([*connection.execute(counts).one(), place, *connection.execute(texts).one()])[:16]
 
     @_patient
     def update_campaign(self, campaign: Mapping[str, Any]) -> None:

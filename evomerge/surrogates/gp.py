@@ -68,6 +68,14 @@ class GaussianProcess:
         variance_P = np.exp(2 * self.logs[-2]) - (explained_NP**2).sum(axis=0)
         return mean_P, self._scale**2 * variance_P.clip(min=1e-12)
 
+    def left_out(self) -> tuple[Floats, Floats]:
+        """Return what all other points say of each point's value, (N,): means and variances, noise included.
+
+        The lengths stay those of the fit to all points. Reference: Rasmussen and Williams 2006, 5.4.2.
+        """
+        precision_N = np.diag(_solve(self._factor_NN, np.eye(len(self.values_N))))
+        return self.values_N - self._scale * self._weights_N / precision_N, self._scale**2 / precision_N
+
 
 def fit(
     points_ND: Floats, values_N: Floats, variances_N: Floats, start: Floats | None = None, num_steps: int = 40

@@ -337,6 +337,32 @@ class LedgerContract:
         assert again.num_test_touches() == 2
         again.close()
 
+    def test_its_stamp_changes_with_every_write_and_with_nothing_else(self, ledger: Ledger) -> None:
+        with closing(Ledger.open(ledger.location)) as reader:
+            seen = [reader.stamp()]
+
+            def note() -> None:
+                seen.append(reader.stamp())
+                assert reader.stamp() == seen[-1]
+
+            trial = ledger.issue(0, 0, candidate(0))
+            note()
+            ledger.record(trial, measured(0), None)
+            note()
+            ledger.measure("base", measured(1))
+            note()
+            ledger.begin_stage(0, {"space": []})
+            note()
+            ledger.finish(10)
+            note()
+            ledger.finish(20)
+            note()
+            ledger.touch_test_items()
+            note()
+            ledger.update_campaign({"name": "another"})
+            note()
+        assert len(set(seen)) == len(seen)
+
     def test_a_reader_sees_what_the_driver_committed(self, ledger: Ledger) -> None:
         reader = Ledger.open(ledger.location)
         trial = ledger.issue(0, 0, candidate())

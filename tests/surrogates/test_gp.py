@@ -82,3 +82,19 @@ def test_a_few_steps_from_an_earlier_fit_are_as_good_as_many() -> None:
     truth = np.sin(3 * asked[:, 0]) * asked[:, 1]
     errors = [np.abs(process.mean(asked) - truth).mean() for process in (few, many)]
     assert errors[0] < 1.5 * errors[1] + 0.01
+
+
+def test_what_is_left_out_is_what_the_other_points_say() -> None:
+    """The closed form agrees with leaving each point out, and predicting it from the others by the same lengths."""
+    rng = np.random.default_rng(3)
+    points, variances, logs = rng.random((8, 2)), np.full(8, 0.01), np.log([0.8, 1.5, 1.1, 0.1])
+    values = np.sin(3 * points[:, 0]) + points[:, 1]
+    mean, scale, lengths, signal = values.mean(), values.std(), np.exp(logs[:2]), np.exp(logs[2])
+    kernel = np.array([[matern(a, b, lengths, signal) for b in points] for a in points])
+    noisy = kernel + np.diag(variances / scale**2 + np.exp(2 * logs[3]) + gp.JITTER * signal**2)
+    means, left_variances = GaussianProcess(points, values, variances, logs).left_out()
+    for n in range(8):
+        others = np.arange(8) != n
+        weights = np.linalg.solve(noisy[np.ix_(others, others)], kernel[others, n])
+        assert means[n] == pytest.approx(mean + weights @ (values[others] - mean))
+        assert left_variances[n] == pytest.approx(scale**2 * (noisy[n, n] - weights @ kernel[others, n]))

@@ -1,0 +1,264 @@
+"use strict";
+
+// The picture of a front of one objective, of two, or of every pair of several.
+const Scatter = (() => {
+  const { referenceLabel, labelOf, hoverText, rangesOf, description } = Models;
+  const SYMBOLS = { base: "x", expert: "diamond", uniform: "square", scalar: "triangle-up" };
+  const MAX_BARS = 120; // models with error bars
+
+  // Groups of subjects with how they look, faint ones first. Faint ones have search scores, whatever the others show.
+  function groups(view) {
+    const { run, state, chosen } = view;
+    const colours = Plots.colours();
+    const members = run.front.map((trial) => `trial:${trial}`);
+    const isCrowded = members.length > MAX_BARS;
+    const found = [
+      {
+        name: `dominated${run.isTested && state.split === "test" ? " (search scores)" : ""}`,
+        faint: true,
+        trials: run.inState("dominated"),
+        marker: { color: colours.faint, size: 5, opacity: 0.55 },
+      },
+      {
+        name: "out of bounds",
+        faint: true,
+        trials: run.inState("out of bounds"),
+        marker: { color: colours.faint, size: 6, symbol: "x-thin-open", opacity: 0.7 },
+      },
+      {
+        name: "stopped early (estimates)",
+        faint: true,
+        trials: run.inState("stopped"),
+        marker: { color: colours.faint, size: 6, symbol: "circle-open", opacity: 0.75 },
+      },
+      {
+        name: "front",
+        subjects: members,
+        bars: true,
+        marker: {
+          color: colours.front,
+          size: isCrowded ? 5 : 7.5,
+          line: { color: colours.panel, width: isCrowded ? 0.3 : 0.7 },
+        },
+      },
+    ];
+    for (const kind of Object.keys(SYMBOLS)) {
+      const subjects = run.references.filter((subject) => subject.split(":")[0] === kind);
+      const name = { expert: "experts", scalar: "best scalar" }[kind] ?? kind;
+      found.push({
+        name,
+        subjects,
+        bars: true,
+        named: kind === "expert",
+        marker: { color: colours.mark, size: 9.5, symbol: SYMBOLS[kind], line: { color: colours.panel, width: 0.7 } },
+      });
+    }
+    if (state.versus)
+      found.push({
+        name: `compared: ${labelOf(run, state.versus)}`,
+        subjects: [state.versus],
+        ring: true,
+        marker: { color: colours.versus, size: 15, symbol: "circle-open", line: { width: 2.5, color: colours.versus } },
+      });
+    if (chosen !== null)
+      found.push({
+        name: "picked",
+        subjects: [`trial:${chosen}`],
+        ring: true,
+        marker: { color: colours.chosen, size: 16, symbol: "circle-open", line: { width: 3, color: colours.chosen } },
+      });
+    return found;
+  }
+
+  // Points that come into an image, and what stands for them in the legend.
+  function crowdOf(common, values) {
+    const trace = common.showlegend ? { ...common, x: [null], y: [null] } : null;
+    return { crowd: { values, marker: common.marker }, trace };
+  }
+
+  // One trace of a group over two objectives, and a crowd where its points are too many to be drawn one by one.
+  function pairTrace(view, group, [x, y], axes, isFirst) {
+    const { run, state, intervals } = view;
+    const split = group.faint ? "search" : state.split;
+    const common = {
+      name: group.name,
+      legendgroup: group.name,
+      showlegend: isFirst,
+      xaxis: axes[0],
+      yaxis: axes[1],
+      mode: "markers",
+      type: "scatter",
+      marker: group.marker,
+    };
+    if (group.faint) {
+      const xs = group.trials.map((trial) => run.values[x][trial]);
+      const ys = group.trials.map((trial) => run.values[y][trial]);
+      if (!xs.length) return {};
+      if (xs.length > Plots.MAX_DRAWN) return crowdOf(common, [xs, ys]);
+      const customdata = group.trials.map((trial) => `trial:${trial}`);
+      return {
+        trace: {
+          ...common,
+          x: xs,
+          y: ys,
+          customdata,
+          text: group.trials.map((trial) => Plots.plain(run.label(trial))),
+          hovertemplate: "%{text}<br>%{x:.3f}, %{y:.3f}<extra></extra>",
+        },
+      };
+    }
+    const held = group.subjects.filter((subject) => run.score(subject, x, split));
+    if (!held.length) return {};
+    const scores = (m) => held.map((subject) => run.score(subject, m, split));
+    if (held.length * view.numPanels > 2 * Plots.MAX_DRAWN) {
+      return crowdOf(
+        common,
+        [x, y].map((m) => scores(m).map((score) => score.value)),
+      );
+    }
+    const trace = {
+      ...common,
+      x: scores(x).map((score) => score.value),
+      y: scores(y).map((score) => score.value),
+      customdata: held,
+      text: group.named ? held.map((subject) => Plots.plain(subject.split(":")[1])) : undefined,
+      textposition: "top center",
+      textfont: { size: 10.5, color: Plots.colours().muted },
+      hovertext: held.map((subject) => hoverText(run, subject, split, intervals)),
+      hoverinfo: group.ring ? "skip" : "text",
+      mode: group.named && run.steering.length === 2 ? "markers+text" : "markers",
+    };
+    if (group.bars && run.steering.length === 2 && held.length <= MAX_BARS) {
+      const bar = (m) => ({
+        array: scores(m).map((score) => score.error),
+        thickness: 1,
+        width: 0,
+        color: group.named || group.marker.symbol ? Plots.colours().muted : `${Plots.colours().front}66`,
+      });
+      Object.assign(trace, { error_x: bar(x), error_y: bar(y) });
+    }
+    return { trace };
+  }
+
+  // Two objectives: one panel. More: a panel for every pair, below the diagonal.
+  function drawPairs(place, view) {
+    const { run, state, choose } = view;
+    const names = run.steering;
+    const size = names.length - 1;
+    const numPanels = (size * (size + 1)) / 2;
+    const ranges = rangesOf(run, state.split);
+    const layout = {
+      images: [],
+      height: { 1: 480, 2: 620 }[size] ?? Math.min(230 * size + 40, 860),
+      margin: { l: 56, r: 14, t: 14, b: 48 },
+    };
+    const gap = size === 1 ? 0 : 0.035;
+    const width = (1 - gap * (size - 1)) / size;
+    const traces = [];
+    let panel = 0;
+    for (let row = 1; row <= size; row++) {
+      for (let column = 0; column < row; column++) {
+        panel += 1;
+        const suffix = panel === 1 ? "" : String(panel);
+        const axes = [`x${suffix}`, `y${suffix}`];
+        const from = column * (width + gap);
+        const bottom = (size - row) * (width + gap);
+        const [x, y] = [names[column], names[row]];
+        layout[`xaxis${suffix}`] = Plots.axis(row === size ? Plots.titled(run.objectives[x]) : "", {
+          domain: [from, from + width],
+          range: ranges[x],
+          anchor: axes[1],
+          showticklabels: row === size,
+          nticks: size > 2 ? 5 : 8,
+          matches: row === size ? undefined : axisOf(size, column, "x"),
+        });
+        layout[`yaxis${suffix}`] = Plots.axis(column === 0 ? Plots.titled(run.objectives[y]) : "", {
+          domain: [bottom, bottom + width],
+          range: ranges[y],
+          anchor: axes[0],
+          showticklabels: column === 0,
+          nticks: size > 2 ? 5 : 8,
+          matches: column === 0 ? undefined : axisOf(row, 0, "y"),
+        });
+        const drawn = groups(view).map((group) => pairTrace({ ...view, numPanels }, group, [x, y], axes, panel === 1));
+        traces.push(...drawn.map(({ trace }) => trace).filter(Boolean));
+        const crowds = drawn.map(({ crowd }) => crowd).filter(Boolean);
+        if (crowds.length) layout.images.push(Plots.pointsImage(crowds, [ranges[x], ranges[y]], axes));
+      }
+    }
+    layout.legend = size === 1 ? { orientation: "h", y: -0.13, yanchor: "top" } : { x: 1, xanchor: "right", y: 1 };
+    if (size === 1) layout.margin.b = 72;
+    return Plots.draw(place, description(view), traces, layout, choose);
+  }
+
+  // The axis of the panel in a row and column of the triangle.
+  function axisOf(row, column, kind) {
+    const panel = (row * (row - 1)) / 2 + column + 1;
+    return panel === 1 ? kind : `${kind}${panel}`;
+  }
+
+  // One objective: every trial in the order of trials, references as lines.
+  function drawSingle(place, view) {
+    const { run, chosen, choose, state } = view;
+    const colours = Plots.colours();
+    const m = run.steering[0];
+    const trials = run.inState("dominated", "front", "out of bounds", "stopped");
+    const lines = run.references.map((subject) => {
+      const score = run.score(subject, m, "search");
+      return (
+        score && {
+          name: referenceLabel(subject),
+          type: "scatter",
+          mode: "lines+text",
+          x: [0, run.count],
+          y: [score.value, score.value],
+          text: ["", Plots.plain(referenceLabel(subject))],
+          textposition: "top left",
+          textfont: { size: 11, color: colours.muted },
+          line: { dash: "dot", width: 1.4, color: colours.muted },
+          showlegend: false,
+          hoverinfo: "skip",
+        }
+      );
+    });
+    const points = {
+      name: "trials",
+      type: "scatter",
+      mode: "markers",
+      x: trials,
+      y: trials.map((trial) => run.values[m][trial]),
+      marker: { color: colours.front, size: 6, opacity: trials.length > 500 ? 0.4 : 0.8 },
+      customdata: trials.map((trial) => `trial:${trial}`),
+      hovertemplate: "trial %{x}: %{y:.4f}<extra></extra>",
+    };
+    const rings = [
+      [chosen === null ? null : `trial:${chosen}`, "picked", colours.chosen],
+      [state.versus, "compared", colours.versus],
+    ]
+      .filter(([subject]) => Data.trialOf(subject) !== null)
+      .map(([subject, name, color]) => ({
+        name,
+        type: "scatter",
+        mode: "markers",
+        x: [Data.trialOf(subject)],
+        y: [run.values[m][Data.trialOf(subject)]],
+        marker: { color, size: 16, symbol: "circle-open", line: { width: 3 } },
+        hoverinfo: "skip",
+      }));
+    return Plots.draw(
+      place,
+      description(view),
+      [...lines.filter(Boolean), points, ...rings],
+      {
+        height: 480,
+        margin: { l: 56, r: 14, t: 14, b: 72 },
+        legend: { orientation: "h", y: -0.13, yanchor: "top" },
+        xaxis: Plots.axis("trial", { rangemode: "tozero" }),
+        yaxis: Plots.axis(`${Plots.titled(run.objectives[m])}, search items`),
+      },
+      choose,
+    );
+  }
+
+  return { drawPairs, drawSingle };
+})();

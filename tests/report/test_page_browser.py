@@ -1,0 +1,245 @@
+"""The page in a real browser: it picks as the command does, keeps up with a campaign, and lets nothing in or out."""
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from browsing import chromium, evomerge, served, visit
+from typer.testing import CliRunner
+
+from evomerge.cli import app
+from evomerge.evidence.compare import paired_difference
+from evomerge.evidence.intervals import difference_intervals, student
+from evomerge.evidence.scores import source_codes
+from evomerge.families.family import FamilySummary
+from evomerge.front.pick import knee, prefer
+from evomerge.plan import make_plan
+from evomerge.recipe_file import read_recipe
+from evomerge.records import Measurement, Objective, Score
+from evomerge.report.html import write_report
+from evomerge.report.page.arrays import pack, pack_bits, pack_columns
+from evomerge.report.page.document import one_document
+from evomerge.report.page.parts import PARTS, part_json
+from evomerge.run import Run, open_run
+
+pytestmark = pytest.mark.browser
+EVIL = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
+VIEWS = ("front", "model", "surrogate", "run")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def report(made_up: Run, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    write_report(made_up, path)
+    return path.as_uri()
+
+
+def drag(page: Any, objective: str, weight: float) -> None:
+    """Move an objective's slider."""
+    page.get_by_label(f"weight of {objective}", exact=True).fill(str(weight))
+
+
+def picked(page: Any) -> int:
+    """The trial that the page says is picked, once it has drawn what was asked for last."""
+    page.evaluate("() => new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)))")
+    return int(re.findall(r"Picked trial (\d+)", page.locator("#picked").text_content())[0])
+
+
+def test_the_rules_of_picking_are_the_same(browser: Any, report: str) -> None:
+    rng = np.random.default_rng(0)
+    fronts = [rng.normal(size=(rng.integers(1, 30), rng.integers(1, 7))) for _ in range(200)]
+    fronts[0][:, 0] = 0.5  # an objective in which all are equal
+    weights = [rng.random(front.shape[1]) * rng.integers(0, 2, front.shape[1]) + 1e-3 for front in fronts]
+    asked = [[front.tolist(), weight.tolist()] for front, weight in zip(fronts, weights, strict=True)]
+    with visit(browser, report) as page:
+        found = page.evaluate("(asked) => asked.map(([v, w]) => [Pick.knee(v), Pick.prefer(v, w)])", asked)
+    expected = [[knee(front), prefer(front, weight)] for front, weight in zip(fronts, weights, strict=True)]
+    assert found == expected
+
+
+@pytest.mark.parametrize("is_binary", [True, False])
+def test_paired_differences_are_the_same(browser: Any, report: str, is_binary: bool) -> None:
+    rng = np.random.default_rng(1)
+    items_2N = rng.integers(0, 2, (2, 60)) if is_binary else rng.normal(size=(2, 60))
+    items_2N = items_2N.astype(np.float32)
+    sources = rng.integers(0, 25, 60).tolist()
+    codes_N = source_codes(sources)
+    objective = Objective(name="a", direction="max")
+    ours, theirs = (
+        Measurement(split="test", scores={"a": Score(value=0, stderr=0, items=items)}, cost=1, seconds={})
+        for items in items_2N
+    )
+    expected = paired_difference(ours, theirs, [objective], {"a": sources})
+    ((low, high),) = difference_intervals(np.diff(items_2N[::-1].astype(np.float64), axis=0), sources)
+    frame = {"codes": codes_N.tolist(), "factor": student(int(codes_N.max()) + 1, 0.95)}
+    with visit(browser, report) as page:
+        found = page.evaluate("([a, b, frame]) => Compare.paired(a, b, frame)", [*items_2N.tolist(), frame])
+    assert found == pytest.approx({"value": expected.value, "error": expected.stderr, "low": low, "high": high})
+
+
+def test_arrays_are_read_as_they_were_written(browser: Any, report: str) -> None:
+    flags = np.arange(11) % 3 == 0
+    written = [pack([3, 700, -70_000]), pack(np.array([0.25, 1e-300])), pack_bits(flags)]
+    numbers_ND = np.random.default_rng(2).normal(size=(4, 3))
+    by_column = "(packed) => [0, 1, 2, 3].map((n) => [0, 1, 2].map((d) => Data.unpackColumns(packed, 4)(n, d)))"
+    with visit(browser, report) as page:
+        read = page.evaluate("(written) => written.map((packed) => Array.from(Data.unpack(packed)))", written)
+        columns_ND = page.evaluate(by_column, pack_columns(numbers_ND))
+    assert read == [[3, 700, -70_000], [0.25, 1e-300], flags.astype(int).tolist()]
+    np.testing.assert_allclose(columns_ND, numbers_ND, atol=1e-4)
+
+
+def test_sliders_and_bounds_pick_what_the_command_would(browser: Any, report: str, made_up: Run) -> None:
+    with visit(browser, report) as page:
+        assert picked(page) == made_up.pick(at_knee=True).number
+        drag(page, "code", 4)
+        drag(page, "chat", 0.5)
+        preference = {"code": 4.0, "chat": 0.5}
+        assert picked(page) == made_up.pick(preference=preference).number
+        values = {t.number: t.measurement.scores["maths"].value for t in made_up.front if t.measurement}
+        floor = sorted(values.values())[-3]
+        page.get_by_label("maths at least", exact=True).fill(str(floor))
+        assert picked(page) == made_up.pick(preference=preference, minimum={"maths": floor}).number
+        page.get_by_label("maths at least", exact=True).fill("2")
+        assert "No model of the front keeps these bounds" in page.locator("#picked").text_content()
+        page.get_by_role("button", name="Reset weights and bounds").click()
+        assert picked(page) == made_up.pick(at_knee=True).number
+
+
+def test_the_copied_command_exports_the_picked_model(
+    browser: Any, small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = open_run(small_run)
+    with served(small_run) as address, visit(browser, address) as page:
+        drag(page, run.steering[0].name, 5)
+        number = picked(page)
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page.get_by_role("button", name="Copy").click()
+        page.get_by_role("button", name="Copied").wait_for()
+        program, *words = shlex.split(page.evaluate("() => navigator.clipboard.readText()"))
+    assert program == "evomerge"
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert done.exit_code == 0
+    recipe = read_recipe(tmp_path / "merged" / "recipe.yaml").recipe
+    assert recipe.values == make_plan(run.campaign).recipe(run.trials[number].point).values
+
+
+def test_it_keeps_up_with_a_campaign_and_keeps_what_was_chosen(
+    browser: Any, small_digits: FamilySummary, tmp_path: Path
+) -> None:
+    sections = yaml.safe_load(small_digits.campaign.read_text())
+    sections |= {"search": [{"proposer": "sobol"}], "budget": {"evaluations": 5000}}
+    file = small_digits.campaign.with_name("live.yaml")
+    file.write_text(yaml.safe_dump(sections))
+    (tmp_path / "runs").mkdir()
+    with served(tmp_path / "runs") as address, evomerge("search", file, "--run", tmp_path / "runs" / "live") as driver:
+        page = browser.new_page()
+        page.goto(address)
+        page.get_by_role("link", name="live").wait_for(timeout=60_000)  # the list shows the run once it has begun
+        page.close()
+        with visit(browser, f"{address}run/live/") as page:
+            trials = page.locator("#facts div", has_text="trials").locator("dd")
+            page.wait_for_selector("#state.is-running")
+            name = sections["objectives"][0]["name"]
+            drag(page, name, 3.5)
+            page.get_by_role("tab", name="Run").click()
+            seen = trials.text_content()
+            trials.filter(has_not_text=re.compile(f"^{seen}$")).wait_for()
+            assert page.get_by_label(f"weight of {name}", exact=True).input_value() == "3.5"
+            assert page.get_by_role("tab", name="Run").get_attribute("aria-selected") == "true"
+            driver.terminate()
+            driver.wait()
+            page.wait_for_selector("#state.is-stopped")
+
+
+def test_elsewhere_it_asks_for_the_token(browser: Any, small_run: Path) -> None:
+    with served(small_run, "--host", "0.0.0.0") as address:
+        token = address.partition("?token=")[2]
+        here = re.sub(r"//[^:/]+:", "//127.0.0.1:", address.partition("?")[0])
+        stranger = browser.new_context()
+        for refused in (here, f"{here}?token=wrong", f"{here}run/digits/overview", f"{here}static/page.js"):
+            assert stranger.new_page().goto(refused).status == 403
+        stranger.close()
+        with visit(browser, f"{here}?token={token}") as page:
+            assert "token" not in page.url
+            assert page.locator("h1").text_content() == open_run(small_run).campaign.name
+
+
+def test_what_a_run_says_is_never_markup(browser: Any, made_up: Run, tmp_path: Path) -> None:
+    parts = {name: part_json(made_up, name, item_bytes=10**6) for name in PARTS}
+    overview = json.loads(parts["overview"])
+    overview |= {"name": EVIL, "experts": [EVIL], "operators": [EVIL], "stages": [EVIL], "command": EVIL}
+    overview["objectives"][0]["name"] = EVIL
+    overview["numbers"]["names"][0] = [EVIL, EVIL, EVIL]
+    overview["trials"]["failure"]["texts"] = [text and EVIL for text in overview["trials"]["failure"]["texts"]]
+    overview["trials"]["worker"]["texts"] = [EVIL for _ in overview["trials"]["worker"]["texts"]]
+    surrogate = json.loads(parts["surrogate"]) | {"names": [[EVIL, EVIL, EVIL]] * 32}
+    path = tmp_path / "evil.html"
+    path.write_text(one_document({**parts, "overview": json.dumps(overview), "surrogate": json.dumps(surrogate)}))
+    with visit(browser, path.as_uri()) as page:
+        for view in VIEWS:
+            page.locator(f"#tab-{view}").click()
+            page.wait_for_selector(f"#view-{view} .card")
+            page.locator(f"#view-{view} tbody, #view-{view} .main-svg").first.wait_for(state="attached")
+        assert page.locator("h1").text_content() == EVIL
+        assert page.locator("body img").count() == 0
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [800, 1440])
+def test_every_view_fits_and_draws(browser: Any, report: str, theme: str, width: int) -> None:
+    with visit(browser, report, color_scheme=theme, viewport={"width": width, "height": 900}) as page:
+        for view in VIEWS:
+            page.locator(f"#tab-{view}").click()
+            page.locator(f"#view-{view} .card").first.wait_for()
+            if view != "run":
+                page.locator(f"#view-{view} .main-svg").first.wait_for(state="attached")
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate("document.documentElement.dataset.theme") == theme
+        page.locator("#theme").click()
+        assert page.evaluate("document.documentElement.dataset.theme") != theme
+
+
+def test_the_keyboard_reaches_everything(browser: Any, report: str, made_up: Run) -> None:
+    with visit(browser, report) as page:
+        page.locator("#tab-front").focus()
+        for _ in range(3):
+            page.keyboard.press("ArrowRight")
+        assert page.evaluate("document.activeElement.id") == "tab-run"
+        page.locator(".trials").focus()
+        for _ in range(3):
+            page.keyboard.press("ArrowDown")
+        assert picked(page) == made_up.pick(at_knee=True).number + 3
+        page.get_by_role("button", name="maths", exact=True).focus()
+        page.keyboard.press("Enter")
+        best = max((t for t in made_up.trials if t.measurement), key=lambda t: t.measurement.scores["maths"].value)  # type: ignore[union-attr]
+        assert page.locator("tr.row").first.get_attribute("data-trial") == str(best.number)
+        assert page.locator("tr.row").count() < len(made_up.trials)
+
+
+def test_an_address_shows_what_was_chosen(browser: Any, report: str) -> None:
+    with visit(browser, report) as page:
+        drag(page, "law", 5)
+        number = picked(page)
+        page.get_by_role("tab", name="Model").click()
+        page.get_by_label("Compare with").select_option("expert:law")
+        picked(page)
+        address = page.url
+    with visit(browser, address) as page:
+        assert picked(page) == number
+        assert page.get_by_role("tab", name="Model").get_attribute("aria-selected") == "true"
+        assert page.get_by_label("Compare with").input_value() == "expert:law"
+        page.get_by_text("Wrong to right").wait_for()
