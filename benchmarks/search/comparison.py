@@ -36,9 +36,9 @@ class Comparison:
     """All searchers on one problem; the mappings are by searcher.
 
     costs_G are full-evaluation equivalents; volumes hypervolumes (S, G); means the best mean of objectives (S, G);
-    distances the mean distance from the true front's points to the nearest found one (IGD), (S,) at the end, empty
-    where that front is not known, and ceiling its hypervolume; propose_s and propose_share seconds of proposing a
-    candidate, and its share of proposing and scoring.
+    distances the mean distance from the true front's points to the nearest found one (IGD), (S, G), empty where that
+    front is not known, and ceiling its hypervolume; propose_s and propose_share seconds of proposing a candidate, and
+    its share of proposing and scoring.
     """
 
     problem: str
@@ -123,11 +123,6 @@ def compare(
     propose_s = {name: [step.propose_s for step in steps] for name, steps in all_steps.items()}
     score_s = {name: [step.score_s for step in steps] for name, steps in all_steps.items()}
 
-    def distance(trace: Trace) -> float:
-        assert front_FM is not None
-        found_NM = trace.tested(trace.front(budget))
-        return float(np.linalg.norm(front_FM[:, None] - found_NM[None], axis=2).min(axis=1).mean())
-
     return Comparison(
         problem=problem,
         num_dimensions=num_dimensions,
@@ -141,7 +136,10 @@ def compare(
         means={name: np.array([_curve(trace, costs_G, _best_mean) for trace in runs]) for name, runs in traces.items()},
         distances={}
         if front_FM is None
-        else {name: np.array([distance(trace) for trace in runs]) for name, runs in traces.items()},
+        else {
+            name: np.array([_curve(trace, costs_G, _distance(front_FM)) for trace in runs])
+            for name, runs in traces.items()
+        },
         ceiling=None
         if front_FM is None
         else hypervolume(front_FM, reference_point(traces[next(iter(traces))][0], reference)),
@@ -167,7 +165,7 @@ Quality = Callable[[Trace, list[int]], float]
 
 
 def _curve(trace: Trace, costs_G: Floats, quality: Quality) -> Floats:
-    """Return the quality of the front at each cost, (G,); 0 hypervolume and NaN mean before there is one."""
+    """Return the quality of the front at each cost, (G,); before there is one, hypervolume is 0, the others are NaN."""
     known: dict[tuple[int, ...], float] = {}
     curve = []
     for cost in costs_G:
@@ -181,6 +179,16 @@ def _curve(trace: Trace, costs_G: Floats, quality: Quality) -> Floats:
 
 def _volume(reference_M: Floats) -> Quality:
     return lambda trace, front: hypervolume(trace.tested(front), reference_M) if front else 0.0
+
+
+def _distance(front_FM: Floats) -> Quality:
+    def distance(trace: Trace, front: list[int]) -> float:
+        if not front:
+            return np.nan
+        between_FN = np.linalg.norm(front_FM[:, None] - trace.tested(front), axis=2)
+        return float(between_FN.min(axis=1).mean())
+
+    return distance
 
 
 def _best_mean(trace: Trace, front: list[int]) -> float:

@@ -1,4 +1,4 @@
-"""Searchers by name: a proposer, ``auto``, a peer as it ships, or stages of one's own.
+"""Searchers by name: a proposer, ``auto``, another tool's search as it ships, or stages of one's own.
 
 nsga2                                     a proposer with its default options
 auto                                      what evomerge chooses itself
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from evomerge.assemble import PROPOSERS
+from evomerge.assemble import PROPOSERS, proposer_type
 from evomerge.errors import CampaignError, did_you_mean
 from evomerge.sections import StageSection
 from evomerge.strict import parse, read_yaml
@@ -20,10 +20,10 @@ from evomerge.strict import parse, read_yaml
 Section = Literal["auto"] | list[StageSection]
 
 PEERS: dict[str, list[dict[str, Any]]] = {
-    # Genes in the units of the box; all start at the space's start here, not at 1 / number of models.
-    "mergekit_evolve": [{"proposer": "cma_es", "sigma": 1 / 6}],  # mergekit 0.1.5, scripts/evolve.py
+    "pymoo_nsga2": [{"proposer": "benchmarks.search.peers:PymooNsga2"}],
+    "mergekit_evolve": [{"proposer": "benchmarks.search.peers:MergekitEvolve"}],
+    "map_published": [{"proposer": "benchmarks.search.peers:MapPublished", "space": {"groups": "model"}}],
     "evo_merging": [{"proposer": "cma_es", "sigma": 0.05, "population": 20}],  # arxiv.org/abs/2509.12951, its code
-    "mergenetic": [{"proposer": "nsga2", "population": 25}],  # its notebooks; arxiv.org/abs/2505.11427
 }
 
 
@@ -66,9 +66,7 @@ def _sections(label: str, stages: list[dict[str, Any]]) -> list[StageSection]:
         own = {key: value for key, value in stage.items() if key in StageSection.model_fields and key != "options"}
         options = {key: value for key, value in stage.items() if key not in own}
         section = parse(StageSection, {**own, "options": options}, f"{label}[{number}]")
-        if section.proposer not in PROPOSERS:
-            hint = did_you_mean(section.proposer, PROPOSERS)
-            raise CampaignError(f"{label}[{number}].proposer: unknown proposer {section.proposer!r}{hint}")
+        proposer_type(section.proposer, f"{label}[{number}].proposer")
         sections.append(section)
     return sections
 

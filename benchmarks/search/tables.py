@@ -15,7 +15,7 @@ REFERENCES = {"zero": "zero", "base": "the base's scores", "worst": "the worst o
 
 
 def tables(found: Comparison) -> Group:
-    """Return hypervolume, best mean, what there is at the end, and the difference to the best other searcher."""
+    """Return hypervolume, IGD, best mean, what there is at the end, and the difference to the best other searcher."""
     return Group(*_tables(found))
 
 
@@ -25,6 +25,9 @@ def _tables(found: Comparison) -> Iterator[Group]:
     ceiling = "" if found.ceiling is None else f"; the true front has {_number(found.ceiling, 4)}"
     above = REFERENCES[found.reference]
     yield _by_cost(found, found.volumes, f"{what}\nhypervolume of test values above {above}; {seeds}{ceiling}")
+    if found.distances:
+        distance = "IGD: from the true front to the nearest found point, on average (less is better)"
+        yield _by_cost(found, found.distances, f"{distance}; {seeds}")
     yield _by_cost(found, found.means, f"best mean of objectives, on test items; {seeds}")
     yield _at_the_end(found)
     if len(found.searchers) > 1:
@@ -40,12 +43,11 @@ def _by_cost(found: Comparison, curves: Mapping[str, Floats], title: str) -> Gro
 
 
 def _at_the_end(found: Comparison) -> Group:
-    """Cost to reach where the best other searcher ends, IGD, and seconds of proposing."""
+    """Cost to reach where the best other searcher ends, and seconds of proposing."""
     has_others = len(found.searchers) > 1
     columns = [
         "searcher",
         *(["reaches at", "in seeds"] if has_others else []),
-        *(["IGD"] if found.distances else []),
         *("s to propose one", "% of time"),
     ]
     rows = []
@@ -55,7 +57,6 @@ def _at_the_end(found: Comparison) -> Group:
             costs_S = found.costs_to_reach(name)
             median = float(np.quantile(costs_S, 0.5, method="higher"))
             row += [f"{median:.0f}" if np.isfinite(median) else "-", f"{np.isfinite(costs_S).sum()}"]
-        row += [_spread(found.distances[name])] if found.distances else []
         rows.append([*row, f"{found.propose_s[name]:.3f}", f"{100 * found.propose_share[name]:.0f}"])
     reaching = "the cost at which it is where the best other one ends (median), and in how many seeds; " * has_others
     return _titled(f"{reaching}proposing", columns, rows)

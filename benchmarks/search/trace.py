@@ -15,7 +15,6 @@ from functools import cached_property
 import numpy as np
 
 from benchmarks.search.problem import Opened, Scores
-from evomerge.assemble import PROPOSERS
 from evomerge.course import Course
 from evomerge.errors import CandidateError
 from evomerge.front.front import maximized, observe
@@ -100,7 +99,7 @@ def _steps(opened: Opened, stages: Sequence[Stage], seed: int) -> Iterator[Step]
             best=leg.best,
         )
         with proposing():
-            proposer = PROPOSERS[stage.proposer](problem, stage.options)  # type: ignore[call-arg]
+            proposer = stage.make_proposer(problem)
         for index in range(stage.num_evaluations):
             with proposing():
                 asked = proposer.ask(1, [])

@@ -175,7 +175,10 @@ def test_the_reference_point_is_zero_the_base_or_the_worst_model() -> None:
 
 def test_distance_to_the_true_front() -> None:
     front = np.array([[0.5, 0.5], [0.5, 0.9]])
-    assert compare("x", 2, {"one": [trace([0.5])]}, "zero", 1, front).distances["one"] == pytest.approx(0.2)
+    runs = {"one": [trace([0.5, 0.2])], "late": [trace([0.5], cost=2)]}
+    found = compare("x", 2, runs, "zero", 2, front)
+    np.testing.assert_allclose(found.distances["one"], [[(0 + 0.4) / 2, (0 + np.hypot(0.3, 0.1)) / 2]])
+    np.testing.assert_allclose(found.distances["late"], [[np.nan, 0.2]])
 
 
 def test_searchers_are_read_from_names_files_and_text(tmp_path: Path) -> None:
@@ -186,6 +189,7 @@ def test_searchers_are_read_from_names_files_and_text(tmp_path: Path) -> None:
         StageSection(proposer="sobol", evaluations=4),
         StageSection(proposer="cma_es", options={"population": 5}),
     ]
+    del found["pymoo_nsga2"]  # its environment would be made
     make_tasks(ANALYTIC["convex"], found, [0], 20)  # options that a proposer does not know are refused here
 
 
@@ -228,7 +232,14 @@ def test_a_finished_run_is_not_run_again_and_every_searcher_is_shown(
     main()
     assert len(list(tmp_path.glob("*.json"))) == 12
     shown = capsys.readouterr().out
-    for text in ("noisy: 2 objectives, 4 dimensions", "hypervolume of test values above zero", "sobol", "two", "at 14"):
+    for text in (
+        "noisy: 2 objectives, 4 dimensions",
+        "hypervolume of test values above zero",
+        "IGD",
+        "sobol",
+        "two",
+        "at 14",
+    ):
         assert text in shown
     page = (tmp_path / "noisy+linear.html").read_text()
     assert "Plotly.newPlot" in page
