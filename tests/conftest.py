@@ -75,9 +75,9 @@ def postgresql() -> Iterator[str]:
         pytest.skip(str(error))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ray_head() -> Iterator[Head]:
-    """The addresses of a Ray cluster with a job server; started for the first test that wants it."""
+    """The addresses of a Ray cluster with a job server; no longer than a file's tests: ``auto`` would find it later."""
     with started() as head:
         yield head
 

@@ -48,11 +48,12 @@ class Actor(Echo):
             os.kill(os.getpid(), signal.SIGKILL)
         if number == self.WHO:
             time.sleep(0.2)  # long enough for the other worker to get one too
-            flags = self.lent[0].flags
+            read = self.lent or self.buffers()  # of a single worker, its own
+            flags = read[0].flags
             return Measurement(
                 split=split,
                 scores={},
-                cost=float(self.lent[1].sum()),
+                cost=float(read[1].sum()),
                 seconds={"pid": float(os.getpid()), "own": float(self.is_own), "writeable": float(flags.writeable)},
             )
         return super().score(subject, split, items)
@@ -127,8 +128,8 @@ def test_what_waits_for_a_worker_waits_while_it_is_busy(open_pool: Any) -> None:
         pool.submit(key, point(Actor.WHO), "search")
     first, second = (result.fate for result in pool.results())
     assert first["worker"] == second["worker"]
-    assert second["queue_s"] > 0
-    assert first["busy_s"] >= 0.2  # it sleeps so long
+    assert second["queue_s"] >= 0.2  # the first sleeps so long
+    assert first["busy_s"] >= 0.2
 
 
 def test_a_candidate_whose_worker_dies_goes_to_another(
