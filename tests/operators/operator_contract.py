@@ -19,6 +19,7 @@ from evomerge.kernels.launch import CHUNK_BLOCKS
 from evomerge.kernels.layout import BLOCK, Layout
 from evomerge.kernels.lincomb import task_vector_products
 from evomerge.kernels.sources import Dense, Expert, LowRank, Sources
+from evomerge.materialize.residence import to_int8
 from evomerge.operators.operator import LinearOperator, Operator
 from evomerge.records import TensorInfo
 
@@ -90,6 +91,15 @@ def lines_of(tensor: Tensor, vectors: str) -> list[Tensor]:
         return [tensor.flatten()]
     matrix = tensor.flatten(1)
     return list(matrix if vectors == "rows" else matrix.T)
+
+
+def as_task_vectors(sources: Sources, form: str) -> Sources:
+    """The same sources, checkpoints held as task vectors: in their own dtype, or in ``int8``."""
+    dense = [expert for expert in sources.experts if isinstance(expert, Dense)]
+    if form == "int8":
+        return replace(sources, experts=tuple(to_int8(expert, sources.base_P) for expert in dense))
+    vectors = (Dense(expert.buffer_P - sources.base_P, is_task_vector=True) for expert in dense)
+    return replace(sources, experts=tuple(vectors))
 
 
 def lay_out(problem: Problem) -> Sources:

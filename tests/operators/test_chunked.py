@@ -5,13 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from operator_contract import DifferentiableContract, Problem, TwinResult, lay_out, merge
+from operator_contract import DifferentiableContract, Problem, TwinResult, as_task_vectors, lay_out, merge
 from torch import Tensor
 
 from evomerge.kernels.layout import BLOCK
 from evomerge.kernels.lincomb import task_vector_products
-from evomerge.kernels.sources import Dense
-from evomerge.materialize.residence import to_int8
 from evomerge.operators.chunked import Chunked, ChunkedOptions
 from evomerge.operators.linear import TaskArithmetic
 from evomerge.operators.operator import Operator
@@ -112,17 +110,11 @@ class TestChunked(DifferentiableContract):
         problem = self.problem((9000,), num_experts=2)
         sources, operator = lay_out(problem), self.make()
         assert isinstance(operator, Chunked)
-        held = tuple(
-            to_int8(expert, sources.base_P)
-            if form == "int8"
-            else Dense(expert.buffer_P - sources.base_P, is_task_vector=True)
-            for expert in sources.experts
-            if isinstance(expert, Dense)
-        )
-        state = operator.prepare(replace(sources, experts=held), problem.values, None)
+        held = as_task_vectors(sources, form)
+        state = operator.prepare(held, problem.values, None)
         for k in range(2):
             parts = torch.stack([state.directions.task_vector(2 * number + k, 0) for number in range(MOST)])
-            torch.testing.assert_close(parts.sum(0), replace(sources, experts=held).task_vector(k, 0))
+            torch.testing.assert_close(parts.sum(0), held.task_vector(k, 0))
             assert ((parts != 0).sum(0) <= 1).all()
 
 

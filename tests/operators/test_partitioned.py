@@ -5,12 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from operator_contract import DifferentiableContract, Problem, TwinResult, lay_out, matrix_shape, merge
+from operator_contract import DifferentiableContract, Problem, TwinResult, as_task_vectors, lay_out, matrix_shape, merge
 from torch import Tensor
 from trimmed_contract import draws
 
-from evomerge.kernels.sources import Dense
-from evomerge.materialize.residence import to_int8
 from evomerge.operators.linear import TaskArithmetic
 from evomerge.operators.operator import Operator
 from evomerge.operators.partitioned import Partitioned, PartitionedOptions
@@ -79,14 +77,8 @@ class TestPartitioned(DifferentiableContract):
     def test_task_vectors_are_split_as_they_are_held(self, form: str) -> None:
         problem = self.problem((1024,), num_experts=2)
         sources, operator = lay_out(problem), self.make()
-        held = tuple(
-            to_int8(expert, sources.base_P)
-            if form == "int8"
-            else Dense(expert.buffer_P - sources.base_P, is_task_vector=True)
-            for expert in sources.experts
-            if isinstance(expert, Dense)
-        )
-        state = operator.prepare(replace(sources, experts=held), problem.values, None)
+        held = as_task_vectors(sources, form)
+        state = operator.prepare(held, problem.values, None)
         for k in range(2):
             whole = sum(state.task_vector(2 * number + k, 0) for number in range(NUM_CLASSES))
-            torch.testing.assert_close(whole, replace(sources, experts=held).task_vector(k, 0))
+            torch.testing.assert_close(whole, held.task_vector(k, 0))
