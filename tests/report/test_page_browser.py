@@ -220,8 +220,12 @@ def test_the_keyboard_reaches_everything(browser: Any, report: str, made_up: Run
             page.keyboard.press("ArrowRight")
         assert page.evaluate("document.activeElement.id") == "tab-run"
         page.locator(".trials").focus()
-        for _ in range(3):
-            page.keyboard.press("ArrowDown")
+        page.locator(".trials").evaluate(  # three at once: faster than any of them is drawn
+            """(rows) => { for (let i = 0; i < 3; i++)
+                rows.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowDown", bubbles: true })); }"""
+        )
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("ArrowUp")
         assert picked(page) == made_up.pick(at_knee=True).number + 3
         page.get_by_role("button", name="maths", exact=True).focus()
         page.keyboard.press("Enter")

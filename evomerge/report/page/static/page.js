@@ -153,6 +153,7 @@ const Page = (() => {
       run,
       state: shown,
       chosen,
+      picked: () => Picker.pick(run, state),
       change,
       choose,
       theme: document.documentElement.dataset.theme,

@@ -77,6 +77,7 @@ const Trials = (() => {
       rows: [],
       columns: [],
       chosen: null,
+      picked: null,
       choose: null,
     };
     table.view = el(
@@ -94,12 +95,12 @@ const Trials = (() => {
     fill(place, el("div", { class: "tools" }, table.filters, table.note), table.view);
   }
 
-  // Arrow keys pick the row above or below.
+  // Arrow keys pick the row above or below what is picked by now: keys may come faster than rows are drawn.
   function onKey(event) {
     const step = { ArrowDown: 1, ArrowUp: -1, PageDown: 15, PageUp: -15 }[event.key];
     if (!step || !table.rows.length) return;
     event.preventDefault();
-    const at = table.rows.indexOf(table.chosen);
+    const at = table.rows.indexOf(table.picked());
     const next = Math.max(0, Math.min(table.rows.length - 1, at < 0 ? 0 : at + step));
     const top = next * ROW;
     if (top < table.view.scrollTop || top > table.view.scrollTop + table.view.clientHeight - 3 * ROW)
@@ -143,13 +144,14 @@ const Trials = (() => {
   }
 
   function render(place, view) {
-    const { run, state, change, chosen, choose } = view;
+    const { run, state, change, chosen, picked, choose } = view;
     if (!table || !place.contains(table.view)) make(place);
     const columns = columnsOf(run);
     Object.assign(table, {
       columns,
       rows: sorted(run, state, columns),
       chosen,
+      picked,
       choose,
       stateOf: (trial) => run.stateOf(trial),
     });
