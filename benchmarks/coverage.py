@@ -22,15 +22,15 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from evomerge.campaign import read_campaign
+from evomerge.campaign.campaign import read_campaign
+from evomerge.campaign.plan import Plan, make_plan
+from evomerge.campaign.references import reference_recipes
 from evomerge.evidence.intervals import difference_intervals, score_intervals
 from evomerge.evidence.resampling import resampled_counts
 from evomerge.evidence.scores import source_codes
 from evomerge.families.family import make
-from evomerge.plan import Plan, make_plan
 from evomerge.records import Floats, Items, Recipe
-from evomerge.references import reference_recipes
-from evomerge.scorer import Scorer
+from evomerge.scorer.scorer import Scorer
 
 FAMILIES = ("digits4", "text")
 SHARES = (0.1, 0.2, 0.4)

@@ -18,10 +18,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from evomerge.campaign import Campaign, read_campaign
+from evomerge.campaign.campaign import Campaign, read_campaign
 from evomerge.families.family import make
 from evomerge.records import Trial
-from evomerge.run import Run, search
+from evomerge.run.run import Run
+from evomerge.run.search import search
 
 SEEDS = (0, 1, 2)
 DESCENT = {"loss": "ce", "steps": 25, "learning_rate": 1e-2}

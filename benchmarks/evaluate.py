@@ -39,10 +39,10 @@ from transformers.cache_utils import DynamicCache
 from evomerge.evaluators import sequences
 from evomerge.evaluators.lm_eval import LmEvalEvaluator
 from evomerge.evaluators.lm_eval_tasks import LmEvalOptions
-from evomerge.export import merge_recipe
 from evomerge.families.family import FamilySummary, make
 from evomerge.interop.read import read_any_recipe
 from evomerge.materialize.materializer import Materializer
+from evomerge.publish.export import merge_recipe
 
 NUM_RUNS, NUM_CANDIDATES, BATCH_SIZE = 5, 50, 64
 TIMED = {"choice": 300, "sort": 60}  # task -> items

@@ -105,7 +105,7 @@ def _print_table(arguments: argparse.Namespace, mergekit_flaw: str | None) -> No
     from rich.console import Console
     from rich.table import Table
 
-    from evomerge.assemble import OPERATORS
+    from evomerge.campaign.assemble import OPERATORS
 
     num_parameters = sum(map(_size, _shapes(arguments.millions).values()))
     table = Table(
@@ -246,7 +246,7 @@ def _measure(job: Job) -> dict[str, Any]:
 
 def _ours(job: Job) -> dict[str, Any]:
     """Time an operator over flat buffers, as the materializer runs it."""
-    from evomerge.assemble import OPERATORS
+    from evomerge.campaign.assemble import OPERATORS
     from evomerge.kernels.launch import path
     from evomerge.kernels.layout import Layout
     from evomerge.kernels.sources import Dense, Sources

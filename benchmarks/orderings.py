@@ -23,17 +23,17 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.adapters import POOL, TARGET, make_pool
-from evomerge.assemble import PROPOSERS
-from evomerge.campaign import Campaign, read_campaign
+from evomerge.campaign.assemble import PROPOSERS
+from evomerge.campaign.campaign import Campaign, read_campaign
+from evomerge.campaign.plan import make_plan
+from evomerge.campaign.stages import make_stages
 from evomerge.evidence.compare import Difference, paired_difference
 from evomerge.evidence.summary import Sources, all_sources
 from evomerge.families.family import FamilySummary, make
-from evomerge.plan import make_plan
 from evomerge.proposers.proposer import Problem
 from evomerge.records import Candidate, Measurement, Objective
-from evomerge.run import search
-from evomerge.scorer import Scorer
-from evomerge.stages import make_stages
+from evomerge.run.search import search
+from evomerge.scorer.scorer import Scorer
 
 CLEAR = 2.0  # standard errors
 TWO = ("rot90", "invert")

@@ -15,10 +15,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from evomerge.campaign import Campaign, read_campaign
+from evomerge.campaign.campaign import Campaign, read_campaign
+from evomerge.driver.watcher import Unwatched
 from evomerge.families.family import make
-from evomerge.run import search
-from evomerge.watcher import Unwatched
+from evomerge.run.search import search
 
 NUM_EVALUATIONS = 100
 PROPOSERS = ("sobol", "cma_es", "tpe", "nsga2")

@@ -19,12 +19,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from evomerge.campaign import Campaign
+from evomerge.campaign.campaign import Campaign
 from evomerge.ledger.ledger import Ledger
 from evomerge.ledger.location import Location, locate
 from evomerge.records import Candidate, Floats, Measurement, Objective, Score, Split
 from evomerge.report.html import write_report
-from evomerge.run import open_run
+from evomerge.run.run import open_run
 from evomerge.space.space import Dimension
 
 EXPERTS = ("maths", "chat", "code", "law")

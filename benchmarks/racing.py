@@ -20,21 +20,21 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from evomerge.assemble import PROPOSERS
-from evomerge.campaign import Campaign, read_campaign
+from evomerge.campaign.assemble import PROPOSERS
+from evomerge.campaign.campaign import Campaign, read_campaign
+from evomerge.campaign.plan import Plan, make_plan
+from evomerge.campaign.references import reference_recipes
+from evomerge.campaign.sections import BudgetSection, StageSection
 from evomerge.errors import CampaignError
 from evomerge.evidence.scores import score_of
 from evomerge.families.family import make
 from evomerge.fidelity.race import Race, RaceOptions
 from evomerge.front.front import maximized
 from evomerge.front.pareto import hypervolume, non_dominated
-from evomerge.plan import Plan, make_plan
 from evomerge.proposers.proposer import Problem
 from evomerge.records import Floats, Measurement, Observation, TaskItems
-from evomerge.references import reference_recipes
-from evomerge.run import search
-from evomerge.scorer import Scorer
-from evomerge.sections import BudgetSection, StageSection
+from evomerge.run.search import search
+from evomerge.scorer.scorer import Scorer
 from evomerge.splits import split_items
 
 NUM_CANDIDATES = {"digits4": 160, "text": 60}

@@ -32,17 +32,17 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from evomerge import pools
-from evomerge.campaign import BudgetSection, Campaign, StageSection, read_campaign
+from evomerge.campaign.campaign import BudgetSection, Campaign, StageSection, read_campaign
+from evomerge.campaign.plan import Findings, Plan, make_plan
 from evomerge.families.family import make
 from evomerge.ledger.location import locate
-from evomerge.plan import Findings, Plan, make_plan
 from evomerge.records import Candidate, Measurement, Recipe, Score, Split, TaskItems
 from evomerge.report.console import Loading
 from evomerge.report.progress import SearchProgress
-from evomerge.run import search
-from evomerge.scorer import Scorer
-from evomerge.times import times_of
+from evomerge.run.search import search
+from evomerge.run.times import times_of
+from evomerge.scorer import pools
+from evomerge.scorer.scorer import Scorer
 from evomerge.workers.pool import Result, Subject
 from evomerge.workers.ray_pool import RayOptions
 

@@ -13,11 +13,9 @@ from typing import Any, get_args
 import typer
 from pydantic.fields import FieldInfo
 
-from evomerge.assemble import EVALUATORS, OPERATORS, PROPOSERS
-from evomerge.campaign import Campaign
-from evomerge.materialize.residence import Residence, device_bytes
-from evomerge.records import Options
-from evomerge.sections import (
+from evomerge.campaign.assemble import EVALUATORS, OPERATORS, PROPOSERS
+from evomerge.campaign.campaign import Campaign
+from evomerge.campaign.sections import (
     BoundsSection,
     CoefficientSection,
     DataFlowSection,
@@ -28,6 +26,8 @@ from evomerge.sections import (
     SplitSection,
     StageSection,
 )
+from evomerge.materialize.residence import Residence, device_bytes
+from evomerge.records import Options
 from evomerge.space.shares import ShareOptions
 from evomerge.strict import sections_in
 

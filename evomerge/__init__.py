@@ -16,25 +16,26 @@ Importing the package loads nothing heavy; the names below are imported when the
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evomerge.campaign import Campaign, read_campaign
+    from evomerge.campaign.campaign import Campaign, read_campaign
     from evomerge.errors import EvoMergeError, InputError
     from evomerge.front.front import Front
     from evomerge.report import figures
-    from evomerge.run import Run, search
-    from evomerge.run import open_run as open  # noqa: A004  (within the package, open is Python's own)
+    from evomerge.run.run import Run
+    from evomerge.run.run import open_run as open  # noqa: A004  (within the package, open is Python's own)
+    from evomerge.run.search import search
 
 __all__ = ["Campaign", "EvoMergeError", "Front", "InputError", "Run", "figures", "open", "read_campaign", "search"]
 
 _HOMES = {
-    "Campaign": "campaign:Campaign",
-    "read_campaign": "campaign:read_campaign",
+    "Campaign": "campaign.campaign:Campaign",
+    "read_campaign": "campaign.campaign:read_campaign",
     "EvoMergeError": "errors:EvoMergeError",
     "Front": "front.front:Front",
     "InputError": "errors:InputError",
-    "Run": "run:Run",
+    "Run": "run.run:Run",
     "figures": "report.figures:",
-    "open": "run:open_run",
-    "search": "run:search",
+    "open": "run.run:open_run",
+    "search": "run.search:search",
 }
 
 

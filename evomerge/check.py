@@ -3,16 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from evomerge.campaign import Campaign
+from evomerge.campaign.campaign import Campaign
+from evomerge.campaign.plan import Plan, make_plan
+from evomerge.campaign.references import reference_recipes
+from evomerge.campaign.stages import Stage, make_stages, stage_cost
 from evomerge.errors import CandidateError, EvoMergeError
-from evomerge.guard import GuardReport, inspect_experts
+from evomerge.materialize.guard import GuardReport, inspect_experts
 from evomerge.materialize.residence import Residence
 from evomerge.materialize.spread import Room
-from evomerge.plan import Plan, make_plan
 from evomerge.records import Measurement
-from evomerge.references import reference_recipes
-from evomerge.scorer import Scorer
-from evomerge.stages import Stage, make_stages, stage_cost
+from evomerge.scorer.scorer import Scorer
 from evomerge.trackers import require_clients
 
 

@@ -53,7 +53,7 @@ OutFolder = Annotated[Path, typer.Option("--out", help="New folder for the merge
 @app.command()
 def check(file: CampaignFile) -> None:
     """Check a campaign before anything expensive: what is merged, searched and scored, and what it costs."""
-    from evomerge.campaign import read_campaign
+    from evomerge.campaign.campaign import read_campaign
     from evomerge.check import check_campaign
     from evomerge.report.checked import print_check
     from evomerge.report.console import Loading
@@ -74,7 +74,7 @@ def search(
     ] = None,
 ) -> None:
     """Run a campaign; the same command resumes it after an interruption, or extends it when the budget grew."""
-    from evomerge.campaign import read_campaign
+    from evomerge.campaign.campaign import read_campaign
     from evomerge.ledger.location import locate
     from evomerge.report.console import Loading
     from evomerge.report.front import print_finished
@@ -117,7 +117,7 @@ def front(
     """Show the front of a run beside base, experts, uniform average and best single coefficient."""
     from evomerge.report.front import front as front_shown
     from evomerge.report.tables import form_of, show
-    from evomerge.run import open_run
+    from evomerge.run.run import open_run
 
     form = form_of(as_json=as_json, as_csv=as_csv)
     show(front_shown(open_run(run), everything=everything), form)
@@ -136,7 +136,7 @@ def status(
     from evomerge.ledger.location import locate
     from evomerge.report.status import status as status_shown
     from evomerge.report.tables import form_of, show
-    from evomerge.status import current_status
+    from evomerge.run.status import current_status
 
     form = form_of(as_json=as_json, as_csv=as_csv)
     show(status_shown(current_status(locate(place))), form)
@@ -151,10 +151,10 @@ def show_(
     as_csv: AsCsv = False,
 ) -> None:
     """Show one trial: its fate, scores, gains and losses against each expert, coefficients, where it came from."""
-    from evomerge.comparison import trial_of
     from evomerge.report.tables import form_of, show
     from evomerge.report.trial import trial as trial_shown
-    from evomerge.run import open_run
+    from evomerge.run.comparison import trial_of
+    from evomerge.run.run import open_run
 
     form = form_of(as_json=as_json, as_csv=as_csv)
     opened = open_run(run)
@@ -193,7 +193,7 @@ def score(
     from evomerge.report.pairs import rescored
     from evomerge.report.progress import rescore
     from evomerge.report.tables import form_of, show
-    from evomerge.run import open_run
+    from evomerge.run.run import open_run
 
     form = form_of(as_json=as_json, as_csv=as_csv)
     opened = open_run(run)
@@ -211,7 +211,7 @@ def runs(
     from evomerge.ledger.location import locate
     from evomerge.report.runs import runs as runs_shown
     from evomerge.report.tables import form_of, show
-    from evomerge.runs import summarize_runs
+    from evomerge.run.runs import summarize_runs
 
     form = form_of(as_json=as_json, as_csv=as_csv)
     location = locate(place)
@@ -226,7 +226,7 @@ def mirror(
 ) -> None:
     """Copy a run's trials into an Optuna study, for optuna-dashboard; again adds what is new."""
     from evomerge.report.progress import mirror as mirror_shown
-    from evomerge.run import open_run
+    from evomerge.run.run import open_run
 
     opened = open_run(run)
     mirror_shown(opened, optuna, study or opened.campaign.name)
@@ -236,7 +236,7 @@ def mirror(
 def replay(run: RunPlace) -> None:
     """Propose a run's trials again from its record, and show the first difference; nothing is scored."""
     from evomerge.report.replay import replay as replay_shown
-    from evomerge.run import open_run
+    from evomerge.run.run import open_run
 
     replay_shown(open_run(run))
 
@@ -249,7 +249,7 @@ def report(
     """Write the page of a run, with all that it shows, to one HTML file that works offline."""
     from evomerge.report.console import Loading
     from evomerge.report.html import write_report
-    from evomerge.run import open_run
+    from evomerge.run.run import open_run
 
     opened = open_run(run)
     path = out or opened.location.file("report.html")
@@ -270,7 +270,7 @@ def ui(
     """Serve the page of a run, or of many, live while they are written; it only reads. Ctrl-C ends it."""
     from evomerge.report.browser import open_browser
     from evomerge.report.server import serve
-    from evomerge.runs import find_runs
+    from evomerge.run.runs import find_runs
 
     def started(address: str) -> None:
         typer.echo(f"page     {address}  (Ctrl-C ends it)")
@@ -305,12 +305,12 @@ def export(
     ] = False,
 ) -> None:
     """Write one model of a run as a Hugging Face checkpoint, with its recipe and model card."""
-    from evomerge.export import Form, export_trial, verify_export
-    from evomerge.push import push as push_folder
-    from evomerge.push import require_pushable
+    from evomerge.publish.export import Form, export_trial, verify_export
+    from evomerge.publish.push import push as push_folder
+    from evomerge.publish.push import require_pushable
     from evomerge.report.console import Loading
     from evomerge.report.exported import print_export, print_verification
-    from evomerge.run import open_run
+    from evomerge.run.run import open_run
 
     opened = open_run(run)
     form = Form(shard_size=shard_size, tokenizer_from=tokenizer_from, as_adapter=as_adapter)
@@ -340,7 +340,7 @@ def merge(
     tokenizer_from: TokenizerFrom = None,
 ) -> None:
     """Build one merged model from a recipe, or from a mergekit configuration as it is, without a search."""
-    from evomerge.export import Form, merge_recipe
+    from evomerge.publish.export import Form, merge_recipe
     from evomerge.report.console import Loading
 
     notes: list[str] = []

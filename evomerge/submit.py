@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from evomerge.campaign import Campaign, read_campaign
+from evomerge.campaign.campaign import Campaign, read_campaign
 from evomerge.errors import CampaignError, RunError
 from evomerge.ledger.location import Location, locate
 from evomerge.strict import read_yaml

@@ -22,7 +22,7 @@ from ray_head import Head, started
 from silent_watcher import Silent
 from small_families import SMALL
 
-from evomerge.campaign import Campaign, read_campaign
+from evomerge.campaign.campaign import Campaign, read_campaign
 from evomerge.families.family import FamilySummary, make
 
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits
@@ -32,7 +32,7 @@ if not torch.cuda.is_available():
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with whole campaigns: of tests side by side, the longest must not come last."""
-    items.sort(key=lambda item: item.path.parent != Path(__file__).parent)
+    items.sort(key=lambda item: item.path.parent.name not in {"tests", "campaign", "driver", "run", "publish"})
 
 
 def made_once(name: str) -> FamilySummary:

@@ -22,15 +22,15 @@ import numpy as np
 import torch
 from sqlalchemy import Engine, event
 
-from evomerge import pools
-from evomerge.campaign import Campaign
+from evomerge.campaign.campaign import Campaign
+from evomerge.campaign.plan import Findings, make_plan
+from evomerge.campaign.stages import make_stages
+from evomerge.driver.watcher import Unwatched
 from evomerge.ledger.database import IMMEDIATE
 from evomerge.ledger.location import FILE_NAME
-from evomerge.plan import Findings, make_plan
-from evomerge.run import search
-from evomerge.scorer import Scorer
-from evomerge.stages import make_stages
-from evomerge.watcher import Unwatched
+from evomerge.run.search import search
+from evomerge.scorer import pools
+from evomerge.scorer.scorer import Scorer
 from evomerge.workers.inline import InlinePool
 
 MOMENTS = ("begin", "before_cursor_execute", "after_cursor_execute", "commit")  # of a transaction that writes

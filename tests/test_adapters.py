@@ -10,16 +10,16 @@ from safetensors.torch import load_file
 from test_cli import evomerge
 from tiny_adapters import products, random_factors, write_adapter
 
-from evomerge.campaign import Campaign
-from evomerge.course import Course
+from evomerge.campaign.campaign import Campaign
+from evomerge.campaign.course import Course
+from evomerge.campaign.plan import make_plan
 from evomerge.errors import CheckpointError, InputError
-from evomerge.export import export_trial
 from evomerge.families.family import FamilySummary
 from evomerge.materialize.adapter import Adapter
 from evomerge.materialize.checkpoint import open_checkpoint
 from evomerge.materialize.resident import empty_model
-from evomerge.plan import make_plan
-from evomerge.run import search
+from evomerge.publish.export import export_trial
+from evomerge.run.search import search
 
 MODULES = ["layers.0.attention.q_proj", "layers.1.mlp.fc1"]
 SCALING = 1.5  # as tiny_adapters writes it

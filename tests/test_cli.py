@@ -24,7 +24,7 @@ from evomerge.families.family import FamilySummary
 from evomerge.ledger.ledger import Ledger
 from evomerge.ledger.location import FILE_NAME, locate
 from evomerge.records import Candidate
-from evomerge.run import open_run
+from evomerge.run.run import open_run
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,19 +10,20 @@ import tiny_adapters
 import yaml
 from silent_watcher import Interrupt, Interrupting
 
-from evomerge.campaign import Campaign, read_campaign
+from evomerge.campaign.campaign import Campaign, read_campaign
+from evomerge.campaign.plan import Plan, make_plan
+from evomerge.campaign.recipe_file import read_recipe, write_recipe
 from evomerge.errors import CampaignError, CheckpointError, InputError
-from evomerge.export import export_trial, merge_recipe, verify_export
 from evomerge.families.family import FamilySummary
 from evomerge.materialize.checkpoint import open_checkpoint
 from evomerge.materialize.resident import load_model
-from evomerge.plan import Plan, make_plan
-from evomerge.recipe_file import read_recipe, write_recipe
+from evomerge.publish.export import export_trial, merge_recipe, verify_export
 from evomerge.records import Trial
 from evomerge.report.front import print_front
 from evomerge.report.html import write_report
-from evomerge.run import Run, open_run, search
-from evomerge.scorer import Scorer
+from evomerge.run.run import Run, open_run
+from evomerge.run.search import search
+from evomerge.scorer.scorer import Scorer
 from evomerge.space.data_flow import DataFlow, PathLayer
 
 BUDGET = 12

@@ -14,12 +14,12 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from evomerge.assemble import EVALUATORS
-from evomerge.campaign import read_campaign
+from evomerge.campaign.assemble import EVALUATORS
+from evomerge.campaign.campaign import read_campaign
+from evomerge.campaign.plan import make_plan
 from evomerge.evaluators.embedding import EmbeddingEvaluator, EmbeddingOptions
 from evomerge.materialize.resident import quiet_transformers
-from evomerge.plan import make_plan
-from evomerge.run import search
+from evomerge.run.search import search
 from evomerge.strict import parse
 
 TEXT = (Path(__file__).parent.parent / "docs" / "evaluators.md").read_text(encoding="utf-8")

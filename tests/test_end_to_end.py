@@ -5,14 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evomerge.campaign import read_campaign
-from evomerge.export import export_trial, verify_export
+from evomerge.campaign.campaign import read_campaign
+from evomerge.campaign.sections import BudgetSection, CoefficientSection, SpaceSection, StageSection
 from evomerge.families.family import FamilySummary
+from evomerge.publish.export import export_trial, verify_export
 from evomerge.records import Measurement
 from evomerge.report.front import print_front
 from evomerge.report.html import write_report
-from evomerge.run import Run, search
-from evomerge.sections import BudgetSection, CoefficientSection, SpaceSection, StageSection
+from evomerge.run.run import Run
+from evomerge.run.search import search
 
 
 def means(measurement: Measurement) -> float:
@@ -63,9 +64,9 @@ def test_test_items_were_used_once_and_only_for_front_and_references(run: Run) -
 
 def test_one_expert_alone_is_that_expert_and_zero_is_the_base(run: Run, digits4: FamilySummary) -> None:
     """The references are merges too: their scores are those of the checkpoints themselves."""
+    from evomerge.campaign.plan import make_plan
     from evomerge.materialize.checkpoint import open_checkpoint
     from evomerge.materialize.resident import load_model
-    from evomerge.plan import make_plan
 
     plan = make_plan(run.campaign)
     for subject, folder in (("base", Path("base")), ("expert:mod5", Path("experts/mod5"))):

@@ -19,7 +19,7 @@ from ray_head import free_ports
 from evomerge.cli import app
 from evomerge.ledger.ledger import Ledger
 from evomerge.ledger.location import locate
-from evomerge.run import open_run
+from evomerge.run.run import open_run
 from evomerge.workers.jobs import RUN
 
 ROOT = Path(__file__).parent.parent

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from evomerge.campaign import read_campaign
+from evomerge.campaign.campaign import read_campaign
+from evomerge.campaign.plan import make_plan
 from evomerge.families.family import FamilySummary
-from evomerge.plan import make_plan
-from evomerge.scorer import Scorer
+from evomerge.scorer.scorer import Scorer
 
 pytestmark = [
     pytest.mark.gpu,

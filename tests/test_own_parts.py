@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from evomerge.campaign import Campaign, read_campaign
+from evomerge.campaign.campaign import Campaign, read_campaign
 from evomerge.errors import CampaignError
-from evomerge.export import export_trial, merge_recipe
-from evomerge.run import search
+from evomerge.publish.export import export_trial, merge_recipe
+from evomerge.run.search import search
 
 PAGE = (Path(__file__).parent.parent / "docs" / "own.md").read_text(encoding="utf-8")
 

@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 from silent_watcher import Silent
 
-from evomerge.campaign import Campaign, read_campaign
+from evomerge.campaign.campaign import Campaign, read_campaign
+from evomerge.campaign.sections import BudgetSection, StageSection
 from evomerge.families.family import FamilySummary
 from evomerge.ledger.ledger import Ledger
 from evomerge.ledger.location import locate
 from evomerge.records import Trial
-from evomerge.run import Run, open_run, search
-from evomerge.sections import BudgetSection, StageSection
+from evomerge.run.run import Run, open_run
+from evomerge.run.search import search
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 pytest.importorskip("ray")
@@ -142,7 +143,7 @@ def test_a_driver_killed_and_started_again(campaign: Campaign, cluster: Any, und
     folder = tmp_path / "ray"
     (tmp_path / "campaign.json").write_text(on(campaign, cluster).model_dump_json())
     program = (
-        "import sys; from pathlib import Path; from evomerge.campaign import Campaign; from evomerge.run import search; "
+        "import sys; from pathlib import Path; from evomerge.campaign.campaign import Campaign; from evomerge.run.run import search; "
         "search(Campaign.model_validate_json(Path(sys.argv[1]).read_text(), strict=False), sys.argv[2])"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "campaign.json"), str(folder)]

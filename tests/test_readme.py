@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from evomerge.assemble import OPERATORS, PROPOSERS
-from evomerge.campaign import presets_folder, read_campaign
-from evomerge.course import Course
+from evomerge.campaign.assemble import OPERATORS, PROPOSERS
+from evomerge.campaign.campaign import presets_folder, read_campaign
+from evomerge.campaign.course import Course
+from evomerge.campaign.plan import make_plan
+from evomerge.campaign.recipe_file import read_recipe
+from evomerge.campaign.stages import make_stages
 from evomerge.evaluators.language import LanguageEvaluator, LanguageOptions
 from evomerge.families.family import FAMILIES, FamilySummary
-from evomerge.plan import make_plan
-from evomerge.recipe_file import read_recipe
-from evomerge.stages import make_stages
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from evomerge.campaign import Campaign
+from evomerge.campaign.campaign import Campaign
 from evomerge.check import check_campaign
 from evomerge.errors import RunError
-from evomerge.export import export_trial, verify_export
+from evomerge.publish.export import export_trial, verify_export
 from evomerge.report.checked import print_check
-from evomerge.run import search
+from evomerge.run.search import search
 
 Make = Callable[..., Campaign]
 

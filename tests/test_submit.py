@@ -16,7 +16,7 @@ from evomerge.cli import app
 from evomerge.errors import CampaignError, InputError, RunError
 from evomerge.families.family import FamilySummary
 from evomerge.ledger.location import locate
-from evomerge.run import open_run
+from evomerge.run.run import open_run
 from evomerge.submit import submit
 from evomerge.workers.jobs import Job, JobServer
 

@@ -24,9 +24,9 @@ from benchmarks.search.searchers import Section, read_searchers
 from benchmarks.search.store import Task
 from benchmarks.search.tables import tables
 from benchmarks.search.trace import Trace, run
+from evomerge.campaign.stages import make_stages
 from evomerge.errors import CampaignError, EvoMergeError, did_you_mean
 from evomerge.families.family import FAMILIES
-from evomerge.stages import make_stages
 
 SEARCHERS = "auto,nsga2,tpe,cma_es,sobol"
 WIDTH = 150  # of the tables

@@ -26,13 +26,13 @@ import numpy as np
 
 from benchmarks.search.problem import Opened
 from benchmarks.search.searchers import Section
-from evomerge.campaign import Campaign
+from evomerge.campaign.campaign import Campaign
+from evomerge.campaign.plan import Plan, StageSpace
+from evomerge.campaign.sections import BudgetSection, ObjectiveSection
 from evomerge.materialize.checkpoint import Checkpoint
 from evomerge.materialize.residence import Place
 from evomerge.operators.linear import TaskArithmetic
-from evomerge.plan import Plan, StageSpace
 from evomerge.records import Candidate, Floats, Measurement, Objective, Score, Split, TensorInfo
-from evomerge.sections import BudgetSection, ObjectiveSection
 from evomerge.space.choice import COEFFICIENT, Choice
 from evomerge.space.groups import Groups
 from evomerge.space.regroup import by_tensor

@@ -13,14 +13,14 @@ from typing import Any
 
 from benchmarks.search.problem import Opened
 from benchmarks.search.searchers import Section
-from evomerge.campaign import Campaign, read_campaign
+from evomerge.campaign.campaign import Campaign, read_campaign
+from evomerge.campaign.plan import Plan, make_plan
+from evomerge.campaign.references import reference_recipes
+from evomerge.campaign.sections import BudgetSection, SpaceSection
 from evomerge.errors import CampaignError
 from evomerge.families.family import make
 from evomerge.front.front import maximized, worst_of_inputs
-from evomerge.plan import Plan, make_plan
 from evomerge.records import Floats
-from evomerge.references import reference_recipes
-from evomerge.sections import BudgetSection, SpaceSection
 
 FOLDER = Path(".cache/families")
 GROUPS = ("model", "layer", "module", "tensor")
@@ -59,7 +59,7 @@ class FamilyProblem:
 
     def open(self, seed: int) -> Opened:
         """Load the models, and score base and experts on the test items."""
-        from evomerge.scorer import Scorer
+        from evomerge.scorer.scorer import Scorer
 
         scorer = Scorer(self.plan(seed))
         plan = scorer.plan

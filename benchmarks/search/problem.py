@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from benchmarks.search.searchers import Section
-from evomerge.campaign import Campaign
-from evomerge.plan import Plan, StageSpace
+from evomerge.campaign.campaign import Campaign
+from evomerge.campaign.plan import Plan, StageSpace
 from evomerge.records import Candidate, Floats, Measurement, Split
 
 
 class Scores(Protocol):
-    """Scores a candidate on a split's items, as ``evomerge.scorer.Scorer`` does."""
+    """Scores a candidate on a split's items, as ``evomerge.scorer.scorer.Scorer`` does."""
 
     def configure(self, stage_space: StageSpace) -> None:
         """Read the points of candidates by the space of a stage."""

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import yaml
 
-from evomerge.assemble import PROPOSERS, proposer_type
+from evomerge.campaign.assemble import PROPOSERS, proposer_type
+from evomerge.campaign.sections import StageSection
 from evomerge.errors import CampaignError, did_you_mean
-from evomerge.sections import StageSection
 from evomerge.strict import parse, read_yaml
 
 Section = Literal["auto"] | list[StageSection]

@@ -9,9 +9,9 @@ from typing import Any
 
 from benchmarks.search.problem import Problem
 from benchmarks.search.trace import Step, Trace
+from evomerge.campaign.sections import SpaceChanges
+from evomerge.campaign.stages import Stage
 from evomerge.records import digest
-from evomerge.sections import SpaceChanges
-from evomerge.stages import Stage
 
 FORMAT = 1  # of the files; a change makes every run new
 

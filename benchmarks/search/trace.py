@@ -15,13 +15,13 @@ from functools import cached_property
 import numpy as np
 
 from benchmarks.search.problem import Opened, Scores
-from evomerge.course import Course
+from evomerge.campaign.course import Course
+from evomerge.campaign.stages import Stage
 from evomerge.errors import CandidateError
 from evomerge.front.front import maximized, observe
 from evomerge.front.pareto import non_dominated
 from evomerge.proposers.proposer import Problem, proposing
 from evomerge.records import Candidate, Floats, Measurement, Trial
-from evomerge.stages import Stage
 
 FAILED_COST = 1.0  # of a candidate that could not be scored
 TOLERANCE = 1e-9  # of sums of costs

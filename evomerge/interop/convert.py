@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Literal
 
+from evomerge.campaign.recipe_file import write_recipe
 from evomerge.errors import CampaignError, InputError
 from evomerge.interop.document import is_mergekit
 from evomerge.interop.genome import is_genome, read_genome
 from evomerge.interop.read import read_mergekit
-from evomerge.recipe_file import write_recipe
 from evomerge.strict import read_yaml
 
 

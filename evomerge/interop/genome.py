@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, field_validator
 
-from evomerge.assemble import OPERATORS, look_up
+from evomerge.campaign.assemble import OPERATORS, look_up
 from evomerge.errors import CampaignError
 from evomerge.interop.document import expert_names, local_path
 from evomerge.interop.methods import METHODS

@@ -10,7 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.assemble import look_up
+from evomerge.campaign.assemble import look_up
+from evomerge.campaign.plan import make_recipe, open_checkpoints
+from evomerge.campaign.recipe_file import ReadRecipe, read_recipe
+from evomerge.campaign.spaces import make_operator
 from evomerge.errors import CampaignError, did_you_mean
 from evomerge.interop.document import (
     Document,
@@ -27,13 +30,10 @@ from evomerge.interop.methods import METHODS, Method, Number
 from evomerge.materialize.arrangement import num_layers
 from evomerge.materialize.checkpoint import open_checkpoint
 from evomerge.operators.operator import Operator
-from evomerge.plan import make_recipe, open_checkpoints
-from evomerge.recipe_file import ReadRecipe, read_recipe
 from evomerge.records import Floats, Layers, ParameterSpec, TensorIndex
 from evomerge.space.choice import COEFFICIENT
 from evomerge.space.groups import blocks
 from evomerge.space.space import check_setting
-from evomerge.spaces import make_operator
 from evomerge.strict import read_yaml
 
 NO_EFFECT = {"int8_mask": "saves memory in mergekit; has no effect here"}

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from evomerge.campaign.spaces import make_operator
 from evomerge.errors import EvoMergeError
 from evomerge.interop.document import evaluate
 from evomerge.interop.methods import METHODS, Method, Number
@@ -22,7 +23,6 @@ from evomerge.materialize.checkpoint import Checkpoint
 from evomerge.materialize.resident import empty_model, tensor_index
 from evomerge.records import Recipe
 from evomerge.space.groups import BLOCK_NUMBER, blocks
-from evomerge.spaces import make_operator
 
 HEAD = "# The same merge for mergekit: mergekit-yaml mergekit.yaml OUT\n"
 OTHER_ENDS = "embeddings or head are taken from another expert than the layers beside them"

@@ -4,7 +4,7 @@ A proposer is a fold over its stage's record: what it asks next depends on the p
 before and the results that it was told since, in their order, and on nothing else (no clock, no global random state;
 randomness derives from the seed and the index of the ask; it is the same whether candidates are asked for at once or
 one by one). So there is no state to save beside the ledger: a resumed run builds the proposer anew and feeds it the
-record, with ``recall`` in place of ``ask``; a replay asks for each candidate again (``evomerge/replay.py``).
+record, with ``recall`` in place of ``ask``; a replay asks for each candidate again (``evomerge/run/replay.py``).
 
 Shape letters: D dimensions, M objectives.
 """

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from rich.table import Table
 
+from evomerge.campaign.plan import decisions
+from evomerge.campaign.sections import SpaceChanges
 from evomerge.check import CheckReport
-from evomerge.guard import GuardReport
-from evomerge.plan import decisions
+from evomerge.materialize.guard import GuardReport
 from evomerge.report.console import COMMAND, console, duration, say, some
 from evomerge.report.progress import chain
-from evomerge.sections import SpaceChanges
 from evomerge.space.choice import COEFFICIENT
 from evomerge.space.space import Dimension
 from evomerge.splits import SPLITS

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from rich.table import Table
 
-from evomerge.card import PICTURE
 from evomerge.errors import EvoMergeError
-from evomerge.export import Exported, Verification
 from evomerge.materialize.adapter import WEIGHTS as ADAPTER_WEIGHTS
+from evomerge.publish.card import PICTURE
+from evomerge.publish.export import Exported, Verification
 from evomerge.records import Trial
 from evomerge.report.console import COMMAND, console, say
-from evomerge.run import Run
+from evomerge.run.run import Run
 
 
 def print_export(run: Run, trial: Trial, out: Path, exported: Exported, *, verified: bool) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from evomerge.errors import RunError
 from evomerge.front.front import front_hypervolume
 from evomerge.records import Measurement, Objective, Trial, in_order
-from evomerge.run import Run
+from evomerge.run.run import Run
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

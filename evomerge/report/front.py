@@ -7,15 +7,15 @@ import numpy as np
 from rich.console import RenderableType
 from rich.text import Text
 
-from evomerge.claims import claims
 from evomerge.errors import RunError
-from evomerge.frames import model_rows
 from evomerge.records import Objective, Trial
 from evomerge.report.console import COMMAND, say
 from evomerge.report.plot import front_plot
 from evomerge.report.tables import Column, Row, Shown, make_table, show, signed, with_error
-from evomerge.run import Run
-from evomerge.times import times_of
+from evomerge.run.claims import claims
+from evomerge.run.frames import model_rows
+from evomerge.run.run import Run
+from evomerge.run.times import times_of
 
 NUM_ROWS = 12
 

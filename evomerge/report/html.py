@@ -5,7 +5,7 @@ from pathlib import Path
 
 from evomerge.report.page.document import one_document
 from evomerge.report.page.parts import PARTS, part_json
-from evomerge.run import Run
+from evomerge.run.run import Run
 
 ITEM_BYTES = 600_000  # a report of 10,000 trials shall stay below 8 MB, of which Plotly is 4.8
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from evomerge.assemble import OPERATORS
+from evomerge.campaign.assemble import OPERATORS
 from evomerge.report.tables import Column, Shown, make_table
 
 

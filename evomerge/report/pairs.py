@@ -5,13 +5,13 @@ from typing import Any
 
 from rich.text import Text
 
-from evomerge.comparison import ModelComparison, RunComparison, compare_models, compare_runs, subject_of
 from evomerge.errors import RunError
 from evomerge.evidence.pairs import Pair
 from evomerge.records import Measurement, Objective
 from evomerge.report.tables import Column, Row, Shown, make_table, short, with_error
-from evomerge.rescore import Rescored
-from evomerge.run import Run, open_run
+from evomerge.run.comparison import ModelComparison, RunComparison, compare_models, compare_runs, subject_of
+from evomerge.run.rescore import Rescored
+from evomerge.run.run import Run, open_run
 
 FOOTNOTE = "± is one standard error, ranges are 95 % intervals; paired by item and clustered by source"
 OBJECTIVE = Column("objective", lambda row: row["objective"] + (" ↓" if row["direction"] == "min" else ""), False)

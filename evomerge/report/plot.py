@@ -10,7 +10,7 @@ from rich.text import Text
 
 from evomerge.records import Floats, Objective
 from evomerge.report.console import console
-from evomerge.run import Run
+from evomerge.run.run import Run
 
 HEIGHT = 16
 MAX_WIDTH = 100

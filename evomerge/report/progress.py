@@ -7,18 +7,18 @@ from types import TracebackType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from evomerge.campaign import Campaign
+from evomerge.campaign.campaign import Campaign
+from evomerge.campaign.stages import Stage
 from evomerge.families.family import make
 from evomerge.front.so_far import SoFar
 from evomerge.ledger.location import Location, locate
-from evomerge.mirror import mirror as run_mirror
 from evomerge.records import Trial
 from evomerge.report.console import COMMAND, Loading, aside, console, make_progress, say
-from evomerge.rescore import Rescored
-from evomerge.rescore import rescore as run_rescore
-from evomerge.run import Run, open_run
-from evomerge.run import search as run_search
-from evomerge.stages import Stage
+from evomerge.run.mirror import mirror as run_mirror
+from evomerge.run.rescore import Rescored
+from evomerge.run.rescore import rescore as run_rescore
+from evomerge.run.run import Run, open_run
+from evomerge.run.search import search as run_search
 
 
 class SearchProgress:

@@ -7,10 +7,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from evomerge.errors import EvoMergeError
-from evomerge.replay import Difference, StageReplay
-from evomerge.replay import replay as run_replay
 from evomerge.report.console import console, make_progress, say
-from evomerge.run import Run
+from evomerge.run.replay import Difference, StageReplay
+from evomerge.run.replay import replay as run_replay
+from evomerge.run.run import Run
 
 
 def replay(run: Run) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from evomerge.ledger.location import Location
 from evomerge.report.tables import Column, Shown, make_table
-from evomerge.runs import RunSummary
+from evomerge.run.runs import RunSummary
 
 
 def runs(summaries: Sequence[RunSummary], place: Location) -> Shown:

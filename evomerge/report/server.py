@@ -28,8 +28,8 @@ from evomerge.ledger.location import Location
 from evomerge.records import digest
 from evomerge.report.page.document import TYPES, static_text
 from evomerge.report.page.parts import PARTS, part_json
-from evomerge.run import Run, open_run
-from evomerge.runs import run_locations, summarize_run
+from evomerge.run.run import Run, open_run
+from evomerge.run.runs import run_locations, summarize_run
 
 PORT = 8700
 ITEM_BYTES = 8_000_000

@@ -11,7 +11,7 @@ from evomerge.records import Trial
 from evomerge.report.console import COMMAND, duration
 from evomerge.report.runs import iso, row_of
 from evomerge.report.tables import Column, Row, Shown, make_table
-from evomerge.status import RunStatus
+from evomerge.run.status import RunStatus
 
 MAX_REASON = 70  # characters of a failure's reason
 

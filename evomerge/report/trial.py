@@ -7,15 +7,15 @@ import numpy as np
 from rich.console import RenderableType
 from rich.table import Table
 
-from evomerge.comparison import compare_models
 from evomerge.evidence.intervals import score_intervals
-from evomerge.frames import place_of
 from evomerge.records import Trial
 from evomerge.report.console import COMMAND, duration
 from evomerge.report.pairs import FOOTNOTE, OBJECTIVE, difference_columns, label, pair_row
 from evomerge.report.runs import iso, local
 from evomerge.report.tables import Column, Row, Shown, make_table, short
-from evomerge.run import Run
+from evomerge.run.comparison import compare_models
+from evomerge.run.frames import place_of
+from evomerge.run.run import Run
 
 MAX_GROUPS = 40  # rows of coefficients, unless everything is asked for
 EXPERTS_ACROSS = 5  # with bars; more experts get a table of their own

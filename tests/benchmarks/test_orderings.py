@@ -12,13 +12,13 @@ from small_families import BRIEF, SMALL
 from benchmarks import adapters
 from benchmarks.adapters import ALPHA, POOL, RANK, make_pool
 from benchmarks.orderings import STUDIES, Claim, fw_merging, overall, show
-from evomerge.campaign import Campaign
+from evomerge.campaign.campaign import Campaign
+from evomerge.campaign.plan import make_plan
 from evomerge.evidence.compare import Difference
 from evomerge.families.family import FamilySummary, make
 from evomerge.materialize.resident import merged_tensors
 from evomerge.operators.linear import TaskArithmetic
-from evomerge.plan import make_plan
-from evomerge.scorer import Scorer
+from evomerge.scorer.scorer import Scorer
 
 
 def test_errors_of_items_and_of_seeds_add_in_squares() -> None:

@@ -15,12 +15,12 @@ from benchmarks.search.picture import _apart
 from benchmarks.search.problem import Scores
 from benchmarks.search.searchers import PEERS, read_searchers
 from benchmarks.search.trace import Step, Trace, run
+from evomerge.campaign.plan import StageSpace
+from evomerge.campaign.sections import StageSection
 from evomerge.errors import CampaignError
 from evomerge.families.family import FamilySummary
 from evomerge.front.pareto import hypervolume, non_dominated
-from evomerge.plan import StageSpace
 from evomerge.records import Candidate, Measurement, Split
-from evomerge.sections import StageSection
 
 STAGES = "[{proposer: sobol, evaluations: 4}, {proposer: cma_es, population: 5}]"
 

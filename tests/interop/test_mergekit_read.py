@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from evomerge.campaign.recipe_file import ReadRecipe
 from evomerge.errors import InputError
 from evomerge.interop.read import read_any_recipe, read_mergekit
 from evomerge.interop.write import mergekit_data
-from evomerge.recipe_file import ReadRecipe
 
 Write = Callable[..., Path]
 BASE, V1, V2, V3 = (f"inputs/{name}" for name in ("base", "v1", "v2", "v3"))

@@ -11,10 +11,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from evomerge.campaign.recipe_file import ReadRecipe, read_recipe
 from evomerge.interop.document import evaluate
 from evomerge.interop.read import read_mergekit
 from evomerge.interop.write import mergekit_data, write_mergekit
-from evomerge.recipe_file import ReadRecipe, read_recipe
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CONFIGS = sorted(path.stem for path in (GOLDEN / "configs").glob("*.yaml"))

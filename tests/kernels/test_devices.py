@@ -5,7 +5,7 @@ import torch
 from pretend_gpu import GPU, PretendGpu, numbers_of
 from torch import Tensor
 
-from evomerge.assemble import OPERATORS
+from evomerge.campaign.assemble import OPERATORS
 from evomerge.kernels.layout import Layout
 from evomerge.kernels.lincomb import task_vector_products
 from evomerge.kernels.sources import Dense, Expert, LowRank, Sources

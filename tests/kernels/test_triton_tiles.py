@@ -12,7 +12,7 @@ import torch
 from test_devices import make_sources, merge_twice
 from torch import Tensor
 
-from evomerge.assemble import OPERATORS
+from evomerge.campaign.assemble import OPERATORS
 from evomerge.kernels import lincomb, masked
 from evomerge.kernels.layout import BLOCK
 from evomerge.kernels.tiles import Divide, Elect, Keep, KeptTile, LincombTile, MaskedTile, Vote

@@ -10,14 +10,14 @@ import torch
 from tiny_adapters import random_factors, write_adapter
 from torch import nn
 
-from evomerge.assemble import OPERATORS
-from evomerge.export import merge_recipe
+from evomerge.campaign.assemble import OPERATORS
+from evomerge.campaign.plan import make_recipe
 from evomerge.materialize.adapter import Adapter, open_expert
 from evomerge.materialize.checkpoint import Checkpoint, open_checkpoint
 from evomerge.materialize.materializer import Materializer
 from evomerge.materialize.resident import empty_model
 from evomerge.operators.operator import Operator
-from evomerge.plan import make_recipe
+from evomerge.publish.export import merge_recipe
 from evomerge.records import Recipe
 from evomerge.space.groups import make_groups
 

@@ -10,7 +10,7 @@ import tiny_checkpoints as tiny
 import torch
 from test_every_operator import opened, recipe
 
-from evomerge.assemble import OPERATORS
+from evomerge.campaign.assemble import OPERATORS
 from evomerge.evaluators.layouts import TokenSequence
 from evomerge.evaluators.sequences import logprobs
 from evomerge.materialize.materializer import Materializer

@@ -9,15 +9,15 @@ import pytest
 import torch
 from test_every_operator import opened, recipe
 
-from evomerge.assemble import OPERATORS
+from evomerge.campaign.assemble import OPERATORS
+from evomerge.campaign.recipe_file import read_recipe, write_recipe
 from evomerge.errors import InputError
-from evomerge.export import merge_recipe
 from evomerge.kernels.layout import BLOCK
 from evomerge.kernels.sources import Dense, LowRank
 from evomerge.materialize.materializer import Materializer
 from evomerge.materialize.residence import Place, choose_residence, device_bytes, to_int8
 from evomerge.operators.linear import TaskArithmetic
-from evomerge.recipe_file import read_recipe, write_recipe
+from evomerge.publish.export import merge_recipe
 from evomerge.records import Recipe
 
 Family = Callable[[str, str], list[Path]]

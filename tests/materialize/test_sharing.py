@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evomerge.campaign import Campaign
+from evomerge.campaign.campaign import Campaign
+from evomerge.campaign.plan import make_plan
 from evomerge.materialize.sharing import Shared
-from evomerge.plan import make_plan
 from evomerge.records import Candidate
-from evomerge.scorer import Scorer
+from evomerge.scorer.scorer import Scorer
 
 
 def lent(scorer: Scorer) -> list[np.ndarray]:

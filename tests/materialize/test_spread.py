@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
+from evomerge.campaign.plan import choose_device
+from evomerge.campaign.recipe_file import write_recipe
 from evomerge.errors import CampaignError, EvoMergeError, InputError
 from evomerge.evaluators.layouts import TokenSequence
 from evomerge.evaluators.sequences import logprobs
-from evomerge.export import merge_recipe
 from evomerge.kernels.layout import Layout
 from evomerge.materialize.materializer import Materializer, sha256, tensors_hash
 from evomerge.materialize.paths import _replace, describe
@@ -32,8 +33,7 @@ from evomerge.materialize.residence import Place
 from evomerge.materialize.resident import ResidentModel, merged_tensors, tensor_index
 from evomerge.materialize.spread import Room, Share, divide, settle, spread
 from evomerge.operators.passthrough import Passthrough
-from evomerge.plan import choose_device
-from evomerge.recipe_file import write_recipe
+from evomerge.publish.export import merge_recipe
 from evomerge.records import Recipe
 from evomerge.space.data_flow import PathLayer
 

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from evomerge.campaign.plan import decisions, open_checkpoints
 from evomerge.errors import CheckpointError
-from evomerge.export import merge_recipe
 from evomerge.materialize.vocabulary import Vocabulary, align, read_vocabulary, vocabulary_tensors
-from evomerge.plan import decisions, open_checkpoints
+from evomerge.publish.export import merge_recipe
 
 BASE = {f"t{row}": row for row in range(61)}  # the tiny Llama's 61 rows
 

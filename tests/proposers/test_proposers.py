@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from proposer_contract import NUM_DIMENSIONS, ProposerContract, box, objectives
 
-from evomerge.assemble import PROPOSERS
+from evomerge.campaign.assemble import PROPOSERS
 from evomerge.front.pareto import hypervolume
 from evomerge.proposers.adamerging import AdaMerging, AdaMergingOptions
 from evomerge.proposers.cma_es import CmaEs, CmaEsOptions

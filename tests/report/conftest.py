@@ -3,11 +3,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.page import write_run
-from evomerge.campaign import read_campaign
+from evomerge.campaign.campaign import read_campaign
+from evomerge.campaign.sections import BudgetSection, StageSection
 from evomerge.families.family import FamilySummary
 from evomerge.ledger.location import locate
-from evomerge.run import Run, open_run, search
-from evomerge.sections import BudgetSection, StageSection
+from evomerge.run.run import Run, open_run
+from evomerge.run.search import search
 
 
 @pytest.fixture(scope="session")

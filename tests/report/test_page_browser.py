@@ -13,20 +13,20 @@ import yaml
 from browsing import chromium, evomerge, served, visit
 from typer.testing import CliRunner
 
+from evomerge.campaign.plan import make_plan
+from evomerge.campaign.recipe_file import read_recipe
 from evomerge.cli import app
 from evomerge.evidence.compare import paired_difference
 from evomerge.evidence.intervals import difference_intervals, student
 from evomerge.evidence.scores import source_codes
 from evomerge.families.family import FamilySummary
 from evomerge.front.pick import knee, prefer
-from evomerge.plan import make_plan
-from evomerge.recipe_file import read_recipe
 from evomerge.records import Measurement, Objective, Score
 from evomerge.report.html import write_report
 from evomerge.report.page.arrays import pack, pack_bits, pack_columns
 from evomerge.report.page.document import one_document
 from evomerge.report.page.parts import PARTS, part_json
-from evomerge.run import Run, open_run
+from evomerge.run.run import Run, open_run
 
 pytestmark = pytest.mark.browser
 EVIL = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"

@@ -19,7 +19,7 @@ from evomerge.report.page.evidence import evidence, item_texts, items
 from evomerge.report.page.overview import STATES, overview, reference_models
 from evomerge.report.page.parts import PARTS, part_json
 from evomerge.report.page.surrogate import surrogate
-from evomerge.run import Run, open_run
+from evomerge.run.run import Run, open_run
 from evomerge.splits import split_items
 
 

@@ -11,7 +11,7 @@ import pytest
 from evomerge.report.html import write_report
 from evomerge.report.page.document import one_document, static_names, static_text
 from evomerge.report.page.parts import PARTS
-from evomerge.run import Run
+from evomerge.run.run import Run
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&amp;"
 

@@ -17,7 +17,7 @@ from evomerge.ledger.ledger import Ledger
 from evomerge.ledger.location import locate
 from evomerge.records import Candidate
 from evomerge.report.server import is_loopback, make_app, serve
-from evomerge.runs import find_runs
+from evomerge.run.runs import find_runs
 
 
 @pytest.fixture(scope="module")

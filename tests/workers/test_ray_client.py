@@ -11,9 +11,9 @@ from pool_contract import PoolContract
 from ray_head import Head
 from test_ray_pool import Actor, echo, point, wait_for
 
-from evomerge.campaign import Campaign
+from evomerge.campaign.campaign import Campaign
 from evomerge.records import Measurement, Trial
-from evomerge.run import search
+from evomerge.run.search import search
 from evomerge.workers.inline import InlineOptions
 from evomerge.workers.ray_pool import RayOptions, RayPool
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.claims import claims
 from evomerge.errors import EvoMergeError
 from evomerge.evaluators.lines import path_of, read_lines
 from evomerge.evidence.intervals import score_intervals, student
@@ -17,7 +16,8 @@ from evomerge.evidence.scores import source_codes
 from evomerge.records import Measurement, Objective, Split
 from evomerge.report.page.arrays import Packed, pack, pack_bits
 from evomerge.report.page.overview import reference_models
-from evomerge.run import Run
+from evomerge.run.claims import claims
+from evomerge.run.run import Run
 from evomerge.splits import split_items
 
 MAX_INTERVALS = 400  # models

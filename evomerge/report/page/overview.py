@@ -13,8 +13,8 @@ from evomerge.front.front import maximized, violation
 from evomerge.front.so_far import SoFar
 from evomerge.records import Descent, Floats, Measurement, Objective, Trial, in_order
 from evomerge.report.page.arrays import Packed, pack, pack_columns
-from evomerge.run import Run
-from evomerge.times import times_of
+from evomerge.run.run import Run
+from evomerge.run.times import times_of
 
 STATES = ("waiting", "failed", "stopped", "out of bounds", "dominated", "front")
 NUM_STEPS = 80  # of the curve

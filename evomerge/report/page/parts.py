@@ -3,11 +3,11 @@
 import json
 from typing import Any
 
-from evomerge.log import last_events
+from evomerge.driver.log import last_events
 from evomerge.report.page.evidence import evidence, items
 from evomerge.report.page.overview import overview
 from evomerge.report.page.surrogate import surrogate
-from evomerge.run import Run
+from evomerge.run.run import Run
 
 PARTS = ("overview", "evidence", "items", "surrogate", "log")
 NUM_EVENTS = 200  # of the log, the latest

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from evomerge.campaign.sections import DataFlowSection
 from evomerge.records import Floats, Objective, Trial, in_order
 from evomerge.report.page.arrays import pack
-from evomerge.run import Run
-from evomerge.sections import DataFlowSection
+from evomerge.run.run import Run
 from evomerge.surrogates.gp import GaussianProcess, fit
 
 MAX_TRIALS = 300  # the latest; a fit takes the cube of their number
