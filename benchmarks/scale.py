@@ -4,7 +4,8 @@
     python benchmarks/scale.py efficiency | throughput | trials [--trials 100000]
 
 efficiency: candidates a second of a search on one and on two Ray workers, relative to one and to two independent
-processes that score the same candidates with nothing between them, at the same time on the same cores.
+processes that score the same candidates with nothing between them, by turns on the same cores: of digits4 (.2 s an
+evaluation) and of text (3 s), for what a driver takes a result is the same.
 
 throughput: a whole search (driver, ledger on disk, log, progress bars; Sobol's points) over simulated workers, whose
 evaluations take no time, and then 30 s on average. Their clock is the real one, except that it jumps to the next result
@@ -44,11 +45,12 @@ from evomerge.run.times import times_of
 from evomerge.scorer import pools
 from evomerge.scorer.scorer import Scorer
 from evomerge.workers.pool import Result, Subject
-from evomerge.workers.ray_pool import RayOptions
+from evomerge.workers.ray_cluster import RayOptions
 
 PARTS = ["efficiency", "throughput", "trials"]
 NUM_SCORES = 64  # different measurements that simulated workers return
 MEAN_S = 30.0
+EVALUATIONS = {"digits4": 60, "text": 12}  # candidates a worker, of efficiency
 
 
 class SimulatedPool:
@@ -127,11 +129,11 @@ def _measurements(plan: Plan, split: Split) -> list[Measurement]:
     return made
 
 
-def campaign_of(num_evaluations: int, proposer: str = "sobol") -> Campaign:
-    """Return the campaign of digits4 with a number of evaluations."""
-    family = make("digits4", Path(".cache/families/digits4"))
-    update = {"search": [StageSection(proposer=proposer)], "budget": BudgetSection(evaluations=num_evaluations)}
-    return read_campaign(family.campaign).model_copy(update=update)
+def campaign_of(num_evaluations: int, family: str = "digits4") -> Campaign:
+    """Return a family's campaign with a number of Sobol's points."""
+    made = make(family, Path(".cache/families") / family)
+    update = {"search": [StageSection(proposer="sobol")], "budget": BudgetSection(evaluations=num_evaluations)}
+    return read_campaign(made.campaign).model_copy(update=update)
 
 
 class Laps(SearchProgress):
@@ -229,17 +231,18 @@ def _peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
-def efficiency(num_evaluations: int, rounds: int) -> Table:
+def efficiency(family: str, rounds: int) -> Table:
     """Return candidates a second of Ray workers relative to independent processes, by turns on the same machine."""
-    table = Table(title=f"digits4, {num_evaluations} candidates a worker, {rounds} rounds by turns", box=SIMPLE_HEAD)
+    num_evaluations = EVALUATIONS[family]
+    table = Table(title=f"{family}, {num_evaluations} candidates a worker, {rounds} rounds by turns", box=SIMPLE_HEAD)
     for column in ("workers", "independent processes, a second", "Ray workers, a second", "relative", "workers busy"):
         table.add_column(column, justify="right")
     for count in (1, 2):
         alone, pooled, busy = [], [], []
         for number in range(rounds):
-            print(f"{count} workers, round {number + 1} of {rounds}", file=sys.stderr)
-            alone.append(_independent(count, num_evaluations))
-            speed, utilisation = _on_ray(count, count * num_evaluations)
+            print(f"{family}, {count} workers, round {number + 1} of {rounds}", file=sys.stderr)
+            alone.append(_independent(family, count))
+            speed, utilisation = _on_ray(family, count)
             pooled.append(speed)
             busy.append(utilisation)
         relative = [mine / theirs for mine, theirs in zip(pooled, alone, strict=True)]
@@ -253,11 +256,12 @@ def efficiency(num_evaluations: int, rounds: int) -> Table:
     return table
 
 
-def _independent(count: int, num_evaluations: int) -> float:
+def _independent(family: str, count: int) -> float:
     """Return candidates a second of processes that share nothing; the clock starts when all are ready."""
+    num_evaluations = EVALUATIONS[family]
     context = multiprocessing.get_context("spawn")
     barrier = context.Barrier(count + 1)
-    processes = [context.Process(target=_score_alone, args=(barrier, n, num_evaluations)) for n in range(count)]
+    processes = [context.Process(target=_score_alone, args=(barrier, n, family)) for n in range(count)]
     for process in processes:
         process.start()
     barrier.wait()
@@ -269,11 +273,12 @@ def _independent(count: int, num_evaluations: int) -> float:
     return count * num_evaluations / spent
 
 
-def _score_alone(barrier: Any, number: int, num_evaluations: int) -> None:
+def _score_alone(barrier: Any, number: int, family: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    scorer = Scorer(make_plan(campaign_of(num_evaluations)))
+    num_evaluations = EVALUATIONS[family]
+    scorer = Scorer(make_plan(campaign_of(num_evaluations, family)))
     points = np.random.default_rng(number).random((num_evaluations + 1, len(scorer.plan.space)))
     scorer.score(Candidate(point=tuple(points[-1].tolist())), "search")
     barrier.wait()
@@ -282,9 +287,10 @@ def _score_alone(barrier: Any, number: int, num_evaluations: int) -> None:
     barrier.wait()
 
 
-def _on_ray(count: int, num_evaluations: int) -> tuple[float, float]:
+def _on_ray(family: str, count: int) -> tuple[float, float]:
     """Return candidates a second of a search on Ray workers, and their busy share, by its own record."""
-    campaign = campaign_of(num_evaluations).model_copy(
+    num_evaluations = count * EVALUATIONS[family]
+    campaign = campaign_of(num_evaluations, family).model_copy(
         update={"workers": RayOptions(kind="ray", address="local", count=count)}
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -297,7 +303,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help="efficiency, throughput, trials (default: all)")
     parser.add_argument("--trials", type=int, default=100_000)
-    parser.add_argument("--evaluations", type=int, default=60, help="candidates a worker, of efficiency")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     wanted = given.what or PARTS
@@ -305,7 +310,7 @@ def main() -> None:
         parser.error(f"unknown part {unknown[0]!r}; known: {', '.join(PARTS)}")
     tables = []
     if "efficiency" in wanted:
-        tables.append(efficiency(given.evaluations, given.rounds))
+        tables += [efficiency(family, given.rounds) for family in EVALUATIONS]
     if "throughput" in wanted:
         tables.append(throughput())
     if "trials" in wanted:

@@ -72,3 +72,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(known)}" if known else ""
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return the words of a library's error in one line of 300 characters at most; some fill a screen."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

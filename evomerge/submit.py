@@ -21,7 +21,7 @@ from evomerge.errors import CampaignError, RunError
 from evomerge.ledger.location import Location, locate
 from evomerge.strict import read_yaml
 from evomerge.workers.jobs import JobServer
-from evomerge.workers.ray_pool import RayOptions
+from evomerge.workers.ray_cluster import RayOptions
 
 DRAIN_S = 3600
 """How long a driver that is stopped may finish what is under way; left to itself, Ray kills it after 3 seconds."""

@@ -52,7 +52,7 @@ def campaign(digits4: FamilySummary) -> Campaign:
 
 
 def on(campaign: Campaign, cluster: Any) -> Campaign:
-    from evomerge.workers.ray_pool import RayOptions
+    from evomerge.workers.ray_cluster import RayOptions
 
     return campaign.model_copy(update={"workers": RayOptions(kind="ray", address=cluster.address)})
 

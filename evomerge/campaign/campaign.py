@@ -37,7 +37,7 @@ from evomerge.space.shares import ShareOptions
 from evomerge.strict import parse, read_yaml
 from evomerge.trackers import KINDS, TrackerOptions, kind_of
 from evomerge.workers.inline import InlineOptions
-from evomerge.workers.ray_pool import RayOptions
+from evomerge.workers.ray_cluster import RayOptions
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 

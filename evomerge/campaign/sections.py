@@ -10,7 +10,7 @@ from evomerge.records import Options, Split
 from evomerge.space.shares import ShareOptions
 from evomerge.strict import NAME
 from evomerge.workers.inline import InlineOptions
-from evomerge.workers.ray_pool import RayOptions
+from evomerge.workers.ray_cluster import RayOptions
 
 Name = Annotated[str, Field(pattern=NAME)]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from evomerge.errors import EvoMergeError, InputError
+from evomerge.errors import EvoMergeError, InputError, in_one_line
 
 STALE = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "adapter_config.json"]
 """Files of an earlier upload that would be loaded instead of, or together with, what is uploaded now."""
@@ -55,7 +55,7 @@ def _asking(repo_id: str, again: str, call: Callable[[], Any]) -> Any:
             warnings.simplefilter("ignore")  # of the hub about metadata that it does not know
             return call()
     except HFValidationError as error:
-        raise InputError(f"--push {repo_id}: {_first_line(error)}") from error
+        raise InputError(f"--push {repo_id}: {in_one_line(error)}") from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         if status == 401:
@@ -66,12 +66,8 @@ def _asking(repo_id: str, again: str, call: Callable[[], Any]) -> Any:
                 f"--push {repo_id}: the token has no right to write there (403); use one that may write to "
                 f"{owner}'s models, or another OWNER{again}"
             ) from error
-        raise EvoMergeError(f"--push {repo_id}: the hub refused ({_first_line(error)}){again}") from error
+        raise EvoMergeError(f"--push {repo_id}: the hub refused ({in_one_line(error)}){again}") from error
     except Exception as error:  # the hub's client raises a dozen unrelated classes: offline, no route, timed out, ...
         raise EvoMergeError(
-            f"--push {repo_id}: the hub could not be reached or refused the files ({_first_line(error)}){again}"
+            f"--push {repo_id}: the hub could not be reached or refused the files ({in_one_line(error)}){again}"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

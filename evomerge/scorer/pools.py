@@ -11,7 +11,8 @@ from evomerge.materialize.sharing import Shared
 from evomerge.scorer.scorer import Scorer
 from evomerge.workers.inline import InlinePool
 from evomerge.workers.pool import Pool
-from evomerge.workers.ray_pool import RayOptions, RayPool
+from evomerge.workers.ray_cluster import RayOptions
+from evomerge.workers.ray_pool import RayPool
 
 
 @contextmanager

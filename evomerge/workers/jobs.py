@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from evomerge.chat import web_address
-from evomerge.errors import CampaignError, InputError
-from evomerge.workers.ray_pool import first_line
+from evomerge.errors import CampaignError, InputError, in_one_line
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
@@ -68,7 +67,7 @@ class JobServer:
                 self._client = JobSubmissionClient(address)
         except Exception as error:  # Ray raises a dozen unrelated classes
             raise InputError(
-                f"no Ray job server at {address or 'this machine'} ({first_line(error)}); name one with "
+                f"no Ray job server at {address or 'this machine'} ({in_one_line(error)}); name one with "
                 "--address http://HOST:8265, start a cluster with ray start --head, or set RAY_AUTH_MODE=token if it "
                 "asks for a token"
             ) from error
@@ -81,7 +80,7 @@ class JobServer:
                 entrypoint=command, submission_id=name, metadata={RUN: run}, runtime_env=dict(runtime_env)
             )
         except Exception as error:  # what is wrong with a runtime_env comes as anything
-            raise CampaignError(f"the cluster does not take the job: {first_line(error)}") from error
+            raise CampaignError(f"the cluster does not take the job: {in_one_line(error)}") from error
 
     def jobs(self) -> list[Job]:
         """Return the searches that were submitted to the cluster, the latest first."""
@@ -130,7 +129,7 @@ class JobServer:
         try:
             yield
         except (OSError, RuntimeError) as error:  # of requests, of aiohttp, and Ray's own
-            raise InputError(f"the job server at {self.address} does not answer: {first_line(error)}") from error
+            raise InputError(f"the job server at {self.address} does not answer: {in_one_line(error)}") from error
 
 
 @contextmanager

@@ -12,70 +12,21 @@ Base and experts are read from their files by one worker, and are then in the me
 processes of a machine.
 """
 
-import logging
 import os
 import time
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
-
-from evomerge.errors import CampaignError, CandidateError, EvoMergeError
-from evomerge.records import Measurement, Options, Split, TaskItems
+from evomerge.errors import CandidateError, EvoMergeError, in_one_line
+from evomerge.records import Measurement, Split, TaskItems
 from evomerge.workers.pool import Outcome, Result, Scorer, Subject, fate_of
+from evomerge.workers.ray_cluster import RayCluster, RayOptions
 
 LOOK_S = 5.0  # between looks at the cluster while nothing happens
 MAX_DEAD_STARTS = 3  # in a row, until one worker has opened
-
-
-class RayOptions(Options):
-    """Score on workers that Ray runs.
-
-    address: ``auto`` (a running cluster), ``ray://host:10001`` (one elsewhere), ``local`` (start one here); by default
-    a running cluster if there is one, else one is started here. count: workers; ``auto`` is as many as the cluster has
-    room for, now and later. cpus, gpus: of each worker; gpus may be a fraction, ``auto`` is one where the cluster has
-    any. timeout_s: seconds after which a candidate has failed. attempts: how often a candidate is tried whose worker
-    died. runtime_env: Ray's own, for code that workers do not have installed.
-    """
-
-    kind: Literal["ray"]
-    address: str | None = None
-    count: PositiveInt | Literal["auto"] = "auto"
-    cpus: PositiveFloat = 1.0
-    gpus: float | Literal["auto"] = Field(default="auto")
-    timeout_s: PositiveFloat | None = None
-    attempts: PositiveInt = 3
-    runtime_env: dict[str, Any] | None = None
-
-    @field_validator("gpus")
-    @classmethod
-    def _can_be_placed(cls, given: float | str) -> float | str:
-        if isinstance(given, float) and not (0 <= given <= 1 or (given > 1 and given % 1 == 0)):
-            raise ValueError("expected a fraction of one GPU, or a whole number of them")
-        return given
-
-    def located(self, folder: Path) -> "RayOptions":
-        """Return the options with absolute paths in runtime_env, given relative to a folder. Raises: CampaignError."""
-
-        def locate(given: Any) -> Any:
-            if not isinstance(given, str) or "://" in given:
-                return given
-            path = folder / Path(given).expanduser()
-            if not path.exists():
-                raise CampaignError(f"workers.runtime_env: {given}: no such folder or file in {folder}")
-            return str(path.resolve())
-
-        env = dict(self.runtime_env or {})
-        if "working_dir" in env:
-            env["working_dir"] = locate(env["working_dir"])
-        if isinstance(env.get("py_modules"), list):
-            env["py_modules"] = [locate(given) for given in env["py_modules"]]
-        return self.model_copy(update={"runtime_env": env}) if env else self
 
 
 class Findings(Protocol):
@@ -181,7 +132,8 @@ class RayPool:
 
     def __init__(self, make: MakeScorer, options: RayOptions, notify: Callable[[str], None] = lambda _: None) -> None:
         self._make, self._options, self.notify = make, options, notify
-        self._ray, self._started_ray = _connect(options)
+        self._cluster = RayCluster(options)
+        self._ray = self._cluster.ray
         self._slots: list[_Slot] = []
         self._jobs: deque[_Job] = deque()
         self._done: deque[Result] = deque()  # what nobody has taken yet: two workers may finish at once
@@ -192,7 +144,6 @@ class RayPool:
         self._looked, self._is_waiting = time.monotonic(), False
         self.findings: Any = None
         try:
-            self._gpus = self._gpus_each()
             self._look()
             while not self.num_workers:
                 self._step(LOOK_S)
@@ -212,8 +163,7 @@ class RayPool:
         for slot in self._slots:
             self._ray.kill(slot.actor)
         self._slots.clear()
-        if self._started_ray:
-            self._ray.shutdown()
+        self._cluster.close()
 
     @property
     def num_workers(self) -> int:
@@ -276,7 +226,7 @@ class RayPool:
         except self._ray.exceptions.RayTaskError as error:
             if slot.job is None and self._shared:  # what was lent is lost with the machine that held it
                 return self._bury(slot, "what it was to read was lost")
-            raise EvoMergeError(f"a worker raised {first_line(error.cause)}") from error
+            raise EvoMergeError(f"a worker raised {in_one_line(error.cause)}") from error
         except self._ray.exceptions.RayError as error:
             return self._bury(slot, self._reason(error))
         if slot.job is None:
@@ -353,15 +303,15 @@ class RayPool:
         self._grow(wanted)
         for slot in [slot for slot in self._slots if not slot.where][: max(0, len(self._slots) - max(wanted, 1))]:
             self._drop(slot)
-        if not self.num_workers and not self._is_waiting and (self.findings is not None or not self._room()):
+        if not self.num_workers and not self._is_waiting and (self.findings is not None or not self._cluster.room()):
             self._is_waiting = True
-            each = f"{self._options.cpus:g} CPUs" + (f" and {self._gpus:g} GPUs" if self._gpus else "")
+            each = f"{self._options.cpus:g} CPUs" + (f" and {self._cluster.gpus:g} GPUs" if self._cluster.gpus else "")
             self.notify(f"there is no worker; waiting until the cluster has room for one ({each})")
 
     def _grow(self, count: int) -> None:
         """Start workers until there are so many; Ray begins them when it has room."""
         while len(self._slots) < count:
-            needs = {"num_cpus": self._options.cpus, "num_gpus": self._gpus}
+            needs = {"num_cpus": self._options.cpus, "num_gpus": self._cluster.gpus}
             actor = self._ray.remote(_Worker).options(**needs, max_restarts=0, max_task_retries=0).remote()
             ref = actor.open.remote(self._make, os.getcwd(), self.findings if self._shared else None, *self._shared)
             self._slots.append(_Slot(actor, ref))
@@ -375,68 +325,8 @@ class RayPool:
         self._ray.kill(slot.actor)
 
     def _wanted(self) -> int:
-        room = self._room() if self._options.count == "auto" else self._options.count
+        room = self._cluster.room() if self._options.count == "auto" else self._options.count
         return max(1, room - self._num_left_out)
-
-    def _room(self) -> int:
-        """How many workers the cluster would hold if nothing else ran there."""
-        return sum(_places(node["Resources"], self._options.cpus, self._gpus) for node in self._alive_nodes())
-
-    def _gpus_each(self) -> float:
-        if self._options.gpus != "auto":
-            return self._options.gpus
-        return float(any(node["Resources"].get("GPU", 0) for node in self._alive_nodes()))
-
-    def _alive_nodes(self) -> list[Mapping[str, Any]]:
-        return [node for node in self._ray.nodes() if node["Alive"]]
-
-
-def _connect(options: RayOptions) -> tuple[Any, bool]:
-    """Connect to the cluster that the options name; return Ray, and whether it was connected to for this pool.
-
-    Raises: CampaignError.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_worker_niceness", "0")  # workers are what the machine is for
-    try:
-        import ray
-    except ImportError as error:
-        raise CampaignError("workers: ray is not installed; pip install 'evomerge[ray]'") from error
-    ray._private.worker._worker_logs_enabled = False  # of a death it prints a screenful; ``notify`` says it in a line
-    if ray.is_initialized():
-        return ray, False
-    asked: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": options.runtime_env}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            if options.address is None:
-                with suppress(ConnectionError):
-                    ray.init("auto", **asked)
-                    return ray, True
-            if options.address in {None, "local"}:
-                asked["include_dashboard"] = False
-            ray.init(options.address or "local", **asked)
-        except Exception as error:  # Ray raises a dozen unrelated classes
-            raise CampaignError(
-                f"workers.address: no Ray cluster at {options.address or 'this machine'} ({first_line(error)}); start "
-                "one with ray start --head, leave the address out, or set RAY_AUTH_MODE=token if it asks for a token"
-            ) from error
-    return ray, True
-
-
-def _places(resources: Mapping[str, float], cpus: float, gpus: float) -> int:
-    """How many workers one machine has room for; a fraction of a GPU lies on one of them."""
-    by_cpu = _times(resources.get("CPU", 0.0), cpus)
-    if not gpus:
-        return by_cpu
-    num_gpus = resources.get("GPU", 0.0)
-    return min(by_cpu, int(num_gpus) * _times(1.0, gpus) if gpus < 1 else _times(num_gpus, gpus))
-
-
-def _times(whole: float, part: float) -> int:
-    """How often a part fits into a whole, in the ten-thousandths that Ray counts in: 0.1 fits into 1 ten times."""
-    return round(whole * 1e4) // max(round(part * 1e4), 1)
 
 
 def _result(job: _Job, slot: _Slot, outcome: Outcome) -> Result:
@@ -447,8 +337,3 @@ def _result(job: _Job, slot: _Slot, outcome: Outcome) -> Result:
     if job.deaths:
         fate["deaths"] = job.deaths
     return Result(job.key, outcome, fate | fate_of(outcome))
-
-
-def first_line(error: BaseException) -> str:
-    """Return an error's words in one line, shortened: Ray's fill a screen."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -15,7 +15,8 @@ from evomerge.campaign.campaign import Campaign
 from evomerge.records import Measurement, Trial
 from evomerge.run.search import search
 from evomerge.workers.inline import InlineOptions
-from evomerge.workers.ray_pool import RayOptions, RayPool
+from evomerge.workers.ray_cluster import RayOptions
+from evomerge.workers.ray_pool import RayPool
 
 pytestmark = pytest.mark.ray
 ray = pytest.importorskip("ray")

@@ -14,7 +14,8 @@ from test_ray_pool import point, wait_for
 from evomerge.errors import CampaignError
 from evomerge.records import Measurement, Split, TaskItems
 from evomerge.strict import parse
-from evomerge.workers.ray_pool import RayOptions, RayPool, _places
+from evomerge.workers.ray_cluster import RayOptions, places
+from evomerge.workers.ray_pool import RayPool
 
 
 @pytest.mark.parametrize(
@@ -34,11 +35,11 @@ from evomerge.workers.ray_pool import RayOptions, RayPool, _places
     ],
 )
 def test_a_machine_of_8_cpus_and_2_gpus_has_room_for(cpus: float, gpus: float, expected: int) -> None:
-    assert _places({"CPU": 8.0, "GPU": 2.0}, cpus, gpus) == expected
+    assert places({"CPU": 8.0, "GPU": 2.0}, cpus, gpus) == expected
 
 
 def test_a_machine_without_gpus_has_room_for_none_that_needs_one() -> None:
-    assert _places({"CPU": 8.0}, 1, 0.1) == 0
+    assert places({"CPU": 8.0}, 1, 0.1) == 0
 
 
 @pytest.mark.parametrize("gpus", [-1.0, 1.5])

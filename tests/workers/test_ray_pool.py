@@ -14,7 +14,8 @@ from pool_contract import Echo, EchoFindings, PoolContract
 from evomerge.errors import CampaignError, CandidateError, CheckpointError, EvoMergeError
 from evomerge.records import Candidate, Measurement, Split, TaskItems
 from evomerge.workers import ray_pool
-from evomerge.workers.ray_pool import RayOptions, RayPool
+from evomerge.workers.ray_cluster import RayOptions
+from evomerge.workers.ray_pool import RayPool
 
 pytestmark = pytest.mark.ray
 ray = pytest.importorskip("ray")
