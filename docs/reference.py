@@ -11,33 +11,53 @@ from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import typer
+from markdown.extensions.toc import slugify
 from pydantic.fields import FieldInfo
 
 from evomerge.campaign.assemble import EVALUATORS, OPERATORS, PROPOSERS
 from evomerge.campaign.campaign import Campaign
-from evomerge.campaign.sections import (
-    BoundsSection,
-    CoefficientSection,
-    DataFlowSection,
-    ObjectiveSection,
-    ParameterSection,
-    ScaleSection,
-    SpaceSection,
-    SplitSection,
-    StageSection,
-)
-from evomerge.materialize.residence import Residence, device_bytes
+from evomerge.campaign.sections import CoefficientSection, ParameterSection, ScaleSection, SplitSection, StageSection
+from evomerge.errors import InputError
+from evomerge.materialize.bandwidth import Bandwidth, merge_seconds
+from evomerge.materialize.residence import Residence, choose_residence, device_bytes
 from evomerge.records import Options
 from evomerge.space.shares import ShareOptions
 from evomerge.strict import sections_in
 
-WHAT_SECTIONS_HOLD_AS_TEXT = (
-    BoundsSection,
-    CoefficientSection,
-    ParameterSection,
-    ShareOptions,
-    SplitSection,
-    ScaleSection,
+WHAT_SECTIONS_HOLD_AS_TEXT = (CoefficientSection, ParameterSection, ShareOptions, ScaleSection, SplitSection)
+TITLES = {  # what a section is called by where it stands in the file; otherwise by its class
+    "Campaign": "The file",
+    "ObjectiveSection": "objectives, each",
+    "SpaceSection": "space",
+    "DataFlowSection": "space, kind: data_flow",
+    "CoefficientSection": "space.coefficient",
+    "ShareOptions": "space.coefficient.start",
+    "RangeSection": "a range",
+    "ParameterSection": "a parameter of the operator",
+    "ScaleSection": "space.scale, kind: data_flow",
+    "RaceOptions": "fidelity",
+    "StageSection": "search, each stage",
+    "StageSpaceSection": "space of a stage",
+    "InlineOptions": "workers, kind: inline",
+    "RayOptions": "workers, kind: ray",
+    "TensorboardOptions": "trackers, kind: tensorboard",
+    "MlflowOptions": "trackers, kind: mlflow",
+    "WandbOptions": "trackers, kind: wandb",
+    "SplitSection": "evaluation.split",
+    "ModelJudgeOptions": "evaluation.judge",
+    "ServedOptions": "evaluation.endpoint",
+    "PublishOptions": "evaluation.endpoint.publish",
+}
+
+LABELS = "When to use|References?|Departures|Raises"
+
+SERVER, BUS_5, BUS_4 = 460e9, 64e9, 32e9  # 12 channels of DDR5-4800; 16 lanes of PCIe 5 and 4
+DEVICES = (  # with its bytes, and bytes a second: what their makers state
+    ("H200", 141 * 10**9, Bandwidth(device=4.8e12, host=SERVER, bus=BUS_5)),
+    ("H100, 80 GB", 80 * 10**9, Bandwidth(device=3.35e12, host=SERVER, bus=BUS_5)),
+    ("A100, 80 GB", 80 * 10**9, Bandwidth(device=2.04e12, host=SERVER, bus=BUS_4)),
+    ("L40S, 48 GB", 48 * 10**9, Bandwidth(device=0.864e12, host=SERVER, bus=BUS_4)),
+    ("RTX 4090, 24 GB", 24 * 10**9, Bandwidth(device=1.01e12, host=90e9, bus=BUS_4)),  # a desktop's 2 channels of DDR5
 )
 
 
@@ -64,9 +84,9 @@ def operators() -> str:
         parts += [
             f"## {name}",
             _prose(operator_type),
+            "**Gradients:** yes." if operator.differentiable else "**Gradients:** none.",
             *([_table(("parameter", "meaning", "default", "searched", "one for"), rows)] if rows else []),
             *_options(operator_type.options_type),
-            "Gradients reach its coefficients." if operator.differentiable else "",
         ]
     return "\n\n".join(filter(None, parts))
 
@@ -83,19 +103,14 @@ def proposers() -> str:
 
 def campaign() -> str:
     """Every key of a campaign file, section by section."""
-    sections: list[type[Options]] = [Campaign]
-    for section in sections:  # grows as it goes: a section comes after the one that holds it
-        for field in section.model_fields.values():
-            sections += [inner for inner in sections_in(field.annotation) if inner not in sections]
-    sections += [section for section in WHAT_SECTIONS_HOLD_AS_TEXT if section not in sections]
-    titles = {SpaceSection: "space", DataFlowSection: "space, kind: data_flow", ObjectiveSection: "objectives, each"}
-    titles |= {Campaign: "The file", StageSection: "search, each stage", ParameterSection: "a searched parameter"}
     parts = []
-    for section in sections:
-        title = titles.get(section) or re.sub(r"(Section|Options)$", "", section.__name__).lower()
-        parts += [f"## {title}", _prose(section), _keys(section)]
+    for section in dict.fromkeys([*_with_inner(Campaign), *WHAT_SECTIONS_HOLD_AS_TEXT]):
+        parts += [f"## {_title(section)}", *_section(section)]
     for kind, entry in sorted(EVALUATORS.items()):
-        parts += [f"## evaluation, kind: {kind}", _prose(entry.options_type), _keys(entry.options_type)]
+        of_kind, *inner = _with_inner(entry.options_type)
+        parts += [f"## evaluation, kind: {kind}", *_section(of_kind)]
+        for section in inner:
+            parts += [f"## {_title(section)}", *_section(section)]
     return "\n\n".join(filter(None, parts))
 
 
@@ -109,11 +124,28 @@ def commands() -> str:
 def memory() -> str:
     """What base, experts and the merged model take on the device, as ``evomerge check`` computes it."""
     rows = []
-    for billions, num_experts in ((1, 3), (7, 2), (7, 4), (7, 8), (13, 4), (70, 4)):
+    for billions, num_experts in ((1, 3), (7, 2), (7, 3), (7, 8), (13, 3), (70, 3)):
         needed = device_bytes(billions * 2 * 10**9, num_experts, 2)
         sizes = [f"{needed[residence] / 1e9:,.0f} GB" for residence in get_args(Residence)]
         rows.append((f"{billions}B", str(num_experts), *sizes))
     return _table(("bfloat16 model", "experts", *get_args(Residence)), rows)
+
+
+def times() -> str:
+    """How long a merge of 7B and three experts takes at least, as ``evomerge check`` computes it, by device."""
+    held, rows = device_bytes(7 * 2 * 10**9, 3, 2), []
+    for name, num_bytes, bandwidth in DEVICES:
+        seconds, cells = merge_seconds(held, bandwidth), []
+        for residence in get_args(Residence):
+            try:
+                choose_residence(residence, held, num_bytes)
+                cells.append(f"{seconds[residence]:.2g} s")
+            except InputError:
+                cells.append("does not fit")
+        speeds = f"{bandwidth.device / 1e12:.3g} TB/s; {bandwidth.host / 1e9:.0f} and {bandwidth.bus / 1e9:.0f} GB/s"
+        rows.append((name, speeds, choose_residence("auto", held, num_bytes), *cells))
+    head = ("device", "its memory; the host's, and the bus", "`auto` takes", *get_args(Residence))
+    return _table(head, rows)
 
 
 def _commands(group: Any, before: str = "evomerge") -> Iterator[tuple[str, Any]]:
@@ -140,20 +172,60 @@ def _command(name: str, command: Any) -> str:
 
 
 def _options(section: type[Options]) -> list[str]:
-    return [_prose(section), _keys(section)] if section.model_fields else []
+    return _section(section) if section.model_fields else []
 
 
-def _keys(section: type[Options]) -> str:
+def _with_inner(section: type[Options]) -> list[type[Options]]:
+    """Return a section and those that it holds, each after the one that holds it."""
+    sections = [section]
+    for outer in sections:  # grows as it goes
+        for field in outer.model_fields.values():
+            sections += [inner for inner in sections_in(field.annotation) if inner not in sections]
+    return sections
+
+
+def _title(section: type[Options]) -> str:
+    return TITLES.get(section.__name__) or re.sub(r"(Section|Options)$", "", section.__name__).lower()
+
+
+def _section(section: type[Options]) -> list[str]:
+    """Return what a section says of itself, and its keys with what it or its bases say of each."""
+    prose, meanings = _explained(section)
+    fields = section.model_fields.items()
     rows = [
         (
             f"`{name}`",
+            meanings.get(name, ""),
             _type(field),
             "required" if field.is_required() else f"`{_shown(field.get_default(call_default_factory=True))}`",
         )
-        for name, field in section.model_fields.items()
+        for name, field in fields
         if (section, name) != (StageSection, "options")  # the proposer's own, which stand in the stage itself
     ]
-    return _table(("key", "what", "default"), rows) if rows else ""
+    head = ("key", "meaning", "what", "default")
+    if not meanings:
+        head, rows = (head[0], *head[2:]), [(row[0], *row[2:]) for row in rows]
+    return [prose, _table(head, rows)]
+
+
+def _explained(section: type[Options]) -> tuple[str, dict[str, str]]:
+    """Return what a section's docstring says of the whole, and of each key: ``key, other: what they are; third: ...``.
+
+    Of what its own docstring does not name, its bases' speak.
+    """
+    key = "|".join(section.model_fields)
+    prose: list[str] = []
+    meanings: dict[str, str] = {}
+    for documented in section.__mro__:
+        if not issubclass(documented, Options) or documented is Options or documented.__doc__ is None:
+            continue
+        for paragraph in (inspect.getdoc(documented) or "").split("\n\n"):
+            before, *told = re.split(rf"(?:^|(?<=[.;]\s))((?:{key})(?:, (?:{key}))*):\s", paragraph)
+            prose += [before] if before and documented is section else []
+            for keys, meaning in zip(told[::2], told[1::2], strict=True):
+                for name in keys.split(", "):
+                    meanings.setdefault(name, _markdown(meaning.strip().rstrip(".;")))
+    return _markdown("\n\n".join(prose)), meanings
 
 
 def _shown(value: Any) -> str:
@@ -169,7 +241,7 @@ def _shown(value: Any) -> str:
 
 def _type(field: FieldInfo) -> str:
     """Say in words what a key takes."""
-    bounds = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_length": "at least this many:"}
+    bounds = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "min_length": "not fewer than"}
     said = [
         f"{words} {getattr(rule, key)}"
         for rule in field.metadata
@@ -179,38 +251,49 @@ def _type(field: FieldInfo) -> str:
     return ", ".join([_words(field.annotation), *said])
 
 
+NAMES = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "none"}
+
+
 def _words(annotation: Any) -> str:
-    names = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "none"}
-    if isinstance(annotation, type) and not get_args(annotation):
-        found = names.get(annotation.__name__, annotation.__name__)
-        return re.sub(r"(Section|Options)$", " section", found).lower() if found[0].isupper() else found
-    origin = getattr(annotation, "__origin__", None)
     inner = get_args(annotation)
-    if origin is list:
+    if isinstance(annotation, type) and not inner:
+        if issubclass(annotation, Options):
+            return f"[{_title(annotation)}](#{slugify(_title(annotation), '-')})"
+        return NAMES.get(annotation.__name__, "anything")
+    if getattr(annotation, "__origin__", None) is list:
         return f"a list of {_words(inner[0])}"
-    if origin is dict:
+    if getattr(annotation, "__origin__", None) is dict:
         return f"a mapping of {_words(inner[0])} to {_words(inner[1])}"
     if inner and all(isinstance(value, str | int | bool) for value in inner):
         return " or ".join(f"`{value}`" for value in inner)
-    if hasattr(annotation, "__metadata__"):
-        return _words(inner[0])
-    words = dict.fromkeys(_words(part) for part in inner if part is not type(None))
-    return " or ".join(words) or "anything"
+    parts = inner[:1] if hasattr(annotation, "__metadata__") else inner
+    return " or ".join(dict.fromkeys(_words(part) for part in parts if part is not type(None))) or "anything"
 
 
 def _prose(documented: Any) -> str:
-    """Return a docstring as Markdown: its code in single backticks, what is indented left as it is."""
-    text = inspect.getdoc(documented) or ""
+    """Return a docstring as Markdown.
+
+    What is indented stays as it is and becomes code, such as formulas; code has single backticks; what begins with one
+    of the LABELS, and lists, are paragraphs of their own.
+    """
     if isinstance(documented, type) and documented.__doc__ is None:
         return ""
+    return _markdown(inspect.getdoc(documented) or "")
+
+
+def _markdown(text: str) -> str:
     text = re.sub(r"\n*Shape letters?:.*?(?=\n\n|\Z)", "", text, flags=re.DOTALL)
-    text = re.sub(r"``(.+?)``", r"`\1`", text)
+    text = re.sub(r"``(.+?)``", r"`\1`", text, flags=re.DOTALL)
     text = re.sub(r"(?<![\w/(])((?:arxiv|doi)\.org/[\w./-]*\w)", r"[\1](https://\1)", text)
-    lines = [
-        line if line.startswith(" ") else re.sub(r"(?<!`)([*_])(?!`)", r"\\\1", line) if "`" not in line else line
-        for line in text.splitlines()
-    ]
-    return "\n".join(lines)
+    text = re.sub(
+        r"^ {4}.*$|`[^`]+`|[*_]",
+        lambda match: f"\\{match[0]}" if match[0] in "*_" else match[0],
+        text,
+        flags=re.MULTILINE,
+    )
+    text = re.sub(rf"^({LABELS}):", r"\n**\1:**", text, flags=re.MULTILINE)
+    text = re.sub(r"^((?!- |  ).+)\n(?=- )", r"\1\n\n", text, flags=re.MULTILINE)
+    return re.sub(r"\n{3,}", "\n\n", text)
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
@@ -226,4 +309,5 @@ WRITERS: dict[str, Callable[[], str]] = {
     "campaign": campaign,
     "commands": commands,
     "memory": memory,
+    "times": times,
 }

@@ -8,6 +8,7 @@ from evomerge.campaign.plan import Plan, make_plan
 from evomerge.campaign.references import reference_recipes
 from evomerge.campaign.stages import Stage, make_stages, stage_cost
 from evomerge.errors import CandidateError, EvoMergeError
+from evomerge.materialize.bandwidth import Bandwidth, measure_bandwidth, merge_seconds
 from evomerge.materialize.guard import GuardReport, inspect_experts
 from evomerge.materialize.residence import Residence
 from evomerge.materialize.spread import Room
@@ -29,6 +30,8 @@ class CheckReport:
     """What the merged model takes on each of its devices."""
     kernels: str
     """How merges are computed, in words."""
+    bandwidth: Bandwidth
+    """Measured with copies, just now."""
     evaluation: Measurement
     equivalents: float
     """Full-evaluation equivalents of the search, descents included; references and the final test come on top."""
@@ -38,6 +41,11 @@ class CheckReport:
     def evaluation_s(self) -> float:
         """Seconds of the timed evaluation: one candidate on all search items."""
         return sum(self.evaluation.seconds.values())
+
+    @property
+    def merge_s(self) -> float:
+        """Seconds that a merge of all tensors takes at least: memory has to move them."""
+        return merge_seconds(self.plan.device_bytes, self.bandwidth)[self.residence]
 
     @property
     def total_s(self) -> float:
@@ -73,6 +81,7 @@ def check_campaign(campaign: Campaign, loading: Callable[[str], None]) -> CheckR
         residence=scorer.materializer.residence,
         devices=scorer.materializer.resident.devices,
         kernels=scorer.materializer.kernels,
+        bandwidth=measure_bandwidth(scorer.materializer.resident.devices[0].device),
         evaluation=evaluation,
         equivalents=sum(stage_cost(plan, stage) for stage in stages),
         reference_evaluations=len(recipes),

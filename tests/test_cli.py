@@ -122,7 +122,7 @@ def num_finished(folder: Path) -> int:
 def test_check_says_what_will_happen(digits4: FamilySummary, typed: Callable[..., Typed]) -> None:
     done = typed("check", digits4.campaign)
     assert done.returncode == 0, done.stderr
-    text = " ".join(done.stdout.split())
+    text = " ".join(done.stdout.replace("│", " ").split())
     for fact in (
         "4 experts (rot90, invert, parity, mod5)",
         "32 dimensions over 8 groups",
@@ -131,6 +131,8 @@ def test_check_says_what_will_happen(digits4: FamilySummary, typed: Callable[...
         "rot90 0.3, invert 0.3, parity 0.3, mod5 0.3",
         "MB",
         "(timed)",
+        "(timed, a weighted sum); moving its",
+        "GB/s (measured)",
     ):
         assert fact in text
     assert re.search(r"parity +│ parity +│ accuracy \(max\) +│ +180 │ +360 │ +360", done.stdout)

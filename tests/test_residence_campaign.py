@@ -49,6 +49,7 @@ def test_check_says_how_candidates_are_merged(make_campaign: Make, capsys: pytes
         report = check_campaign(make_campaign(residence=residence, device="cpu"), quiet)
         print_check(Path("campaign.yaml"), report)
         assert expected in " ".join(capsys.readouterr().out.split())
+        assert report.merge_s > 0
     assert report.plan.size_bytes < check_campaign(make_campaign(device="cpu"), quiet).plan.size_bytes
 
 
@@ -77,3 +78,4 @@ def test_a_model_on_two_devices_is_searched_and_exported_as_on_one(
     assert re.search(
         r"on the host, base and experts too; of the merged model 0\.\d MB on cpu and 0\.\d MB on cpu;", said
     )
+    assert re.search(r"at \d+ GB/s on the host and \d+ GB/s to the device \(measured\)", said)

@@ -43,7 +43,17 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class Campaign(Options):
-    """What is merged, what is searched, what is scored, and how long."""
+    """What is merged, what is searched, what is scored, and how long.
+
+    name: of the run, which lies in ``runs/NAME`` unless ``--run`` says otherwise. base: a folder or a Hugging Face id.
+    experts: name -> a folder or an id, of a checkpoint or a LoRA adapter. operator: its ``name``, its options, and
+    numbers or ranges of its parameters; of a list, the search chooses. dtype: of the merge (auto: the base's).
+    space: which numbers are searched, and between what. objectives: what models are compared by. evaluation: its
+    ``kind``, the keys of that kind, and ``split``. fidelity: ``{}`` races candidates; none scores each on all search
+    items. search: the stages. budget: how long. workers: where candidates are scored; ``ray:8`` is short for a section.
+    trackers: who else is told of every trial. device: cpu, cuda, or several as ``cuda:0,cuda:1``; auto takes GPUs where
+    there are some. residence: where base and experts lie while the model is on a GPU. seed: of splits and draws.
+    """
 
     name: Name
     base: str

@@ -16,7 +16,7 @@ Name = Annotated[str, Field(pattern=NAME)]
 
 
 class BoundsSection(Options):
-    """Where a number is searched (default: the operator's range), one a group.
+    """Where a number is searched, one a group: from low to high (default: the operator's range).
 
     knots: instead, this many numbers evenly spaced over the depth of the network, with straight lines between; 1 is one
     number for all groups that the range is for.
@@ -50,7 +50,11 @@ Exceptions = dict[str, Fixed | RangeSection]
 
 
 class ParameterSection(RangeSection):
-    """A searched operator parameter: one number for the whole model (an expert), one a group, or knots over depth."""
+    """A searched parameter of the operator, such as ``density: {low: 0.1, high: 0.9}``.
+
+    per: one number for the whole ``model`` (and an expert, where each has its own), the default, or one a ``group``.
+    exceptions: as those of the space.
+    """
 
     per: Literal["model", "group"] | None = None
     exceptions: Exceptions = {}
@@ -63,7 +67,13 @@ class ParameterSection(RangeSection):
 
 
 class SpaceSection(Options):
-    """Which tensors share a number, and where the coefficients are searched."""
+    """Which tensors share a number, and where the coefficients are searched.
+
+    preset: a space by name; keys that stand here replace its own. groups: tensors that share a number: all of
+    the ``model``, those of a ``layer``, of a kind of ``module`` in a layer, each ``tensor``, or name -> patterns of
+    tensors' names. coefficient: a number that is not searched, one for each of several depths, or a range. exceptions:
+    pattern of "expert/group" -> the same for these alone; the first that matches wins.
+    """
 
     kind: Literal["parameter", "data_flow"] = "parameter"  # data_flow: another section, see ``AnySpace``
     preset: str | None = None
@@ -129,8 +139,9 @@ Names = Annotated[list[Name], Field(min_length=2)]
 class ObjectiveSection(Options):
     """A metric of a task (direction only where the metric does not say), or the mean or worst of other objectives.
 
-    An objective that a summary is made of steers through it alone. normalized_by: part -> the expert by whose own score
-    it is divided.
+    task, metric: as the evaluator names them. mean, worst: names of other objectives, which then steer through it
+    alone. normalized_by: part -> the expert by whose own score it is divided. floor, ceiling: what models have to keep;
+    those that do not are searched away from, and are not on the front.
     """
 
     name: Name
@@ -162,7 +173,7 @@ class ObjectiveSection(Options):
 
 
 class SplitSection(Options):
-    """Shares of the items, by source."""
+    """Shares of the items, by source: what gradients follow, what steers the search, and what is scored at the end."""
 
     adapt: float = Field(default=0.2, ge=0, lt=1)
     search: float = Field(default=0.4, gt=0, lt=1)
@@ -197,7 +208,10 @@ class SeveralSection(Options):
 
 
 class BudgetSection(Options):
-    """How long to search: candidates scored on all search items."""
+    """How long to search.
+
+    evaluations: candidates that are scored, all stages together; a larger number extends a finished run.
+    """
 
     evaluations: int = Field(ge=1)
 
@@ -217,7 +231,10 @@ WorkersSection = Annotated[
 
 
 class StageSection(SpaceChanges):
-    """One search: a proposer, its share of the budget (default: what is left), its options, and its own space."""
+    """One search: a proposer, the keys of its options, and what it changes of the space.
+
+    proposer: by name. evaluations: its part of the budget (default: what the other stages leave).
+    """
 
     proposer: str
     evaluations: int | None = Field(default=None, ge=1)

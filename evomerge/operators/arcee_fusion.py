@@ -22,14 +22,17 @@ KEPT_APART = 1e-8  # upstream's, added to both probabilities before they are div
 
 
 class ArceeFusion:
-    """theta = expert where its importance exceeds median + 1.5 (upper quartile - lower quartile), else base.
+    """Arcee Fusion: of one expert, the entries that matter most replace the base's.
 
-    The importance of an entry is |expert - base| KL(softmax(expert's row) || softmax(base's row)); the bound is the
-    usual one for outliers, per tensor. A vector is one row (its divergence is then a common factor and cancels). There
-    is nothing to set. Median and quartiles are entries of the tensor, the lower of two that are equally near.
+        theta = expert where importance > median + 1.5 (upper quartile - lower), else base
+        importance = |expert - base| KL(softmax(expert's row) || softmax(base's row))
 
-    Reference: mergekit's ``arcee_fusion``; the formula is not published, and was found by fitting reference merges. Two
-    departures: quantiles are exact for tensors of any size (there, above a million entries, of a random sample, so that
+    The bound is the usual one for outliers, per tensor. A vector is one row (its divergence is then a common factor and
+    cancels). Median and quartiles are entries of the tensor, the lower of two that are equally near.
+    When to use: one expert and no evaluations to spend. There is nothing to set and nothing to search; for anything
+    between base and expert take ``task_arithmetic`` or ``nearswap``.
+    Reference: mergekit's ``arcee_fusion``; the formula is not published, and was found by fitting reference merges.
+    Departures: quantiles are exact for tensors of any size (there, above a million entries, of a random sample, so that
     merging again gives another model), and divergences are computed in float64 (in float32 the divergence of two rows
     of 4,096 that differ by 2e-4, 2e-8, is lost among the roundings of the probabilities).
     """

@@ -1,9 +1,5 @@
 """Model Breadcrumbs: of each task vector neither the largest nor the smallest entries are merged.
 
-Reference: Davari and Belilovsky 2024, arxiv.org/abs/2312.06795; there the entries are summed, and every row of a matrix
-is trimmed by itself. We trim whole tensors, as mergekit does, whose variant it is that elects signs. The defaults are
-the official example's, gamma mergekit's.
-
 Shape letters: K experts, S tensors.
 """
 
@@ -81,12 +77,32 @@ def window(values: Values, sizes_S: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Breadcrumbs(TrimmedSum, _Window):
-    """theta = base + scale * sum_k c_k trimmed tau_k."""
+    """Model Breadcrumbs: of each task vector neither the largest nor the smallest entries are merged.
+
+        theta = base + scale * sum_k c_k t_k
+        t_k = tau_k where |tau_k| is in the next density after the largest gamma, else 0
+
+    The paper trims every row of a matrix by itself, we trim whole tensors, as mergekit does. The defaults are the
+    official example's, gamma is mergekit's.
+    When to use: task vectors with outliers, which plain sums are suspected to suffer from. It has gradients in the
+    coefficients; fix gamma and density at first, as every new one trims again, and takes 2 to 3 times as long as
+    ``task_arithmetic`` (measured: 355 M parameters, three experts).
+    Reference: Davari and Belilovsky 2024, arxiv.org/abs/2312.06795.
+    """
 
     name: ClassVar[str] = "breadcrumbs"
 
 
 class BreadcrumbsTies(_Window):
-    """The trimmed task vectors are weighed and merged as by ``ties``: only what agrees with the elected sign."""
+    """Breadcrumbs with TIES' vote: of what is left of the task vectors, what agrees with the elected sign is summed.
+
+        theta = base + scale * sum_{k in A} c_k t_k
+        t_k as in breadcrumbs
+        A = the experts with sign(c_k t_k) = sign(sum_j c_j t_j), entry by entry
+
+    When to use: ``breadcrumbs`` of experts that contradict each other. It has no gradients.
+    Reference: mergekit's ``breadcrumbs_ties``; Davari and Belilovsky 2024, arxiv.org/abs/2312.06795, and Yadav et al.
+    2023, arxiv.org/abs/2306.01708, for its parts.
+    """
 
     name: ClassVar[str] = "breadcrumbs_ties"

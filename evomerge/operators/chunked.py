@@ -35,7 +35,10 @@ class Chunks:
 
 
 class Chunked(InParts):
-    """theta = base + sum_k sum_p c_kp (m_p * tau_k), m_p 1 in the p-th chunk of the flattened tensor and 0 elsewhere.
+    """Task arithmetic with several coefficients for the tensors that matter most, cut into contiguous chunks.
+
+        theta = base + sum_k sum_p c_kp (m_p * tau_k)
+        m_p = 1 in the p-th chunk of the flattened tensor, else 0
 
     A tensor's importance is I_s = sum_k sum |tau_ks|, over its entries, and its number of chunks, of S tensors,
     floor(budget * S * I_s^kappa / sum_j I_j^kappa), at most ``chunks``. A tensor of fewer uses the first coefficients.
@@ -43,9 +46,12 @@ class Chunked(InParts):
     numbers of the space, on which searches by scores alone spend trials. Where a tensor has no chunk, no number moves
     anything. ``space.groups: tensor`` gives each tensor its own; wider groups share the p-th coefficient among the p-th
     chunks of their tensors. Nothing is copied: a merge is one pass over base and experts.
-    Reference: Expert Merging++, 2025, arxiv.org/abs/2509.25712. Departures: importance counts all coefficients as
-    equal, where the paper weighs task vectors by those of a training before; chunks begin at multiples of 1,024
-    entries, so that a tensor has no more than it has of these; and their number has a limit.
+    When to use: with ``expert_merging`` or another descent and ``groups: tensor``, where a few large tensors hold most
+    of what experts learned; it needs no more memory than ``task_arithmetic``. Not with searches by scores alone.
+    Reference: Expert Merging++, 2025, arxiv.org/abs/2509.25712.
+    Departures: importance counts all coefficients as equal, where the paper weighs task vectors by those of a training
+    before; chunks begin at multiples of 1,024 entries, so that a tensor has no more than it has of these; and their
+    number has a limit.
     """
 
     name: ClassVar[str] = "chunked"

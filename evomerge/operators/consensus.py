@@ -29,11 +29,17 @@ class ConsensusOptions(Options):
 
 
 class Consensus(Lincomb):
-    """theta = base + scale 1[sum_t m_t >= k] tau, m_t = |tau_t| > threshold_t |tau - tau_t|, tau = sum_t tau_t.
+    """Consensus Task Arithmetic: of the sum of the task vectors only what is important to several tasks (TALL masks).
 
-    The mask m_t holds what a task needs of the sum: where its own task vector is large against what the others add.
-    In the scale the merge is linear; the masked sum is held in the model's dtype, one model's size beside base and
+        theta = base + scale * 1[sum_k m_k >= k_min] tau
+        m_k = 1[|tau_k| > threshold_k |tau - tau_k|]
+        tau = sum_k tau_k, k_min = the option k
+
+    The mask m_k holds what a task needs of the sum: where its own task vector is large against what the others add. In
+    the scale the merge is linear; the masked sum is held in the model's dtype, one model's size beside base and
     experts, and remade when a threshold changes. (The official code can also mask a TIES merge; not here.)
+    When to use: many experts, of whose sum what only one needs may go; one number, the scale, is cheap and has a
+    gradient. Not with two experts (``k: 2`` keeps only what both need), and not to steer between abilities.
     Reference: Wang et al. 2024, arxiv.org/abs/2405.07813; the thresholds are its lambda, tuned by task.
     """
 

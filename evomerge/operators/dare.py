@@ -1,11 +1,4 @@
-"""DARE: drop entries of each task vector at random, and make up for it by a factor on the others.
-
-Reference: Yu et al. 2024, arxiv.org/abs/2311.03099.
-
-The draws are a hash of (seed, number of the expert, name of the tensor, place in it): nothing is stored, all candidates
-of a run meet the same ones, and a larger density keeps what a smaller one kept. Upstream codes draw from one generator
-after the other, so that there a mask depends on everything merged before it.
-"""
+"""DARE: drop entries of each task vector at random, and make up for it by a factor on the others."""
 
 from collections.abc import Iterator
 from typing import ClassVar, Literal
@@ -99,12 +92,35 @@ def drawn_gain(masses: Masses, limits_KS: Tensor) -> Tensor:
 
 
 class DareLinear(TrimmedSum, _Drawn):
-    """theta = base + scale * sum_k c_k trimmed tau_k."""
+    """DARE: drop entries of each task vector at random, and make up for it by a factor on the others.
+
+        theta = base + scale * sum_k c_k t_k
+        t_k = m_k * tau_k / density
+        m_k = 1 with probability density, else 0, entry by entry
+
+    The draws are a hash of (seed, expert, tensor, place): all candidates of a run meet the same ones, and a larger
+    density keeps what a smaller one kept. Upstream codes draw from one generator after the other, so that there a mask
+    depends on everything merged before it.
+    When to use: large models whose task vectors are redundant; the paper drops nine entries in ten and more. On average
+    this is ``task_arithmetic``, plus noise, which is the larger the smaller density and model are: compare with that
+    first. A new density takes 2 to 3 times as long as a linear merge (measured: 355 M parameters, three experts).
+    Reference: Yu et al. 2024, arxiv.org/abs/2311.03099.
+    """
 
     name: ClassVar[str] = "dare_linear"
 
 
 class DareTies(_Drawn):
-    """The trimmed task vectors are weighed and merged as by ``ties``: only what agrees with the elected sign."""
+    """DARE with TIES' vote: of what is left of the task vectors, only what agrees with the elected sign is summed.
+
+        theta = base + scale * sum_{k in A} c_k t_k
+        t_k as in dare_linear
+        A = the experts with sign(c_k t_k) = sign(sum_j c_j t_j), entry by entry
+
+    When to use: large models whose experts contradict each other: fewer entries meet, so that fewer are voted down. It
+    has no gradients, and the noise of ``dare_linear``.
+    Reference: Yu et al. 2024, arxiv.org/abs/2311.03099; Yadav et al. 2023, arxiv.org/abs/2306.01708; mergekit's
+    ``dare_ties``.
+    """
 
     name: ClassVar[str] = "dare_ties"

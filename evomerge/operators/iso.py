@@ -1,7 +1,6 @@
 """Isotropic merging: the merged matrix's singular values are all made equal.
 
 Shape letters: K experts, S tensors; M rows and N columns of a matrix, R a rank.
-Reference: Marczak et al. 2025, arxiv.org/abs/2502.04959.
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,13 +57,7 @@ def _parameters(*further: ParameterSpec) -> tuple[ParameterSpec, ...]:
 
 
 class Iso(Fused):
-    """What both rules share: coefficients within the sum, and a scale on the result.
-
-    Tensors that are no matrices are averaged. The sum's directions are those that stand out of rounding: a LoRA
-    expert has few, and to lift the arbitrary rest to the mean would drown them. (The official codes take min(M, N), and
-    leave CLIP's text_projection out; here every matrix takes part.)
-    The scale is cheap and has a gradient. A coefficient has neither: the merged matrix is not linear in it.
-    """
+    """What both rules share: coefficients within the sum, and a scale on the result."""
 
     def fuse(self, task_vectors: Sequence[Tensor], numbers: Mapping[str, Tensor], is_matrix: bool) -> Product:
         """Weigh, then merge."""
@@ -79,7 +72,21 @@ class Iso(Fused):
 
 
 class IsoC(Iso):
-    """Iso-C: theta = base + scale * mean(sigma) U V^T, U sigma V^T the SVD of sum_k c_k tau_k. One SVD a matrix."""
+    """Iso-C: the singular values of the summed task vectors are all made equal.
+
+        theta = base + scale * mean(sigma) U V^T
+        U sigma V^T = SVD of sum_k c_k tau_k
+
+    Tensors that are no matrices are averaged. Preparing takes one SVD a matrix, and again for every new coefficient.
+    The scale is cheap and has a gradient; the merge is not linear in a coefficient, which has none.
+    When to use: many experts of different skills, where the strongest should not drown the others. Fix ``coefficient:
+    1`` and search ``scale``; that cannot steer between abilities. Not for checkpoints of billions of parameters on a
+    CPU, where SVDs take hours; of adapters they take milliseconds.
+    Reference: Marczak et al. 2025, arxiv.org/abs/2502.04959.
+    Departures: the directions are those that stand out of rounding (the official codes take min(M, N); a LoRA expert
+    has few, and to lift the arbitrary rest to the mean would drown them), and every matrix takes part, CLIP's
+    text_projection too.
+    """
 
     name: ClassVar[str] = "iso_c"
     options_type: ClassVar[type[Options]] = Options
@@ -94,9 +101,18 @@ class IsoC(Iso):
 
 
 class IsoCts(Iso):
-    """Iso-CTS: as Iso-C, with some of the directions taken from each task (``common_and_task_spaces``).
+    """Iso-CTS: as Iso-C, with some of the directions taken from each task.
 
-    K + 3 SVDs a matrix.
+        theta = base + scale * mean(sigma) U V^T
+        U, V = nearest orthonormal to the leading directions of sum_k c_k tau_k,
+               and of the rest of tau_1, ..., tau_K, side by side
+
+    ``common_fraction`` of the directions is the sum's, rounded so that the others divide by K; the rest of a task
+    vector is what the sum's directions leave of its columns; sigma are the singular values of all that are taken.
+    Preparing takes K + 3 SVDs a matrix, and again for every new coefficient.
+    When to use: as ``iso_c``, where some experts' own directions are lost in the sum; it takes K + 3 times as long to
+    prepare.
+    Reference: Marczak et al. 2025, arxiv.org/abs/2502.04959.
     """
 
     name: ClassVar[str] = "iso_cts"

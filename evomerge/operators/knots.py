@@ -1,10 +1,8 @@
 """KnOTS: task vectors are merged in the one frame in which their common SVD puts them.
 
-Side by side, [tau_1 ... tau_K] = U diag(sigma) [V_1^T ... V_K^T], so that tau_k = U (diag(sigma) V_k^T): what tells
-experts apart is the second factor, and there entries of the same place speak of the same direction.
+Side by side, [tau_1 ... tau_K] = U diag(sigma) [V_1^T ... V_K^T], so that tau_k = U (diag(sigma) V_k^T).
 
 Shape letters: K experts, S tensors, P padded elements; M rows and N columns of a matrix, R a rank.
-Reference: Stoica et al. 2025, arxiv.org/abs/2410.19735.
 """
 
 from collections.abc import Sequence
@@ -43,10 +41,18 @@ class KnotsOptions(Options):
 
 
 class Knots:
-    """theta = base + scale * U merge(diag(sigma) V_k^T); tensors that are no matrices are merged as they are.
+    """KnOTS: task vectors are merged in the one frame in which their common SVD puts them.
 
-    Meant for adapters, whose frame is small. For checkpoints it holds K + 1 buffers of them in float32, and as much
-    as one more of frames; preparing takes one SVD a matrix, of (M, K N) in float64, as the official code does it.
+        theta = base + scale * U merge(diag(sigma) V_1^T, ..., diag(sigma) V_K^T)
+        [tau_1 ... tau_K] = U diag(sigma) [V_1^T ... V_K^T]
+
+    What tells experts apart is the second factor, and there entries of the same place speak of the same direction.
+    Tensors that are no matrices are merged as they are. For checkpoints it holds K + 1 buffers of them in float32, and
+    as much as one more of frames; preparing takes one SVD a matrix, of (M, K N) in float64, as the official code does
+    it.
+    When to use: LoRA adapters that ``ties`` merges badly because each speaks of its own directions; their frame is
+    small. Not for checkpoints, unless they are small, and not where gradients are wanted.
+    Reference: Stoica et al. 2025, arxiv.org/abs/2410.19735.
     Departures: a density is of each tensor, where the official code keeps the largest entries of all layers together;
     directions are cut at the numerical rank instead of at sigma = 1e-5. 0.2 and 0.6 are its numbers for vision models
     (language models: 1 and 0.5).

@@ -63,9 +63,15 @@ class InParts(Lincomb):
 
 
 class TaskArithmetic(Lincomb):
-    """theta = base + sum_k c_k (expert_k - base).
+    """Task arithmetic: the weighted sum of the task vectors on top of the base.
 
-    Reference: Ilharco et al. 2023, arxiv.org/abs/2212.04089. 0.3 is the paper's usual coefficient for eight tasks.
+        theta = base + sum_k c_k tau_k
+
+    0.3 is the paper's usual coefficient for eight tasks.
+    When to use: first, whatever the experts. It is one pass over memory, has gradients and takes adapters as they are;
+    if one number an expert is too few, ``space.groups`` gives more. Others are worth a try where experts contradict
+    each other entry by entry, or where nothing is to be searched.
+    Reference: Ilharco et al. 2023, arxiv.org/abs/2212.04089.
     """
 
     name: ClassVar[str] = "task_arithmetic"
@@ -91,10 +97,16 @@ class LinearOptions(Options):
 
 
 class Linear(Lincomb):
-    """theta = sum_k w_k expert_k, divided by sum_k w_k if ``normalize``; the base does not take part.
+    """The experts' weighted mean, a model soup; the base does not take part.
 
-    Reference: Wortsman et al. 2022 (model soups), arxiv.org/abs/2203.05482. A sum of weights that vanishes is a
-    failed candidate here; other tools divide by it.
+        theta = sum_k c_k expert_k / sum_k c_k
+
+    ``normalize: false`` leaves the division out. Weights that sum to zero are a failed candidate here; other tools
+    divide by them.
+    When to use: experts of one task (seeds, settings or checkpoints of one training), whose mean is often better than
+    each. Not to gather different skills: shares that sum to one leave a part of each, where ``task_arithmetic`` adds
+    them up.
+    Reference: Wortsman et al. 2022 (model soups), arxiv.org/abs/2203.05482.
     """
 
     name: ClassVar[str] = "linear"

@@ -1,6 +1,5 @@
 """Model Stock: go from the base towards the experts' mean, as far as their task vectors agree.
 
-Reference: Jang et al. 2024, arxiv.org/abs/2403.19522.
 Shape letters: K experts, S tensors, V vectors (tensors, or the rows of one tensor).
 """
 
@@ -28,11 +27,17 @@ class ModelStockOptions(Options):
 
 
 class ModelStock(Lincomb):
-    """theta = base + scale * r * mean_k tau_k, r = K c / (1 + (K - 1) c), c the mean cosine between task vectors.
+    """Model Stock: from the base towards the experts' mean, as far as their task vectors agree.
+
+        theta = base + scale * r * sum_k tau_k / K
+        r = K c / (1 + (K - 1) c), c = mean cosine of tau_j and tau_k, j < k
 
     The paper has no ``scale``. As in mergekit, r is not kept within 0..1: where task vectors point apart (c < 0) the
     merge moves away from their mean. Unlike there, the cosine of small updates is exact (mergekit divides by at least
     1e-6), and r is 0 where the directions cancel.
+    When to use: fine-tunes of one task with other seeds or settings, and no evaluations to spend: nothing need be
+    searched. Not for different skills: their task vectors are nearly perpendicular, and the merge stays near the base.
+    Reference: Jang et al. 2024, arxiv.org/abs/2403.19522; mergekit's ``model_stock``.
     """
 
     name: ClassVar[str] = "model_stock"

@@ -31,10 +31,16 @@ class NearSwapTile:
 
 
 class NearSwap:
-    """theta = base + clip(expert - base, -t, t): what lies within t of the base is the expert's, the rest moves by t.
+    """NearSwap: the base moves towards one expert, no entry farther than a limit.
 
+        theta = base + clip(expert - base, -t, t)
+
+    What lies within t of the base is the expert's, the rest moves by t. mergekit weighs the expert by clip(t / |expert
+    - base|, 0, 1): the same.
+    When to use: a touch of one expert's manner on a base that should stay what it is. One number for the whole merge,
+    of the size of the task vector's entries; no gradients, and no second expert.
     Reference: alchemonaut, the merge script of huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001 (t in its name);
-    mergekit's ``nearswap``, which weighs the expert by clip(t / |expert - base|, 0, 1): the same.
+    mergekit's ``nearswap``.
     """
 
     name: ClassVar[str] = "nearswap"

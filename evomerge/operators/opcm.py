@@ -44,16 +44,22 @@ class OpcmState(FusedState):
 
 
 class Opcm(Fused):
-    """theta = base + scale * (mean norm of the task vectors / norm of D) * D, D the projected sum.
+    """OPCM: experts are merged one after another, each projected away from what the others before it have used.
 
-    Tensors that are no matrices are summed. The norms are of the whole model, so that a change of ``alpha`` anywhere
-    scales every tensor. The official code rescales after each expert and undoes that before the next, and the
-    projection does not see a scale; so rescaling once, at the end, is the same.
+        D_1 = tau_1, D_k = D_{k-1} + P_k(tau_k)
+        theta = base + scale * (mean_k |tau_k| / |D_K|) D_K
+
+    P_k zeroes, in the frame of the singular vectors of D_{k-1}, the diagonal and the block of the leading directions,
+    which hold the share ``alpha`` of the singular values. Tensors that are no matrices are summed. The norms are of the
+    whole model, so that a change of ``alpha`` anywhere scales every tensor. The official code rescales after each
+    expert and undoes that before the next, and the projection does not see a scale; so rescaling once, at the end, is
+    the same. Preparing takes K - 1 SVDs a matrix. The experts' order matters: that of the campaign.
+    When to use: experts that come one after another, the first of which matters most. The scale is cheap and has a
+    gradient; alpha has none and costs the SVDs anew. It cannot steer between abilities.
+    Reference: Tang et al. 2025, arxiv.org/abs/2501.09522.
     Departures: every matrix is projected, where the official code does linear layers and sums embeddings; pairs of
     singular vectors beyond the numerical rank are arbitrary and left alone; ``alpha`` = 1 drops the whole block, where
-    the official code drops none of it. The scale is cheap and has a gradient; alpha has none.
-    Preparing takes K - 1 SVDs a matrix. The experts' order matters: that of the campaign.
-    Reference: Tang et al. 2025, arxiv.org/abs/2501.09522.
+    the official code drops none of it.
     """
 
     name: ClassVar[str] = "opcm"

@@ -22,11 +22,16 @@ class PartitionedOptions(Options):
 
 
 class Partitioned(InParts):
-    """theta = base + sum_k sum_p c_kp (m_p * tau_k), m_p the entries of class p: 1 at each place in one of the classes.
+    """Task arithmetic with several coefficients a matrix, whose entries are drawn into classes.
+
+        theta = base + sum_k sum_p c_kp (m_p * tau_k)
+        m_p = 1 in the entries of class p, else 0
 
     The classes of a matrix are drawn for each entry, as likely as each other, and shared by all experts; tensors that
     are no matrices are wholly of the first. All coefficients are searched as the campaign's space says of coefficients.
     What is merged lies in memory once a class and expert.
+    When to use: with ``atlas`` or another descent on labels, where a coefficient a tensor is too few and memory holds
+    ``classes`` times the experts. Not with searches by scores alone, whose dimensions it multiplies.
     Reference: Zhang et al. 2024, aTLAS, arxiv.org/abs/2407.02880, "aTLAS x K". The draws are DARE's hash of (seed, name
     of the tensor, place); the official code draws one mask for all tensors of a shape.
     """

@@ -14,12 +14,19 @@ from evomerge.records import Options, ParameterSpec
 
 
 class Passthrough:
-    """theta = s expert_k, k the expert with the largest coefficient (of equal ones the first); the base is not used.
+    """Each tensor is one expert's, times a scale; the base is not used.
 
-    At a scale s of 1 the tensor is copied bit for bit. As in mergekit's method of this name; there the source is
-    given by the slices, here also by preferences, which can be searched. A scale of 0 on the output projections of a
-    repeated layer makes it begin as the identity (Kim et al. 2023, "depth up-scaling", arxiv.org/abs/2312.15166, gives
-    the reason to repeat layers at all).
+        theta = scale * expert_k
+        k = argmax_j c_j, of equal ones the first
+
+    At a scale of 1 the tensor is copied bit for bit. As in mergekit's method of this name; there the source is given by
+    the slices, here also by preferences, which can be searched. A scale of 0 on the output projections of a repeated
+    layer makes it begin as the identity.
+    When to use: to stack layers of several models ("frankenmerge"), by ``layers`` of a recipe. As a search it knows
+    nothing between one expert and another, and has no gradients: ``task_arithmetic`` blends, the data-flow space
+    arranges.
+    Reference: mergekit's ``passthrough``; Kim et al. 2023, "depth up-scaling", arxiv.org/abs/2312.15166, gives the
+    reason to repeat layers at all.
     """
 
     name: ClassVar[str] = "passthrough"

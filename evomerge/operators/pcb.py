@@ -28,18 +28,22 @@ class PcbState:
 
 
 class Pcb(Lincomb):
-    """theta = base + sum_k c_k b_k clamp(tau_k) / max(sum_j b_j, 1e-12), with balancing weights b_k in [0, 1].
+    """PCB-Merging: entries weigh by how large they are in their task vector, and how well the others agree.
+
+        theta = base + sum_k c_k b_k clamp(tau_k) / max(sum_j b_j, 1e-12)
 
     Over the whole model: the magnitudes |tau_k| are clamped to the range from their 1 to their 99 %; h_k is clamped
     |tau_k| scaled to [0, 1]; the score of an entry is exp(K h_k^2) tanh(tau_k sum_j sign(tau_j) h_j), large where the
-    entry is ("intra-balancing") and where the others agree ("inter-balancing"); b_k is the score from its
-    (1 - ratio) quantile up, scaled to [0, 1]. (If all of what is scaled is equal, it becomes 0.)
+    entry is ("intra-balancing") and where the others agree ("inter-balancing"); the balancing weight b_k is the score
+    from its (1 - ratio) quantile up, scaled to [0, 1]. (If all of what is scaled is equal, it becomes 0.)
 
     The scores do not depend on the coefficients, in which the merge is linear: what they multiply is made once for a
-    ratio and held in the model's dtype, as large as all the experts together. The quantiles are exact; they depend
-    on the sources alone, so that tensors may have ratios of their own.
-    Reference: Du et al. 2024, arxiv.org/abs/2410.02396. Of the three formulas of the official code, which differ in
-    the agreement, this is the one of its vision experiments; coefficient and ratio are from there.
+    ratio and held in the model's dtype, as large as all the experts together. The quantiles are exact; they depend on
+    the sources alone, so that tensors may have ratios of their own.
+    When to use: many experts that get in each other's way, and memory for them twice: after preparing, a candidate is a
+    weighted sum with gradients. Fix ``ratio``, as a new one balances again in three passes.
+    Reference: Du et al. 2024, arxiv.org/abs/2410.02396. Of the three formulas of the official code, which differ in the
+    agreement, this is the one of its vision experiments; coefficient and ratio are from there.
     """
 
     name: ClassVar[str] = "pcb"

@@ -1,7 +1,6 @@
 """RAM: what one expert alone changed is kept whole, what several changed is averaged over those.
 
-Made for experts trained by reinforcement, whose task vectors are sparse: an average over all experts would dilute what
-only one of them changed. Shape letters: K experts, S tensors.
+Shape letters: K experts, S tensors.
 """
 
 from collections.abc import Sequence
@@ -80,8 +79,14 @@ class RamKernel:
 
 
 class Ram(RamKernel):
-    """theta = base + sum of the experts' entries beyond epsilon / number of those experts.
+    """RAM: what one expert alone changed is kept whole, what several changed is averaged over those.
 
+        theta = base + sum_{k in A} tau_k / |A|
+        A = the experts with |tau_k| > epsilon, entry by entry
+
+    When to use: experts trained by reinforcement, whose task vectors are sparse, so that an average over all experts
+    would dilute what only one of them changed. Not for ordinary fine-tunes, which change most entries: it is nearly
+    their plain mean. Experts have no coefficients, and there are no gradients.
     Reference: Yuan et al. 2026 (Reinforced Agent Merging), arxiv.org/abs/2601.13572; mergekit's ``ram``.
     """
 
@@ -112,11 +117,14 @@ class Overlaps:
 
 
 class RamPlusTl(RamKernel):
-    """RAM whose entries of one expert alone are multiplied by 1 + r clip(shared_k / unique_k, 0, alpha).
+    """RAM+: RAM whose entries of one expert alone are strengthened, the more of that expert is averaged elsewhere.
 
-    shared_k and unique_k count, per tensor ("tl"), the entries that expert k changed together with others and alone:
-    the more of an expert is averaged, the more the rest of it is strengthened.
-    Reference: as ``Ram`` (RAM+, its tensor-level form); mergekit's ``ramplus_tl``.
+        theta = base + (1 + r min(shared_k / unique_k, alpha)) tau_k where k alone changed
+        theta = base + sum_{k in A} tau_k / |A| elsewhere, as ram
+
+    shared_k and unique_k count, per tensor ("tl"), the entries that expert k changed together with others and alone.
+    When to use: as ``ram``, where experts overlap so much that their averages are too weak; r is cheap to search.
+    Reference: Yuan et al. 2026, arxiv.org/abs/2601.13572 (RAM+, its tensor-level form); mergekit's ``ramplus_tl``.
     """
 
     name: ClassVar[str] = "ramplus_tl"

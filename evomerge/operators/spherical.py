@@ -37,9 +37,14 @@ CANCELLED = 1e-6
 class Slerp(Lincomb):
     """Spherical interpolation from the base (t = 0) to the one expert (t = 1); the coefficient is t.
 
-    theta = (sin((1 - t) a) base + sin(t a) expert) / sin(a), a the angle between the tensors as they are; a straight
-    line where |cos a| > 0.9995, and most fine-tuned tensors are that close to their base: slerp is lerp for them.
-    Reference: Shoemake 1985, doi.org/10.1145/325165.325242.
+        theta = (sin((1 - t) a) base + sin(t a) expert) / sin(a)
+        a = angle(base, expert)
+
+    Angles are between the tensors as they are; it is a straight line where |cos a| > 0.9995, and most fine-tuned
+    tensors are that close to their base: slerp is lerp for them.
+    When to use: one expert that went far from the base, as by continued pretraining. Of an ordinary fine-tune
+    ``task_arithmetic`` with that one expert makes the same model; for two experts there is ``nuslerp``.
+    Reference: Shoemake 1985, doi.org/10.1145/325165.325242; mergekit's ``slerp``.
     """
 
     name: ClassVar[str] = "slerp"
@@ -81,10 +86,17 @@ class NuSlerpOptions(Options):
 
 
 class NuSlerp(Lincomb):
-    """Spherical interpolation between two experts, at t = w_2 / (w_1 + w_2) of the way from the first to the second.
+    """Spherical interpolation between two experts, on the arc between their task vectors.
+
+        theta = base + (sin((1 - t) a) tau_1 + sin(t a) tau_2) / sin(a)
+        t = c_2 / (c_1 + c_2), a = angle(tau_1, tau_2)
 
     A straight line only where the two are parallel or opposite to within rounding. Weights that sum to zero are a
     failed candidate here; mergekit takes t = 0.5.
+    When to use: two experts of different skills. Their task vectors are nearly perpendicular, so that their plain mean
+    is too short by a factor of 1.4, and the arc's middle is not. One number decides; for more freedom or more experts
+    take ``task_arithmetic``. ``vectors: rows`` or ``columns`` have no gradients.
+    Reference: Shoemake 1985, doi.org/10.1145/325165.325242; mergekit's ``nuslerp``.
     """
 
     name: ClassVar[str] = "nuslerp"
@@ -155,10 +167,16 @@ class MultiSlerpOptions(Options):
 
 
 class MultiSlerp(Lincomb):
-    """Mean direction times mean length: (sum_k w_k |v_k|) m / |m|, m = sum_k w_k v_k / |v_k|, w summing to 1.
+    """The mean direction of the experts' task vectors, as long as these are on average.
+
+        theta = base + (sum_k w_k |tau_k|) m / |m|
+        m = sum_k w_k tau_k / |tau_k|, w_k = c_k / sum_j c_j
 
     mergekit projects to the tangent space at m and back, which changes nothing: the projections sum to zero. Where the
     directions cancel (|m| = 0) the merge is the straight mean; mergekit refuses it for more than two experts.
+    When to use: three experts and more whose shares matter, and not how far the merge goes: its length is theirs. Not
+    where skills should add up beyond that; the length is no number of its own.
+    Reference: mergekit's ``multislerp``; there is no paper.
     """
 
     name: ClassVar[str] = "multislerp"
@@ -206,11 +224,17 @@ class KarcherOptions(MultiSlerpOptions):
 
 
 class Karcher(MultiSlerp):
-    """Mean direction times mean length, the direction being the one that minimizes sum_k w_k angle_k^2 on the sphere.
+    """The experts' mean on the sphere, the direction that is nearest to all of theirs, times their mean length.
+
+        theta = (sum_k w_k |expert_k|) u
+        u = argmin over unit vectors of sum_k w_k angle(u, expert_k)^2
+        w_k = c_k / sum_j c_j
 
     Reached from the scaled sum of the unit vectors by at most 10 gradient steps, fewer if one is shorter than 1e-5; an
     expert nearer than 1e-5 to the present mean, or to its opposite, does not pull. mergekit has equal weights only.
-    Reference: Buss and Fillmore 2001, doi.org/10.1145/502122.502124.
+    When to use: experts that lie far apart. Whole fine-tuned models are so nearly parallel that this is ``linear`` for
+    them: ``relative: true`` takes their task vectors, whose angles are wide, and adds their mean to the base.
+    Reference: Buss and Fillmore 2001, doi.org/10.1145/502122.502124; mergekit's ``karcher``.
     """
 
     name: ClassVar[str] = "karcher"

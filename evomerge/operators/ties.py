@@ -1,8 +1,4 @@
-"""TIES: trim each task vector, elect a sign per element, merge what agrees.
-
-Reference: Yadav et al. 2023, arxiv.org/abs/2306.01708. "ties" is not one thing: of the task vectors (.3, .2, -.1) with
-the weights (1, .5, 2) ``ties`` (mergekit's convention) makes .267, ``ties_paper`` .2, and without weights .25.
-"""
+"""TIES: trim each task vector, elect a sign per element, merge what agrees."""
 
 from dataclasses import replace
 from typing import ClassVar, Literal
@@ -33,9 +29,18 @@ class TiesOptions(TrimmedOptions):
 
 
 class Ties(Trimmed):
-    """TIES in mergekit's convention: trim each tensor by itself, weigh, elect, divide by the agreeing weights.
+    """TIES in mergekit's convention: trim each tensor by itself, weigh, elect a sign, divide by the agreeing weights.
 
-    Of every tensor int(density E) entries are kept, at least one; a vote of zero elects the positive sign.
+        theta = base + scale * sum_{k in A} c_k t_k / sum_{k in A} c_k
+        A = the experts with sign(c_k t_k) = sign(sum_j c_j t_j), entry by entry
+
+    t_k is tau_k with int(density E) of a tensor's E entries, the largest, and at least one; a vote of zero elects the
+    positive sign.
+    When to use: many experts whose task vectors contradict each other, one number an expert. It has no gradients, so
+    that ``auto`` searches it by scores alone (``ties_paper`` has some), and trimming to a new density takes 3 to 4
+    times as long as a linear merge (measured: 355 M parameters, three experts).
+    Reference: Yadav et al. 2023, arxiv.org/abs/2306.01708; mergekit's ``ties``. "ties" is not one thing: of the task
+    vectors (.3, .2, -.1) with the weights (1, .5, 2) this makes .267, ``ties_paper`` .2, and without weights .25.
     """
 
     name: ClassVar[str] = "ties"
@@ -70,20 +75,28 @@ class TiesPaperOptions(TrimmedOptions):
 
 
 class TiesPaper(LinearTrimmed):
-    """TIES as in the paper: trim the whole model, elect, average what agrees; ``scale`` is its lambda.
+    """TIES as in the paper: trim the whole model, elect a sign, average what agrees; ``scale`` is its lambda.
 
-    Of all entries of a task vector together int(density P) are kept, so that tensors that moved much keep more.
-    (Tensors may have densities of their own: each takes the whole model's threshold of its own density.) The signs are
-    elected before the coefficients weigh the entries, which the paper does not do; at 1 it is the paper's merge, and at
-    other values peft's. Negative ones are allowed. The agreeing entries are divided by their number.
+        theta = base + scale * sum_{k in A} c_k t_k / |A|
+        A = the experts with sign(t_k) = sign(sum_j t_j), entry by entry
 
-    So the merge is linear in the coefficients, and searches can follow gradients in them. With ``normalize: false`` it
-    is what AdaMerging++ learns (Yang et al. 2024, arxiv.org/abs/2310.02575): the sum of the task vectors, each trimmed
-    to its top 20 % and stripped of what disagrees with the elected sign.
+    Of all P entries of a task vector together int(density P) are kept in t_k, so that tensors that moved much keep
+    more. (Tensors may have densities of their own: each takes the whole model's threshold of its own density.) The
+    signs are elected before the coefficients weigh the entries, which the paper does not do; at 1 it is the paper's
+    merge, and at other values peft's. Negative ones are allowed.
+
+    So the merge is linear in the coefficients, and searches can follow gradients in them. With ``normalize: false``,
+    which leaves out the division by the number that agree, it is what AdaMerging++ learns (Yang et al. 2024,
+    arxiv.org/abs/2310.02575): the sum of the task vectors, each trimmed to its top 20 % and stripped of what disagrees
+    with the elected sign.
 
     A vote of zero elects no sign (sgn 0 = 0 in the paper), so that nothing is merged where what is kept cancels. The
-    official code gives such entries the sign of the majority of the whole model, and keeps every entry that ties at
-    the threshold.
+    official code gives such entries the sign of the majority of the whole model, and keeps every entry that ties at the
+    threshold.
+    When to use: as ``ties``, and where gradients are wanted or the paper is to be reproduced. Not without a look at
+    ``task_arithmetic``: measured on digits4 (four small experts, ``normalize: false``, coefficients .3) it was .032 ±
+    .009 below that in mean accuracy.
+    Reference: Yadav et al. 2023, arxiv.org/abs/2306.01708.
     """
 
     name: ClassVar[str] = "ties_paper"

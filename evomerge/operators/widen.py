@@ -1,6 +1,5 @@
 """WIDEN: weigh each column of a matrix by how much its length and its direction moved, against the other columns.
 
-Reference: Yu et al. 2024, arxiv.org/abs/2408.03092, and its code (MergeLLM).
 Shape letters: K experts, S tensors, V vectors of one tensor, M measures of change.
 """
 
@@ -30,14 +29,21 @@ class WidenState:
 
 
 class Widen:
-    """theta = base + sum_k score_k tau_k, with a score for each column (input) of a matrix.
+    """WIDEN: each column of a matrix is weighed by how much it changed, against the expert's other columns.
 
-    Within each expert the columns are ranked by how much their length changed, and again by how much their direction
-    did. A column's score of a measure is the softmax across experts of rank / V, or ``s`` where the rank exceeds t
-    times the mean rank; the two measures' scores are averaged. Vectors are ranked element by element, by |tau| alone;
-    embeddings by row. A column that matters to all K experts gets a total of K s: scores are not normalized again.
+        theta = base + sum_k score_k tau_k
+        score_k = (score of the length + score of the direction) / 2
+
+    Within each expert the V columns (inputs) are ranked by how much their length changed, and again by how much their
+    direction did. A column's score of a measure is the softmax across experts of rank / V, or ``s`` where the rank
+    exceeds t times the mean rank. Vectors are ranked element by element, by |tau| alone; embeddings by row. A column
+    that matters to all K experts gets a total of K s: scores are not normalized again.
 
     The paper's t and s are 1: about the upper half of the columns is taken over whole.
+    When to use: experts that went unequally far, such as one of continued pretraining among fine-tunes, for which it
+    was made. Two numbers, or none, are all there is to search: experts have no coefficients, and there are no
+    gradients.
+    Reference: Yu et al. 2024, arxiv.org/abs/2408.03092, and its code (MergeLLM).
     """
 
     name: ClassVar[str] = "widen"

@@ -1,10 +1,16 @@
 """aTLAS: gradient steps on one coefficient a tensor and expert, from 0, down the loss of the adapt items' labels.
 
-Reference: Zhang et al. 2024, aTLAS, arxiv.org/abs/2407.02880: AdamW of weight decay 0.1 with rate 1e-3 and gradients
-clipped to length 1, on batches of 128 items of all tasks together. The paper's coefficients are ``groups: tensor`` with
-a range that holds 0; its "aTLAS x K" goes with ``operator: {name: partitioned, classes: K}``. Departures: coefficients
-stay in their range (the paper's are free), and which trial was best is for the search items to say, not for the items
-that train.
+    c <- AdamW step down L(c) = sum_t mean_x CE(x; c), from c = 0
+
+Gradients are clipped to length 1.
+When to use: labels, one coefficient a tensor or more (``groups: tensor``, ``operator: {name: partitioned, classes:
+K}``), and some hundred steps; weight decay holds coefficients that do not help near 0, which suits large pools of
+experts. Not where few adapt items have to tell many coefficients, nor for a front.
+Reference: Zhang et al. 2024, aTLAS, arxiv.org/abs/2407.02880: AdamW of weight decay 0.1 with rate 1e-3, on batches of
+128 items of all tasks together. The paper's coefficients are ``groups: tensor`` with a range that holds 0; its "aTLAS x
+K" goes with ``partitioned``.
+Departures: coefficients stay in their range (the paper's are free), and which trial was best is for the search items to
+say, not for the items that train.
 """
 
 from collections.abc import Mapping

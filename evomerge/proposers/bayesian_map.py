@@ -1,9 +1,15 @@
 """Bayesian MAP: MAP that samples where its surrogates err most, before it evaluates the front that they predict.
 
-Reference: Li et al. 2024, arxiv.org/abs/2406.07529. A direction in which the experts are mixed is a bin of
-hyperspherical angles; a bin's score is the mean squared error of the surrogates at its points plus half the standard
-error of that mean; the next point lies in a bin that is drawn by the softmax of the scores, at a radius that is drawn
-uniformly. So the errors of the surrogates are learned from, not the height of the objectives. Departures:
+    P(bin b) = exp(score_b / (0.07 max score)) / sum over bins
+    score_b = mean squared error in b + standard error of that mean / 2
+
+A direction in which the experts are mixed is a bin of hyperspherical angles; the next point lies in a bin that is
+drawn, at a radius that is drawn uniformly. So the errors of the surrogates are learned from, not the height of the
+objectives.
+When to use: as ``map``, with few experts (up to six) and one number each, where a quadratic fits in some mixtures and
+not in others. Its startup alone differs from ``map``; it has not been compared with it here.
+Reference: Li et al. 2024, arxiv.org/abs/2406.07529.
+Departures:
 - An error is that of a surrogate which is fitted to all other results, of all results told so far: at the points that
   it is fitted to, a surrogate with as many unknowns as points has none.
 - Every bin is taken to hold one point more, with the mean error of all. So a bin without points is as bad as the mean,

@@ -1,9 +1,14 @@
 """CatCMA with margin: binary and continuous coordinates together, on a weighted mean of the objectives.
 
-Reference: Hamano et al. 2025, arxiv.org/abs/2504.07884, through the cmaes package. Each binary coordinate has a
-probability, which moves by natural gradients and stays off 0 and 1 by a margin, so that none is ever lost; all other
-coordinates follow CMA-ES. Departure: a generation's losses count by their rank, in the penalty for samples outside the
-box too, which so means the same for all objectives.
+    x_d ~ Bernoulli(q_d) where d is binary, else x ~ N(m, sigma^2 C)
+
+Each binary coordinate's probability q_d moves by natural gradients and stays off 0 and 1 by a margin, so that none is
+ever lost; all other coordinates follow CMA-ES.
+When to use: the data-flow space, where layers are on or off. Without binary coordinates take ``cma_es``; for a front
+take ``nsga2`` or ``surrogate``, which treat on and off as numbers.
+Reference: Hamano et al. 2025, arxiv.org/abs/2504.07884, through the cmaes package (extra ``cmaes``).
+Departures: a generation's losses count by their rank, in the penalty for samples outside the box too, which so means
+the same for all objectives.
 
 Shape letters: N candidates of a generation, D dimensions, B binary ones, C the others, M objectives.
 """

@@ -1,16 +1,22 @@
 """Expert Merging: without labels, the merged model learns to predict each task as the task's own expert does.
 
-The loss is the sum over tasks of T^2 KL(expert || merged), on a few adapt items of each, plus ``penalty`` times the
-mean of |c - start|; where ``layers`` are named, also ``alignment`` times the mean squared difference of the hidden
-states that they give out. Each coefficient is a sigmoid's part of its range, the paper's that of [0, 1], so that none
-leaves it. The experts answer the few items once.
+    c <- AdamW step down L(c)
+    L(c) = sum_t T^2 KL(expert_t || merged) + penalty mean |c - start|
 
+The mean of KL is over a few adapt items of each task; where ``layers`` are named, L has also ``alignment`` times the
+mean squared difference of the hidden states that they give out. Each coefficient is a sigmoid's part of its range, the
+paper's that of [0, 1], so that none leaves it. The experts answer the few items once.
+When to use: no labels, but an expert for each task that is right there; a handful of items and some tens of steps are
+all it takes. Measured on digits4 it was .03 above task arithmetic in mean accuracy with the official numbers, .06 with
+ten items a task, a rate of 0.1 and no penalty; hidden states made no difference that could be told. With labels take
+``loss: ce`` of ``adamerging``. Not for a front.
 Reference: Expert Merging, 2025, arxiv.org/abs/2509.25712; the numbers are its official code's: 5 items a task, AdamW
 with rate 0.5, decay 1e-5 and gradients clipped to length 1, the rate on a cosine with restarts down to a tenth.
-Departures: every step sees items of all tasks (the code accumulates 8 items of one after the other). The paper leaves
-norms, embeddings, biases and heads at the start: fix them with ``space.exceptions``. Expert Merging++, which cuts the
-tensors that matter most into chunks with coefficients of their own, goes with ``operator: {name: chunked}``; the
-penalty is then a mean over all numbers, also those of chunks that a tensor does not have.
+Departures: every step sees items of all tasks (the code accumulates 8 items of one after the other); the penalty is the
+mean, as in the paper (the code's is the number of experts times that). The paper leaves norms, embeddings, biases and
+heads at the start: fix them with ``space.exceptions``. Expert Merging++, which cuts the tensors that matter most into
+chunks with coefficients of their own, goes with ``operator: {name: chunked}``; the penalty is then a mean over all
+numbers, also those of chunks that a tensor does not have.
 """
 
 from collections.abc import Mapping
@@ -30,7 +36,7 @@ FINAL_RATE = 0.1
 
 
 class ExpertMergingOptions(DescentOptions):
-    """experts: task -> the expert that teaches it; samples: adapt items a task, of which batches are drawn.
+    """experts: task -> the expert that teaches it; samples: adapt items a task; batch_size: so many of them a step.
 
     steps: a trial's; learning_rate: of what the sigmoid is of; penalty: on how far coefficients go from the start;
     temperature: that softens both predictions. layers: numbers of transformer blocks, from 0, whose hidden states are

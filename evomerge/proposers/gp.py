@@ -1,4 +1,12 @@
-"""A Gaussian process through optuna: for evaluations that cost more than the seconds of an ask."""
+"""A Gaussian process through optuna: for evaluations that cost more than the seconds of an ask.
+
+    x = argmax E[max(HV(front and f(x)) - HV(front), 0)]
+    f_m ~ GP of objective m; EI for one objective
+
+When to use: to compare with optuna's own, where an evaluation takes minutes and there are at most some 20 dimensions.
+Otherwise ``surrogate`` is the same idea, proposes in a fraction of a second, and uses standard errors and gradients.
+Reference: Optuna's GPSampler; Daulton et al. 2020, arxiv.org/abs/2006.05078, for several objectives.
+"""
 
 from typing import Any, ClassVar
 
@@ -16,10 +24,7 @@ class GpOptions(Options):
 
 
 class Gp(OptunaProposer):
-    """Gaussian process with expected (hypervolume) improvement. An ask takes seconds: for costly evaluations.
-
-    Reference: Optuna's GPSampler; Daulton et al. 2020, arxiv.org/abs/2006.05078, for several objectives.
-    """
+    """Gaussian process with expected (hypervolume) improvement."""
 
     name: ClassVar[str] = "gp"
     options_type: ClassVar[type[Options]] = GpOptions

@@ -1,11 +1,18 @@
 """The gradient front: a whole front of candidates for the price of a few evaluations, where losses have gradients.
 
-One descent moves M anchors, one for each objective, on minibatches of the adapt items. The model of a preference w
-over the objectives is the mean of the anchors, weighted by w: a map from preferences to coefficients, c(w) =
-sum_m w_m c_m, that every step's gradient teaches at a preference of its own. Then models of preferences far from each
-other are scored. The idea is PaMaL's (Dimitriadis et al. 2023, arxiv.org/abs/2210.09759), which trains M sets of
-weights; here the gradient in the coefficients of existing experts is enough. Weighted sums find only the ends of a
-front that is not convex: go on with a search on the scores.
+    c(w) = sum_m w_m c_m
+    c_m <- Adam step down sum_m w_m L_m(c(w)), w ~ Dirichlet(1) anew each step
+
+One descent moves M anchors c_m, one for each objective, on minibatches of the adapt items. The model of a preference w
+over the objectives is the mean of the anchors, weighted by w: a map from preferences to coefficients that every step's
+gradient teaches at a preference of its own. Then models of preferences far from each other are scored.
+When to use: two objectives and more, labels, and an operator with gradients: ``auto`` begins with it. Its price does
+not grow with the number of coefficients (measured on digits4: 4 evaluations; at 12 it was where ``tpe``, ``nsga2`` and
+``cma_es`` ended at 200). Not alone: weighted sums find only the ends of a front that is not convex, so go on with
+``surrogate``, which is told its gradients.
+Reference: the sampling loop is PaMaL's (Dimitriadis et al. 2023, arxiv.org/abs/2210.09759), which trains M sets of
+weights; here the gradient in the coefficients of existing experts is enough.
+
 Shape letters: D dimensions, M objectives.
 """
 

@@ -1,18 +1,25 @@
 """LLM: a language model reads the best candidates and says where to go on; CMA-ES where it does not answer well.
 
-Reference: Lange et al. 2024, EvoLLM, arxiv.org/abs/2402.18381; the model stands where an evolution strategy recombines:
-it names means, and candidates are drawn around them. Departures: several means an answer, one candidate each, so that
-no worker waits; the step size falls where an answer brought nothing better; beyond ``block`` coordinates, blocks are
-asked for in turn and the other coordinates are those of the best candidate. The prompt is shown in ``llm_prompt.py``.
-Best is the mean of the objectives; all of them are shown.
+    x = mean / 100 + sigma N(0, 1)
+    means: whole numbers 0 to 100, several an answer
+
+The model stands where an evolution strategy recombines: it names means, and candidates are drawn around them. Best is
+the mean of the objectives; all of them are shown. The prompt is shown in ``llm_prompt.py``.
 
 The model is behind an OpenAI-compatible endpoint; one on the own machine too, served by vLLM, SGLang, llama.cpp or
-``transformers serve``. What it answers cannot be had a second time, so it is in the candidate's memo, and a resumed
-run takes it from there. The memo says where a candidate is from and why:
+``transformers serve``. What it answers cannot be had a second time, so it is in the candidate's memo, and a resumed run
+takes it from there. The memo says where a candidate is from and why:
 
-    by: llm (around a mean of the last answer), cma_es, or best (around the best known, while CMA-ES waits for results)
-    prompt: hash of the prompt, where the model was asked for this candidate; reply: its text; means: what it names
-    reason: why the candidate is not the model's: no answer, an answer of another form, or it was not asked
+- by: llm (around a mean of the last answer), cma_es, or best (around the best known, while CMA-ES waits for results)
+- prompt: hash of the prompt, where the model was asked for this candidate; reply: its text; means: what it names
+- reason: why the candidate is not the model's: no answer, an answer of another form, or it was not asked
+
+When to use: out of curiosity, with few coefficients whose names mean something (experts, kinds of modules) and a model
+at hand. It has not been compared with the others here; beyond some 20 coordinates it sees them in turn.
+Reference: Lange et al. 2024, EvoLLM, arxiv.org/abs/2402.18381.
+Departures: several means an answer, one candidate each, so that no worker waits; the step size falls where an answer
+brought nothing better; beyond ``block`` coordinates, blocks are asked for in turn and the other coordinates are those
+of the best candidate.
 
 Shape letters: D dimensions, B coordinates that are asked for.
 """

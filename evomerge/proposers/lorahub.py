@@ -1,10 +1,15 @@
 """LoraHub: few evaluations of signed coefficients, judged by loss and size, by nevergrad's NGOpt.
 
-Reference: Huang et al. 2023, LoraHub, arxiv.org/abs/2307.13269: the loss of a few examples plus 0.05 times the
-mean of the coefficients' absolute values. The published search starts at 0 in [-1.5, 1.5]: write
-``coefficient: {low: -1.5, high: 1.5, start: 0}`` in the campaign's space. Of the budgets that it is meant for NGOpt
-makes COBYLA (Powell 1994): linear models over a simplex, one candidate after the other, so that one worker is busy.
-Once it has converged, or its budget is spent, nevergrad draws at random around the start.
+    c = argmin mean_m L_m(c) + penalty mean_k |c_k|
+
+L_m is an objective's loss, or minus its value where it has none. Of the budgets that it is meant for NGOpt makes COBYLA
+(Powell 1994): linear models over a simplex, one candidate after the other, so that one worker is busy. Once it has
+converged, or its budget is spent, nevergrad draws at random around the start.
+When to use: a pool of adapters for one task, some 40 evaluations and one worker. For more evaluations or workers, or
+many numbers, take ``cma_es`` with a ``penalty``; not for a front.
+Reference: Huang et al. 2023, LoraHub, arxiv.org/abs/2307.13269: the loss of a few examples, and a penalty of 0.05. The
+published search starts at 0 in [-1.5, 1.5]: write ``coefficient: {low: -1.5, high: 1.5, start: 0}`` in the campaign's
+space.
 
 Shape letters: D dimensions, M objectives.
 """

@@ -1,10 +1,15 @@
 """Model Swarms: particles that fly between base and experts, drawn to what was best and away from what was worst.
 
-References: Feng et al. 2024, Model Swarms, arxiv.org/abs/2410.11163, algorithm 1; the base as a particle follows
-PSO-Merging, 2025, arxiv.org/abs/2508.19839. Where the papers move checkpoints this moves their coefficients: the same
-for an operator that is linear in them, since a move is a weighted sum of positions. A velocity is the randomly weighted
-mean of four: inertia, the pull of the particle's own best, the pull of the best of all, and the push away from the
-worst of all.
+    v <- (r_1 v + r_2 (own best - x) + r_3 (best - x) + r_4 (x - worst)) / sum_i r_i
+    x <- x + step v
+    r_i = inertia, cognitive, social, repel, each times a draw from [0, 1]
+
+Where the papers move checkpoints this moves their coefficients: the same for an operator that is linear in them, since
+a move is a weighted sum of positions.
+When to use: one objective or the mean of several, many experts, many workers: no particle waits for another. Not for a
+front, nor for few evaluations, as a particle needs several moves; it has not been compared with ``cma_es`` here.
+Reference: Feng et al. 2024, Model Swarms, arxiv.org/abs/2410.11163, algorithm 1; the base as a particle follows
+PSO-Merging, 2025, arxiv.org/abs/2508.19839.
 Departures: a particle moves as soon as its own result is there, with what is known by then; it never leaves the box;
 and the search goes on to the end of its budget. The step shrinks with a particle's own moves: as in the paper, once an
 iteration (the official code shrinks it once a particle).

@@ -1,13 +1,17 @@
 """Nested MAP: MAPs of two models each, from the experts up to one model, for one preference among the objectives.
 
-Reference: Li et al. 2024, arxiv.org/abs/2406.07529 (MAP, see ``map.py``), nested merging. The leaves of the tree are
-the experts; each objective belongs to the expert that is best at it. Then, until one model is left: of the two models
-whose qualities are nearest, the mixtures a * one + b * other are sampled, quadratics are fitted to the mean of the
+    model = a * one + b * other, the two whose qualities are nearest
+    a, b in [0, 1] by MAP's quadratic
+
+The leaves of the tree are the experts; each objective belongs to the expert that is best at it. Then, until one model
+is left: of the two models whose qualities are nearest, mixtures are sampled, quadratics are fitted to the mean of the
 objectives of either side, and the mixture that they say is best by preference takes the place of the two. A linear
 merge of linear merges is a point of the space itself, so that no model is written to disk and every mixture is a trial
 like any other; where an operator is not linear in its coefficients, it is these that are nested. K experts take about
 20 (K - 1) evaluations instead of a number that grows with the square of K; then the search ends.
-
+When to use: many experts, one number each, and a preference that is known in advance. Not for a front, and not where
+experts only help together: two are judged at a time.
+Reference: Li et al. 2024, arxiv.org/abs/2406.07529 (MAP, see ``map.py``), nested merging.
 Departures:
 - All numbers of an expert move together, whatever the groups; results of earlier stages are not used.
 - The fit is MAP's as it is done here. The best mixture is looked for on a grid over the box that was sampled.

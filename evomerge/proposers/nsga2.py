@@ -1,4 +1,13 @@
-"""NSGA-II through optuna: a population, sorted by dominance and crowding."""
+"""NSGA-II through optuna: a population, sorted by dominance and crowding.
+
+    x before y if rank(x) < rank(y), or rank(x) = rank(y) and crowding(x) > crowding(y)
+    crowding(x) = sum_m (next f_m above x - next f_m below x) / (max f_m - min f_m)
+
+When to use: two or three objectives, no gradients, and a thousand evaluations and more, or scores that no surrogate can
+model. For some hundred it is among the slowest: measured on digits4 (four objectives), ``auto`` was farther at 12 than
+this at 200.
+Reference: Deb et al. 2002, a fast and elitist multiobjective genetic algorithm, IEEE TEC 6(2).
+"""
 
 from functools import cache
 from typing import Any, ClassVar
@@ -17,10 +26,7 @@ class Nsga2Options(Options):
 
 
 class Nsga2(OptunaProposer):
-    """NSGA-II; results of earlier stages are its first generation.
-
-    Reference: Deb et al. 2002, a fast and elitist multiobjective genetic algorithm, IEEE TEC 6(2).
-    """
+    """NSGA-II; results of earlier stages are its first generation."""
 
     name: ClassVar[str] = "nsga2"
     options_type: ClassVar[type[Options]] = Nsga2Options

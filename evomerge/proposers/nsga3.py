@@ -1,6 +1,13 @@
 """NSGA-III through optuna: a population, sorted by dominance and spread over reference directions.
 
-For four objectives and more, where nearly all candidates are non-dominated and crowding says little.
+    distance(x, w) = |f(x) - (w' f(x) / w' w) w|
+
+f is scaled to the front's range; of a rank that does not fit whole, candidates near directions that have few come
+first. There are as many reference directions w as the population can fill, evenly spread (section IV-B and table I).
+When to use: four objectives and more, where nearly all candidates are non-dominated and crowding says little, and a
+thousand evaluations and more. For fewer take ``auto``; for two or three objectives ``nsga2``.
+Reference: Deb and Jain 2014, an evolutionary many-objective optimization algorithm using reference-point-based
+nondominated sorting approach, part I, IEEE TEC 18(4).
 """
 
 import copy
@@ -25,12 +32,7 @@ class Nsga3Options(Options):
 
 
 class Nsga3(OptunaProposer):
-    """NSGA-III; results of earlier stages are its first generation.
-
-    There are as many reference directions as the population can fill, evenly spread (section IV-B and table I).
-    Reference: Deb and Jain 2014, an evolutionary many-objective optimization algorithm using reference-point-based
-    nondominated sorting approach, part I, IEEE TEC 18(4).
-    """
+    """NSGA-III; results of earlier stages are its first generation."""
 
     name: ClassVar[str] = "nsga3"
     options_type: ClassVar[type[Options]] = Nsga3Options

@@ -1,10 +1,15 @@
 """qLogNEHVI through BoTorch: Gaussian processes, and the logarithm of the noisy expected hypervolume improvement.
 
-References: Daulton, Balandat and Bakshy 2021, parallel Bayesian optimization of multiple noisy objectives,
-arxiv.org/abs/2105.08195; Ament et al. 2023, unexpected improvements to expected improvement, arxiv.org/abs/2310.20708.
+    x = argmax log E[HV(front and f(x)) - HV(front)]
+    f_m ~ GP of objective m, the front drawn from it too
+
 With one objective it is the noisy expected improvement (qLogNEI). Standard errors of the values are the noise of the
 processes; floors and ceilings are processes of their own, and an improvement counts by its probability to keep them.
-Candidates that are under way count with what they may yet bring. An ask takes seconds: for costly evaluations.
+Candidates that are under way count with what they may yet bring.
+When to use: evaluations of minutes, noisy scores, no gradients, at most some 20 dimensions and four objectives. An ask
+takes seconds; ``surrogate`` takes a fraction of one and is what to try first. It needs the extra ``botorch``.
+References: Daulton, Balandat and Bakshy 2021, parallel Bayesian optimization of multiple noisy objectives,
+arxiv.org/abs/2105.08195; Ament et al. 2023, unexpected improvements to expected improvement, arxiv.org/abs/2310.20708.
 
 Shape letters: N results, D dimensions, M objectives, C floors and ceilings.
 """

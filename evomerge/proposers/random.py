@@ -1,7 +1,10 @@
 """Random: the start, unless it is scored, then points drawn uniformly from the whole box. It ignores results.
 
-The baseline that a search has to beat. Reference: Bergstra and Bengio 2012, random search for hyper-parameter
-optimization, JMLR 13.
+    x ~ uniform in [0, 1]^D
+
+When to use: as the baseline that a search has to beat; ``sobol`` is the more even one. Most of a wide box is bad where
+many experts add up.
+Reference: Bergstra and Bengio 2012, random search for hyper-parameter optimization, JMLR 13.
 """
 
 from collections.abc import Sequence

@@ -1,11 +1,15 @@
 """Self Positioning: where to stand between the experts, and how far from the base, by SGD on a small labelled set.
 
-theta = base + s sum_k softmax(a)_k tau_k, a number a_k an expert and a scale s, one of each for every group of the
-space (the paper's are ``groups: model``). The loss is that of the adapt items' labels, which for embeddings is
-contrastive, plus ``penalty`` times the mean of s^2.
+    c_k = s softmax(a)_k
+    a, s <- SGD step down L(c) + penalty mean s^2
 
+There is a number a_k an expert and a scale s, one of each for every group of the space (the paper's are ``groups:
+model``). The loss is that of the adapt items' labels, which for embeddings is contrastive; the mean is over groups. It
+begins at the average of the experts.
+When to use: labels, one objective or the mean of several, and shares that should stay positive and comparable, as
+between embedding models. Not for a front, and not where a coefficient should be negative.
 Reference: Li et al. 2024, arxiv.org/abs/2410.15035. Its formula and its numbers are not repeated here: this is the
-family of merges that its abstract describes, and rate and penalty are our own. It begins at the average of the experts.
+family of merges that its abstract describes, and rate and penalty are our own.
 """
 
 from typing import ClassVar

@@ -1,6 +1,11 @@
 """Sobol: the start, unless it is scored, then a scrambled low-discrepancy sequence over the whole box.
 
-It ignores results. Reference: Owen 1998, scrambling Sobol' and Niederreiter-Xing points.
+    x_i = the i-th point of a scrambled Sobol' sequence in [0, 1]^D
+
+It ignores results.
+When to use: as a baseline, or to cover a space of few dimensions for a surrogate or a picture. In 32 dimensions it was
+the last of those without gradients, by the mean of three seeds (measured on digits4).
+Reference: Owen 1998, scrambling Sobol' and Niederreiter-Xing points, Journal of Complexity 14(4).
 """
 
 from collections.abc import Sequence

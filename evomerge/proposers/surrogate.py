@@ -1,12 +1,22 @@
 """Surrogate search: what was scored so far, modelled by Gaussian processes, says where hypervolume is to be gained.
 
+    x = argmax E[HV(front and f(x)) - HV(front)] P(floors and ceilings are kept)
+    f_m ~ GP of objective m
+
 Each objective has a surrogate (its smooth companion, and what the metric adds). A descent before this stage has taken
 gradients of all losses: they are told to the surrogates too, and cost nothing further. A population of candidates
 evolves on the means of the surrogates, not farther than a trust radius from the best candidates known. Of the
 population, those are proposed whose expected hypervolume improvement is largest: over the front of the means, cleared
-of noise (Daulton, Balandat and Bakshy 2021, arxiv.org/abs/2105.08195, integrate over that front; the means cost a
-tenth), pending candidates and those before it in the same batch taken at their expected values. Floors and ceilings are
-processes of their own; gains count by the chance that all are kept.
+of noise, pending candidates and those before it in the same batch taken at their expected values. Floors and ceilings
+are processes of their own.
+When to use: whenever evaluations are dear, from 20 to some hundred of them; ``auto`` does, after ``gradient_front``
+where there are gradients, and else first in a space of one number an expert. Measured on digits4 without gradients (32
+dimensions, four objectives, to 100 evaluations) it was ahead of ``map``, ``tpe``, ``nsga2`` and ``cma_es`` at each
+cost; ``map`` can be ahead where scores are quadratic in few coefficients. Proposing took .04 to .2 s with up to 64
+dimensions.
+Reference: Daulton, Balandat and Bakshy 2021, arxiv.org/abs/2105.08195, who integrate over the front where we take that
+of the means, which costs a tenth.
+
 Shape letters: D dimensions, M objectives, C floors and ceilings, N candidates told, P of the population, S draws.
 """
 

@@ -1,4 +1,13 @@
-"""TPE through optuna: densities of good and bad candidates, and where their ratio is best."""
+"""TPE through optuna: densities of good and bad candidates, and where their ratio is best.
+
+    x = argmax l(x) / g(x)
+    l, g: Parzen densities of the better and of the other candidates
+
+When to use: no gradients, one or several objectives, steps that mislead a smooth model (a choice of operators, layers
+on or off). Of those without a surrogate of the scores it found the largest hypervolume, measured on digits4 at 200
+evaluations; it takes .05 to .6 s to propose, more with more dimensions. For numbers alone ``surrogate`` is ahead of it.
+Reference: Ozaki et al. 2022, multiobjective tree-structured Parzen estimator, JAIR 73.
+"""
 
 from typing import Any, ClassVar
 
@@ -16,10 +25,7 @@ class TpeOptions(Options):
 
 
 class Tpe(OptunaProposer):
-    """Tree-structured Parzen estimator, one or several objectives.
-
-    Reference: Ozaki et al. 2022, multiobjective tree-structured Parzen estimator, JAIR 73.
-    """
+    """Tree-structured Parzen estimator, one or several objectives."""
 
     name: ClassVar[str] = "tpe"
     options_type: ClassVar[type[Options]] = TpeOptions

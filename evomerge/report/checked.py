@@ -11,7 +11,7 @@ from evomerge.check import CheckReport
 from evomerge.materialize.guard import GuardReport
 from evomerge.report.console import COMMAND, console, duration, say, some
 from evomerge.report.progress import chain
-from evomerge.space.choice import COEFFICIENT
+from evomerge.space.choice import COEFFICIENT, Choice
 from evomerge.space.space import Dimension
 from evomerge.splits import SPLITS
 
@@ -36,6 +36,12 @@ def print_check(file: Path, report: CheckReport) -> None:
         "memory", f"{plan.size_bytes / 1e6:,.1f} MB for base, experts and the merged model; activations come on top"
     )
     table.add_row("merging", f"{_residence(report)}; {report.kernels}")
+    if isinstance(plan.space, Choice):
+        table.add_row(
+            "a merge",
+            f"{duration(report.evaluation.seconds['materialize'])} (timed, a weighted sum); moving its "
+            f"{plan.size_bytes / 1e6:,.1f} MB takes {duration(report.merge_s)} at {_speed(report)} (measured)",
+        )
     halved = ", in batches of half the size: whole ones do not fit memory" if report.evaluation.halved else ""
     table.add_row("one evaluation", f"{duration(report.evaluation_s)} (timed{halved})")
     bound = "at most" if plan.fidelity else "about"
@@ -89,6 +95,14 @@ def _starts(dimensions: Sequence[Dimension]) -> str:
             starts.setdefault(dimension.expert or COEFFICIENT, []).append(dimension.start)
     ends = {name: (f"{min(numbers):.3g}", f"{max(numbers):.3g}") for name, numbers in starts.items()}
     return ", ".join(f"{name} {low}" + (f" to {high}" if high != low else "") for name, (low, high) in ends.items())
+
+
+def _speed(report: CheckReport) -> str:
+    """How fast memory moves what a merge moves."""
+    bandwidth = report.bandwidth
+    if report.residence == "host":
+        return f"{bandwidth.host / 1e9:.0f} GB/s on the host and {bandwidth.bus / 1e9:.0f} GB/s to the device"
+    return f"{bandwidth.device / 1e9:.0f} GB/s"
 
 
 def _residence(report: CheckReport) -> str:
