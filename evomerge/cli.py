@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow a s
 import typer
 
 from evomerge.errors import EvoMergeError, InputError
+from evomerge.report.console import Loading
+from evomerge.report.tables import showing
 
 app = typer.Typer(
     help="Find the coefficients with which fine-tuned checkpoints of one base model should be merged.",
@@ -51,16 +53,16 @@ OutFolder = Annotated[Path, typer.Option("--out", help="New folder for the merge
 
 
 @app.command()
-def check(file: CampaignFile) -> None:
+def check(file: CampaignFile, as_json: AsJson = False) -> None:
     """Check a campaign before anything expensive: what is merged, searched and scored, and what it costs."""
     from evomerge.campaign.campaign import read_campaign
     from evomerge.check import check_campaign
-    from evomerge.report.checked import print_check
-    from evomerge.report.console import Loading
+    from evomerge.report.checked import checked
 
-    with Loading() as loading:
-        report = check_campaign(read_campaign(file), loading)
-    print_check(file, report)
+    with showing(as_json=as_json) as show:
+        with Loading() as loading:
+            report = check_campaign(read_campaign(file), loading)
+        show(checked(file, report))
 
 
 @app.command()
@@ -76,7 +78,6 @@ def search(
     """Run a campaign; the same command resumes it after an interruption, or extends it when the budget grew."""
     from evomerge.campaign.campaign import read_campaign
     from evomerge.ledger.location import locate
-    from evomerge.report.console import Loading
     from evomerge.report.front import print_finished
     from evomerge.report.progress import search as search_shown
 
@@ -99,12 +100,14 @@ def submit(
     ] = None,
     workers: Annotated[str | None, typer.Option(help="ray:8 or ray:auto (default: what the file says).")] = None,
     address: ServerAddress = None,
+    as_json: AsJson = False,
 ) -> None:
     """Hand a campaign's search to a Ray cluster and return at once; the same command resumes it."""
-    from evomerge.report.jobs import print_submitted
+    from evomerge.report.jobs import submitted
     from evomerge.submit import submit as submit_to
 
-    print_submitted(submit_to(file, address, run=run, workers=workers), _option(address))
+    with showing(as_json=as_json) as show:
+        show(submitted(submit_to(file, address, run=run, workers=workers), _option(address)))
 
 
 @app.command()
@@ -116,11 +119,10 @@ def front(
 ) -> None:
     """Show the front of a run beside base, experts, uniform average and best single coefficient."""
     from evomerge.report.front import front as front_shown
-    from evomerge.report.tables import form_of, show
     from evomerge.run.run import open_run
 
-    form = form_of(as_json=as_json, as_csv=as_csv)
-    show(front_shown(open_run(run), everything=everything), form)
+    with showing(as_json=as_json, as_csv=as_csv) as show:
+        show(front_shown(open_run(run), everything=everything))
 
 
 @app.command()
@@ -133,13 +135,12 @@ def status(
 
     Of a folder or database of many, the runs that are driven at the moment; if none is, the one written last.
     """
-    from evomerge.ledger.location import locate
+    from evomerge.ledger.location import find_place
     from evomerge.report.status import status as status_shown
-    from evomerge.report.tables import form_of, show
     from evomerge.run.status import current_status
 
-    form = form_of(as_json=as_json, as_csv=as_csv)
-    show(status_shown(current_status(locate(place))), form)
+    with showing(as_json=as_json, as_csv=as_csv) as show:
+        show(status_shown(current_status(find_place(place))))
 
 
 @app.command("show")
@@ -151,14 +152,13 @@ def show_(
     as_csv: AsCsv = False,
 ) -> None:
     """Show one trial: its fate, scores, gains and losses against each expert, coefficients, where it came from."""
-    from evomerge.report.tables import form_of, show
     from evomerge.report.trial import trial as trial_shown
     from evomerge.run.comparison import trial_of
     from evomerge.run.run import open_run
 
-    form = form_of(as_json=as_json, as_csv=as_csv)
-    opened = open_run(run)
-    show(trial_shown(opened, trial_of(opened, trial), everything=everything), form)
+    with showing(as_json=as_json, as_csv=as_csv) as show:
+        opened = open_run(run)
+        show(trial_shown(opened, trial_of(opened, trial), everything=everything))
 
 
 @app.command()
@@ -171,10 +171,9 @@ def compare(
 ) -> None:
     """Compare two models of a run, paired over the same items; or two runs, by their fronts at equal cost."""
     from evomerge.report.pairs import comparison
-    from evomerge.report.tables import form_of, show
 
-    form = form_of(as_json=as_json, as_csv=as_csv)
-    show(comparison(run, one, other), form)
+    with showing(as_json=as_json, as_csv=as_csv) as show:
+        show(comparison(run, one, other))
 
 
 @app.command()
@@ -192,13 +191,12 @@ def score(
     """Score one model of a run on tasks that its campaign did not have, to see what the merge forgot."""
     from evomerge.report.pairs import rescored
     from evomerge.report.progress import rescore
-    from evomerge.report.tables import form_of, show
     from evomerge.run.run import open_run
 
-    form = form_of(as_json=as_json, as_csv=as_csv)
-    opened = open_run(run)
-    picked = opened.pick(trial=trial, at_knee=knee, **_wish(prefer, least, largest))
-    show(rescored(opened, rescore(opened, picked, tasks)), form)
+    with showing(as_json=as_json, as_csv=as_csv) as show:
+        opened = open_run(run)
+        picked = opened.pick(trial=trial, at_knee=knee, **_wish(prefer, least, largest))
+        show(rescored(opened, rescore(opened, picked, tasks)))
 
 
 @app.command()
@@ -210,12 +208,11 @@ def runs(
     """List the runs in a folder or a database: state, trials, front, hypervolume, when last written."""
     from evomerge.ledger.location import locate
     from evomerge.report.runs import runs as runs_shown
-    from evomerge.report.tables import form_of, show
     from evomerge.run.runs import summarize_runs
 
-    form = form_of(as_json=as_json, as_csv=as_csv)
-    location = locate(place)
-    show(runs_shown(summarize_runs(location), location), form)
+    with showing(as_json=as_json, as_csv=as_csv) as show:
+        location = locate(place)
+        show(runs_shown(summarize_runs(location), location))
 
 
 @app.command()
@@ -223,22 +220,37 @@ def mirror(
     run: RunPlace,
     optuna: Annotated[str, typer.Option(help="Storage of the study, such as sqlite:///study.db.")],
     study: Annotated[str | None, typer.Option(help="Name of the study (default: the campaign's).")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Copy a run's trials into an Optuna study, for optuna-dashboard; again adds what is new."""
-    from evomerge.report.progress import mirror as mirror_shown
+    from evomerge.report.mirrored import mirrored
+    from evomerge.report.progress import counting
+    from evomerge.run.mirror import mirror as mirror_to
     from evomerge.run.run import open_run
 
-    opened = open_run(run)
-    mirror_shown(opened, optuna, study or opened.campaign.name)
+    with showing(as_json=as_json) as show:
+        opened = open_run(run)
+        name = study or opened.campaign.name
+        with counting("mirror") as count:
+            counts = mirror_to(opened, optuna, name, count)
+        show(mirrored(opened, optuna, name, counts))
 
 
 @app.command()
-def replay(run: RunPlace) -> None:
+def replay(run: RunPlace, as_json: AsJson = False) -> None:
     """Propose a run's trials again from its record, and show the first difference; nothing is scored."""
-    from evomerge.report.replay import replay as replay_shown
+    from evomerge.report.progress import counting
+    from evomerge.report.replay import replayed
+    from evomerge.run.replay import replay as propose_again
+    from evomerge.run.replay import require_same_proposals
     from evomerge.run.run import open_run
 
-    replay_shown(open_run(run))
+    with showing(as_json=as_json) as show:
+        opened = open_run(run)
+        with counting("replay") as count:
+            replays = propose_again(opened, count)
+        show(replayed(opened, replays))
+        require_same_proposals(replays)
 
 
 @app.command()
@@ -247,7 +259,6 @@ def report(
     out: Annotated[Path | None, typer.Option(help="HTML file (default: report.html in the run's own folder).")] = None,
 ) -> None:
     """Write the page of a run, with all that it shows, to one HTML file that works offline."""
-    from evomerge.report.console import Loading
     from evomerge.report.html import write_report
     from evomerge.run.run import open_run
 
@@ -268,16 +279,16 @@ def ui(
     show: Annotated[bool, typer.Option("--open/--no-open", help="Open the page in a browser.")] = True,
 ) -> None:
     """Serve the page of a run, or of many, live while they are written; it only reads. Ctrl-C ends it."""
+    from evomerge.ledger.location import find_place
     from evomerge.report.browser import open_browser
     from evomerge.report.server import serve
-    from evomerge.run.runs import find_runs
 
     def started(address: str) -> None:
         typer.echo(f"page     {address}  (Ctrl-C ends it)")
         if show:
             open_browser(address)
 
-    serve(find_runs(place), host=host, port=port, started=started)
+    serve(find_place(place), host=host, port=port, started=started)
 
 
 @app.command()
@@ -298,37 +309,44 @@ def export(
         bool, typer.Option("--as-adapter", help="Write a merge of LoRA adapters as one adapter of the base.")
     ] = False,
     push: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Upload the export to Hugging Face's hub.")
+        str | None,
+        typer.Option(
+            metavar="OWNER/NAME", help="Upload the export to Hugging Face's hub; folders are named without their paths."
+        ),
     ] = None,
     private: Annotated[
         bool, typer.Option("--private", help="Make the repository that --push creates private.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write one model of a run as a Hugging Face checkpoint, with its recipe and model card."""
-    from evomerge.publish.export import Form, export_trial, verify_export
+    from evomerge.publish.export import Form, export_trial, require_same_scores, verify_export
     from evomerge.publish.push import push as push_folder
     from evomerge.publish.push import require_pushable
-    from evomerge.report.console import Loading
-    from evomerge.report.exported import print_export, print_verification
+    from evomerge.report.exported import exported, pushed, verification
     from evomerge.run.run import open_run
 
-    opened = open_run(run)
-    form = Form(shard_size=shard_size, tokenizer_from=tokenizer_from, as_adapter=as_adapter)
-    picked = opened.pick(trial=trial, at_knee=knee, **_wish(prefer, least, largest))
-    if private and not push:
-        raise InputError("--private: says how --push creates its repository; give --push OWNER/NAME, too")
-    if push:
-        require_pushable(push)
-    with Loading() as loading:
-        exported = export_trial(opened, picked, out, loading, form)
-    print_export(opened, picked, out, exported, verified=verify)
-    if verify:
+    with showing(as_json=as_json) as show:
+        opened = open_run(run)
+        form = Form(
+            shard_size=shard_size, tokenizer_from=tokenizer_from, as_adapter=as_adapter, is_public=push is not None
+        )
+        picked = opened.pick(trial=trial, at_knee=knee, **_wish(prefer, least, largest))
+        if private and not push:
+            raise InputError("--private: says how --push creates its repository; give --push OWNER/NAME, too")
+        if push:
+            require_pushable(push)
         with Loading() as loading:
-            rows = verify_export(opened, picked, out, loading)
-        print_verification(rows)
-    if push:
-        message = f"Merge by evomerge: {opened.campaign.name}, trial {picked.number}"
-        typer.echo(f"pushed   {push_folder(out, push, message, private=private)}")
+            written = export_trial(opened, picked, out, loading, form)
+        show(exported(opened, picked, out, written, verified=verify))
+        if verify:
+            with Loading() as loading:
+                rows = verify_export(opened, picked, out, loading)
+            show(verification(rows))
+            require_same_scores(rows)
+        if push:
+            message = f"Merge by evomerge: {opened.campaign.name}, trial {picked.number}"
+            show(pushed(push_folder(out, push, message, private=private)))
 
 
 @app.command()
@@ -338,18 +356,17 @@ def merge(
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     shard_size: ShardSize = "5GB",
     tokenizer_from: TokenizerFrom = None,
+    as_json: AsJson = False,
 ) -> None:
     """Build one merged model from a recipe, or from a mergekit configuration as it is, without a search."""
     from evomerge.publish.export import Form, merge_recipe
-    from evomerge.report.console import Loading
+    from evomerge.report.exported import merged
 
-    notes: list[str] = []
-    with Loading() as loading:
+    with showing(as_json=as_json) as show:
         form = Form(shard_size=shard_size, tokenizer_from=tokenizer_from)
-        digest = merge_recipe(recipe, out, device, loading, notes.append, form)
-    for note in notes:
-        typer.echo(note)
-    typer.echo(f"merged   {out}  (tensors {digest[:12]})")
+        with Loading() as loading:
+            built = merge_recipe(recipe, out, device, loading, form)
+        show(merged(out, built))
 
 
 @app.command("import")
@@ -370,25 +387,27 @@ def import_(
 def operators(as_json: AsJson = False, as_csv: AsCsv = False) -> None:
     """List the operators: what each does, and the numbers that can be set or searched, with default and range."""
     from evomerge.report.operators import operators as operators_shown
-    from evomerge.report.tables import form_of, show
 
-    show(operators_shown(), form_of(as_json=as_json, as_csv=as_csv))
+    with showing(as_json=as_json, as_csv=as_csv) as show:
+        show(operators_shown())
 
 
 @job_app.command("status")
 def job_status(
     job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="One job (default: all).")] = None,
     address: ServerAddress = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show what became of a job, or list all."""
-    from evomerge.report.jobs import print_job, print_jobs
+    from evomerge.report.jobs import all_jobs, one_job
     from evomerge.workers.jobs import JobServer
 
-    server = JobServer(address)
-    if job is None:
-        print_jobs(server.jobs(), server.address)
-    else:
-        print_job(server.job(job), _option(address))
+    with showing(as_json=as_json) as show:
+        server = JobServer(address)
+        if job is None:
+            show(all_jobs(server.jobs(), server.address))
+        else:
+            show(one_job(server.job(job), server.address, _option(address)))
 
 
 @job_app.command("logs")
@@ -413,10 +432,11 @@ def job_logs(
 @job_app.command("stop")
 def job_stop(job: JobName, address: ServerAddress = None) -> None:
     """Let a job finish what is under way and end, as Ctrl-C does; evomerge submit goes on with its run."""
-    from evomerge.report.jobs import print_stopping
+    from evomerge.report.jobs import stopping
     from evomerge.workers.jobs import JobServer
 
-    print_stopping(JobServer(address).stop(job), _option(address))
+    with showing() as show:
+        show(stopping(JobServer(address).stop(job), _option(address)))
 
 
 def _option(address: str | None) -> str:
@@ -428,20 +448,23 @@ def _option(address: str | None) -> str:
 def families_make(
     name: Annotated[str, typer.Argument(help="digits, digits4, orders or text.")],
     out: Annotated[Path, typer.Option(help="Folder of the family.")],
+    as_json: AsJson = False,
 ) -> None:
     """Train a family of experts on the CPU: base, experts, held-out items and a ready campaign file."""
+    from evomerge.report.families import made
     from evomerge.report.progress import make_family
 
-    make_family(name, out)
+    with showing(as_json=as_json) as show:
+        show(made(make_family(name, out), out))
 
 
 @families_app.command("list")
-def families_list() -> None:
+def families_list(as_json: AsJson = False) -> None:
     """List the families."""
-    from evomerge.families.family import FAMILIES
+    from evomerge.report.families import families
 
-    for name, family in FAMILIES.items():
-        typer.echo(f"{name:8} {family.description}")
+    with showing(as_json=as_json) as show:
+        show(families())
 
 
 def _wish(prefer: str | None, least: str | None, largest: str | None) -> dict[str, dict[str, float] | None]:

@@ -1,6 +1,7 @@
 import os
 import secrets
 import subprocess
+import sys
 import uuid
 
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -21,7 +22,9 @@ from postgres_server import NoServerError, served
 from ray_head import Head, started
 from silent_watcher import Silent
 from small_families import SMALL
+from typed_command import Typed
 
+from evomerge import cli
 from evomerge.campaign.campaign import Campaign, read_campaign
 from evomerge.families.family import FamilySummary, make
 
@@ -41,6 +44,23 @@ def made_once(name: str) -> FamilySummary:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / f"{name}.lock"):
         return make(name, folder / name)
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Typed]:
+    """Type a command into this process: what a new one does, without its imports."""
+
+    def type_(*words: object, cwd: Path | None = None) -> Typed:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["evomerge", *map(str, words)])
+        with monkeypatch.context() as here, pytest.raises(SystemExit) as exited:
+            if cwd:
+                here.chdir(cwd)
+            cli.main()
+        printed, errors = capsys.readouterr()
+        return Typed(int(exited.value.code or 0), printed, errors)
+
+    return type_
 
 
 @pytest.fixture

@@ -12,14 +12,13 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 import yaml
 from transformers import AutoModel
+from typed_command import Typed
 
-from evomerge import cli
 from evomerge.families.family import FamilySummary
 from evomerge.ledger.ledger import Ledger
 from evomerge.ledger.location import FILE_NAME, locate
@@ -29,35 +28,10 @@ from evomerge.run.run import open_run
 ROOT = Path(__file__).parent.parent
 
 
-class Typed(NamedTuple):
-    """What a command left behind."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 def evomerge(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "error", "-m", "evomerge.cli", *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300, check=False)
-
-
-@pytest.fixture
-def typed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Typed]:
-    """Type a command into this process: what a new one does, without its imports."""
-
-    def type_(*words: object, cwd: Path | None = None) -> Typed:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["evomerge", *map(str, words)])
-        with monkeypatch.context() as here, pytest.raises(SystemExit) as exited:
-            if cwd:
-                here.chdir(cwd)
-            cli.main()
-        printed, errors = capsys.readouterr()
-        return Typed(int(exited.value.code or 0), printed, errors)
-
-    return type_
 
 
 @pytest.fixture(scope="module")

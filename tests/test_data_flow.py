@@ -112,7 +112,7 @@ def test_an_export_is_an_ordinary_checkpoint_that_scores_what_was_recorded(run: 
     assert model.config.num_hidden_layers == len(path_of(plan, trial))
     recipe = plan.recipe(trial.point)
     assert read_recipe(tmp_path / "out" / "recipe.yaml").recipe == recipe
-    digest = merge_recipe(tmp_path / "out" / "recipe.yaml", tmp_path / "again", "cpu", quiet)
+    digest = merge_recipe(tmp_path / "out" / "recipe.yaml", tmp_path / "again", "cpu", quiet).weights
     if tested := run.tested.get(f"trial:{trial.number}"):
         assert digest == tested.weights
     card = (tmp_path / "out" / "README.md").read_text()

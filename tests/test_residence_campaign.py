@@ -10,7 +10,8 @@ from evomerge.campaign.campaign import Campaign
 from evomerge.check import check_campaign
 from evomerge.errors import RunError
 from evomerge.publish.export import export_trial, verify_export
-from evomerge.report.checked import print_check
+from evomerge.report.checked import checked
+from evomerge.report.tables import show
 from evomerge.run.search import search
 
 Make = Callable[..., Campaign]
@@ -47,7 +48,7 @@ def test_where_the_exact_task_vectors_lie_is_no_matter_of_meaning(make_campaign:
 def test_check_says_how_candidates_are_merged(make_campaign: Make, capsys: pytest.CaptureFixture[str]) -> None:
     for residence, expected in (("auto", "resident on cpu; eager"), ("int8", "task vectors in 8 bits")):
         report = check_campaign(make_campaign(residence=residence, device="cpu"), quiet)
-        print_check(Path("campaign.yaml"), report)
+        show(checked(Path("campaign.yaml"), report))
         assert expected in " ".join(capsys.readouterr().out.split())
         assert report.merge_s > 0
     assert report.plan.size_bytes < check_campaign(make_campaign(device="cpu"), quiet).plan.size_bytes
@@ -73,7 +74,7 @@ def test_a_model_on_two_devices_is_searched_and_exported_as_on_one(
     best = run.pick(at_knee=True)
     export_trial(run, best, tmp_path / "merged", quiet)
     assert all(row.rescored == row.recorded for row in verify_export(run, best, tmp_path / "merged", quiet))
-    print_check(Path("campaign.yaml"), check_campaign(make_campaign(device="cpu,cpu"), quiet))
+    show(checked(Path("campaign.yaml"), check_campaign(make_campaign(device="cpu,cpu"), quiet)))
     said = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert re.search(
         r"on the host, base and experts too; of the merged model 0\.\d MB on cpu and 0\.\d MB on cpu;", said

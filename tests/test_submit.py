@@ -1,5 +1,6 @@
 """A campaign handed to a cluster: what is refused before, and a job's whole way on a real Ray cluster."""
 
+import json
 import os
 import subprocess
 import sys
@@ -151,6 +152,8 @@ def test_a_job_is_stopped_and_goes_on(ray_head: Head, folder: Path) -> None:
     assert len(open_run(run).trials) == 12
     listed = command("job", "status", *there)
     assert all(name in listed for name in (job.name, again.job, "stopped", "succeeded"))
+    rows = json.loads(command("job", "status", *there, "--json"))["jobs"]
+    assert {row["job"]: row["state"] for row in rows}.items() >= {job.name: "stopped", again.job: "succeeded"}.items()
     assert "was over: succeeded" in command("job", "stop", again.job, *there)
 
 

@@ -55,7 +55,7 @@ def mergekit_data(recipe: Recipe, checkpoints: Sequence[Checkpoint | Adapter]) -
     if recipe.int8:
         raise InexpressibleError("its task vectors are rounded to 8 bits")
     flags, has_base = _flags(recipe, method)
-    table = _Table(recipe, method, has_base)
+    table = _Table(recipe, method, checkpoints, has_base)
     is_aligned = any(isinstance(one, Checkpoint) and one.alignment for one in checkpoints[1:])
     if is_aligned and not has_base:
         raise InexpressibleError("experts of several vocabularies are aligned to a base, and this method has none")
@@ -124,7 +124,9 @@ class _Part:
 class _Table:
     """A recipe's numbers by tensor, and how mergekit has them."""
 
-    def __init__(self, recipe: Recipe, method: Method, has_base: bool) -> None:
+    def __init__(
+        self, recipe: Recipe, method: Method, checkpoints: Sequence[Checkpoint | Adapter], has_base: bool
+    ) -> None:
         self.recipe, self.method, self.has_base = recipe, method, has_base
         self.uses_filters = False
         self.columns: dict[str, dict[str, tuple[float, ...]]] = {}
@@ -132,8 +134,8 @@ class _Table:
             column = {parameter: tuple(row[g] for row in matrix) for parameter, matrix in recipe.values.items()}
             self.columns |= dict.fromkeys(names, column)
         self.experts = [
-            f"{recipe.base}+{place}" if (Path(place) / "adapter_config.json").is_file() else place
-            for place in recipe.experts.values()
+            f"{recipe.base}+{place}" if isinstance(expert, Adapter) else place
+            for place, expert in zip(recipe.experts.values(), checkpoints[1:], strict=True)
         ]
         self._require_expressible()
 

@@ -108,6 +108,15 @@ def locate(given: str | Path | Location) -> Location:
     return Location(url, name or None)
 
 
+def find_place(given: str | Path | Location) -> Location:
+    """Return a run's place or that of many, as given; if nothing is there but under runs/ is, a run's of that name."""
+    location = locate(given)
+    if location.folder is None or not location.is_missing:
+        return location
+    named = locate(Path("runs") / location.folder)
+    return location if named.is_missing else named
+
+
 def shown(url: URL) -> str:
     """Return a URL as it is typed, without its passwords."""
     hidden = url.set(drivername=url.get_backend_name()).update_query_dict(

@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import yaml
 
-from evomerge.publish.card_metadata import Input, interval, metadata, pipeline_tag
+from evomerge.publish.card_metadata import Input, interval, metadata, pipeline_tag, public_names
 from evomerge.records import Objective, Recipe, Trial
 from evomerge.run.claims import claims
 from evomerge.run.run import Run
@@ -22,7 +22,8 @@ class Written:
 
     inputs: base and experts by name. architecture: the model's class. weights: SHA-256 of the merged tensors. origin:
     whose tokenizer and its kin are. picture: what it shows. inexpressible: why mergekit cannot make the same merge, if
-    it cannot. options: what ``evomerge merge`` is told beside the recipe.
+    it cannot. is_public: the recipe names folders as the card does, by ``public_names``. options: what ``evomerge
+    merge`` is told beside the recipe.
     """
 
     recipe: Recipe
@@ -33,11 +34,15 @@ class Written:
     picture: str
     inexpressible: str | None
     is_adapter: bool = False
+    is_public: bool = False
     options: str = ""
 
 
 def model_card(run: Run, trial: Trial, written: Written) -> str:
-    """Return the card's Markdown: what was merged, what it scores on which items, how to build it again."""
+    """Return the card's Markdown: what was merged, what it scores on which items, how to build it again.
+
+    It holds no path: folders are called by ``public_names``.
+    """
     head = metadata(run, trial, written.inputs, written.architecture, is_adapter=written.is_adapter)
     recipe = written.recipe
     how = recipe.operator + (f" in {len(recipe.layers)} layers" if recipe.layers else "")
@@ -114,12 +119,13 @@ def _honesty(run: Run, trial: Trial) -> str:
 
 
 def _inputs(run: Run, inputs: Mapping[str, Input]) -> str:
-    """One row a checkpoint: where it was, its licence as far as its own card states it, the hash of its tensors."""
+    """One row a checkpoint: its public name, its licence as far as its own card states it, the hash of its tensors."""
+    names = public_names(inputs)
     lines = ["| | model | licence | SHA-256 |", "|---|---|---|---|"]
     for name, model in inputs.items():
         digest = run.facts["hashes"].get(str(model.folder), "")
         license_ = model.license.get("license", "not stated")
-        lines.append(f"| {name} | `{model.hub_id or model.location}` | {license_} | `{digest}` |")
+        lines.append(f"| {name} | `{names[name]}` | {license_} | `{digest}` |")
     return "\n".join(lines)
 
 
@@ -134,8 +140,9 @@ def _loading(written: Written) -> str:
     place = "path/to/this/folder"
     if written.is_adapter:
         base = written.inputs["base"]
+        name = public_names(written.inputs)["base"]
         lines = ["from peft import PeftModel", *lines, f'model = PeftModel.from_pretrained(model, "{place}")']
-        place = base.hub_id or base.location
+        place = name if base.hub_id else f"path/to/{name}"
     code = "\n".join(lines).format(place)
     return f"```python\n{code}\n```"
 
@@ -145,7 +152,7 @@ def _reproduction(run: Run, trial: Trial, written: Written) -> str:
     pins = " ".join(f"{name}=={number.partition('+')[0]}" for name, number in versions.items())
     command = f"evomerge merge recipe.yaml --out merged{written.options}"
     paragraphs = [
-        "`recipe.yaml`, which lies beside this card, has every coefficient:",
+        f"`recipe.yaml`, which lies beside this card, has every coefficient{_stand_ins(written)}:",
         f"```\npip install {pins}\n{command}\n```",
         f"SHA-256 of the merged tensors{' (base and adapter merged)' if written.is_adapter else ''}: "
         f"`{written.weights}` (Python {platform.python_version()}, torch {versions['torch']}, {written.recipe.dtype}).",
@@ -155,6 +162,18 @@ def _reproduction(run: Run, trial: Trial, written: Written) -> str:
         else "`mergekit.yaml` describes the same merge for mergekit:\n\n```\nmergekit-yaml mergekit.yaml merged\n```",
     ]
     return "\n\n".join(paragraphs)
+
+
+def _stand_ins(written: Written) -> str:
+    """Say which names of a public recipe are no ids of the hub's, and what to do about them."""
+    names = public_names(written.inputs)
+    folders = [f"`{names[name]}`" for name, model in written.inputs.items() if not model.hub_id]
+    if not written.is_public or not folders:
+        return ""
+    return (
+        f". In it {', '.join(folders)} stand for the publisher's folders: put the checkpoints with the SHA-256 above "
+        "beside it, under these names"
+    )
 
 
 def _search(run: Run, trial: Trial) -> list[str]:

@@ -55,6 +55,16 @@ class Input:
         return {key: str(found[key]) for key in LICENSE_KEYS if found.get(key)}
 
 
+def public_names(inputs: Mapping[str, Input]) -> dict[str, str]:
+    """Return how others may know each input: by its id on the hub, or by the name of its folder alone.
+
+    Where two folders have the same name, such as checkpoint-500, all of them are called as the campaign calls them.
+    """
+    folders = {name: model.folder.name for name, model in inputs.items() if not model.hub_id}
+    is_clear = len(set(folders.values())) == len(folders)
+    return {name: model.hub_id or (folders[name] if is_clear else name) for name, model in inputs.items()}
+
+
 def pipeline_tag(architecture: str) -> str | None:
     """Return what a model of this architecture does, in the hub's words."""
     return next((tag for ending, tag in PIPELINES.items() if architecture.endswith(ending)), None)

@@ -1,29 +1,32 @@
 """From a run or a recipe to a checkpoint on disk, and proof that it is the model that was scored."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 
+from evomerge.campaign.campaign import HUB_ID
 from evomerge.campaign.plan import Plan, choose_device, decisions, make_plan
 from evomerge.campaign.recipe_file import write_recipe
-from evomerge.errors import InputError
+from evomerge.errors import EvoMergeError, InputError
 from evomerge.evaluators.evaluator import ItemScores
 from evomerge.interop.read import read_any_recipe
 from evomerge.interop.write import write_mergekit
 from evomerge.materialize.adapter import CONFIG as ADAPTER_CONFIG
 from evomerge.materialize.adapter_write import adapted, merged_adapter, why_no_adapter, write_adapter
-from evomerge.materialize.checkpoint import open_checkpoint
+from evomerge.materialize.checkpoint import open_checkpoint, read_json
 from evomerge.materialize.companions import choose_companions
 from evomerge.materialize.materializer import Materializer
 from evomerge.materialize.residence import Place
 from evomerge.materialize.resident import ResidentModel, load_model
 from evomerge.materialize.write import SHARD_SIZE, require_new, require_size, write_checkpoint
 from evomerge.publish.card import PICTURE, Written, auto_class, model_card
-from evomerge.publish.card_metadata import Input
+from evomerge.publish.card_metadata import Input, public_names
 from evomerge.publish.front_picture import draw_front
-from evomerge.records import Split, Trial
+from evomerge.records import Recipe, Split, Trial
 from evomerge.run.rebuild import rebuild, recipe_of
 from evomerge.run.run import Run
 from evomerge.scorer.scorer import objective_score
@@ -33,11 +36,16 @@ Loading = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
-    """How a model is written. shard_size: of its largest file; tokenizer_from: the expert whose tokenizer is taken."""
+    """How a model is written.
+
+    shard_size: of its largest file; tokenizer_from: the expert whose tokenizer is taken; is_public: no file holds a
+    path of this machine, so that the folder can be handed on as it is.
+    """
 
     shard_size: str = SHARD_SIZE
     tokenizer_from: str | None = None
     as_adapter: bool = False
+    is_public: bool = False
 
     @property
     def options(self) -> str:
@@ -46,20 +54,38 @@ class Form:
 
 
 CHECKPOINT = Form()
+PLACES = ("_name_or_path", "name_or_path", "base_model_name_or_path")
+"""Keys under which libraries note in a configuration where a checkpoint lay."""
+PATHLESS = "what is uploaded names folders without their paths; export without --push for a recipe that merges here"
 
 
 @dataclass(frozen=True, slots=True)
 class Exported:
     """What a person should know of an export.
 
-    loader: the class that loads it, or its base; origin: whose tokenizer and its kin are; fits_adapter: an adapter of
-    the base would do.
+    weights: SHA-256 of the merged tensors; loader: the class that loads it, or its base; origin: whose tokenizer and
+    its kin are; fits_adapter: an adapter of the base would do.
     """
 
+    weights: str
     loader: str
     origin: str
     notes: tuple[str, ...]
     fits_adapter: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """What a person should know of a merge without a search.
+
+    weights: SHA-256 of its tensors; decisions: about experts unlike the base; origin: whose tokenizer and its kin are;
+    notes: what of the file has no effect, and why mergekit cannot make the same merge.
+    """
+
+    weights: str
+    decisions: tuple[str, ...]
+    origin: str
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +97,11 @@ class Verification:
     rescored: float
     recorded: float
     num_changed_items: int
+
+    @property
+    def is_same(self) -> bool:
+        """Whether both are equal to the last digit."""
+        return self.rescored == self.recorded
 
 
 def export_trial(run: Run, trial: Trial, out: Path, loading: Loading, form: Form = CHECKPOINT) -> Exported:
@@ -90,20 +121,25 @@ def export_trial(run: Run, trial: Trial, out: Path, loading: Loading, form: Form
         raise InputError(f"--as-adapter: {reason}; leave the option out")
     materializer = rebuild(run, plan, trial, recipe, loading)
     weights, architecture = materializer.weights_hash(), type(materializer.module).__name__
+    inputs = _inputs(run, plan)
+    shown = _public(recipe, inputs) if form.is_public else recipe
 
     def add(folder: Path) -> None:
         companions.copy(folder)
-        write_recipe(recipe, folder / "recipe.yaml")
-        inexpressible = write_mergekit(recipe, (plan.base, *plan.experts.values()), folder / "mergekit.yaml")
+        write_recipe(shown, folder / "recipe.yaml")
+        inexpressible = write_mergekit(shown, (plan.base, *plan.experts.values()), folder / "mergekit.yaml")
+        if form.is_public:
+            _hide_paths(folder, inputs)
         written = Written(
-            recipe=recipe,
-            inputs=_inputs(run, plan),
+            recipe=shown,
+            inputs=inputs,
             architecture=architecture,
             weights=weights,
             origin=companions.origin,
             picture=draw_front(run, trial, folder / PICTURE),
             inexpressible=inexpressible,
             is_adapter=form.as_adapter,
+            is_public=form.is_public,
             options=form.options,
         )
         (folder / "README.md").write_text(model_card(run, trial, written), encoding="utf-8")
@@ -114,7 +150,11 @@ def export_trial(run: Run, trial: Trial, out: Path, loading: Loading, form: Form
     else:
         write_checkpoint(materializer, out, add, shard_size=form.shard_size)
     fits_adapter = reason is None and not form.as_adapter
-    return Exported(auto_class(architecture), companions.origin, companions.notes, fits_adapter)
+    notes = [
+        *companions.notes,
+        *([PATHLESS] if form.is_public and any(not of.hub_id for of in inputs.values()) else []),
+    ]
+    return Exported(weights, auto_class(architecture), companions.origin, tuple(notes), fits_adapter)
 
 
 def _inputs(run: Run, plan: Plan) -> dict[str, Input]:
@@ -123,32 +163,43 @@ def _inputs(run: Run, plan: Plan) -> dict[str, Input]:
     return {"base": Input(run.campaign.base, plan.base.folder), **experts}
 
 
-def merge_recipe(
-    path: Path,
-    out: Path,
-    device: str,
-    loading: Loading,
-    say: Callable[[str], None] = lambda _: None,
-    form: Form = CHECKPOINT,
-) -> str:
-    """Build the model of a recipe file, ours or mergekit's, at ``out``; return the hash of its tensors.
+def _public(recipe: Recipe, inputs: Mapping[str, Input]) -> Recipe:
+    """Return a recipe that names its checkpoints as others may know them."""
+    names = public_names(inputs)
+    return replace(recipe, base=names["base"], experts={name: names[name] for name in recipe.experts})
 
-    say is told what of the file has no effect, what was decided about experts unlike the base, whose tokenizer was
-    taken, and why mergekit cannot make the same merge.
-    """
+
+def _hide_paths(folder: Path, inputs: Mapping[str, Input]) -> None:
+    """Have the configurations of a folder name checkpoints as others may know them, or by their last name alone."""
+    names = {str(inputs[name].folder): public for name, public in public_names(inputs).items()}
+
+    def named(place: str) -> str:
+        return names.get(place) or (place if HUB_ID.fullmatch(place) else PurePath(place).name)
+
+    def hidden(data: Any) -> Any:
+        if isinstance(data, list):
+            return [hidden(inner) for inner in data]
+        if not isinstance(data, dict):
+            return data
+        return {
+            key: named(inner) if key in PLACES and isinstance(inner, str) else hidden(inner)
+            for key, inner in data.items()
+        }
+
+    for path in folder.glob("*config.json"):
+        data = read_json(path.name, path)
+        if (public := hidden(data)) != data:
+            path.write_text(json.dumps(public, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def merge_recipe(path: Path, out: Path, device: str, loading: Loading, form: Form = CHECKPOINT) -> Merge:
+    """Build the model of a recipe file, ours or mergekit's, at ``out``. Raises: InputError."""
     require_new(out)
     require_size(form.shard_size)
     read = read_any_recipe(path)
-    for note in read.notes:
-        say(f"note     {note}")
-    for decision in decisions(read.experts, read.recipe.dtype):
-        say(f"decided  {decision}")
     experts = dict(zip(read.recipe.experts, read.experts, strict=True))
     companions = choose_companions(read.base, experts, form.tokenizer_from)
-    if companions.origin:
-        say(f"tokens   {companions.origin}")
-    for note in companions.notes:
-        say(f"note     {note}")
+    notes = [*read.notes, *companions.notes]
     materializer = Materializer(
         read.base,
         read.experts,
@@ -167,9 +218,11 @@ def merge_recipe(
         companions.copy(folder)
         write_recipe(read.recipe, folder / "recipe.yaml")
         if inexpressible := write_mergekit(read.recipe, (read.base, *read.experts), folder / "mergekit.yaml"):
-            say(f"note     no mergekit.yaml: {inexpressible}")
+            notes.append(f"no mergekit.yaml: {inexpressible}")
 
-    return write_checkpoint(materializer, out, add, shard_size=form.shard_size)
+    weights = write_checkpoint(materializer, out, add, shard_size=form.shard_size)
+    decided = decisions(read.experts, read.recipe.dtype)
+    return Merge(weights, tuple(decided), companions.origin, tuple(notes))
 
 
 def verify_export(run: Run, trial: Trial, folder: Path, loading: Loading) -> list[Verification]:
@@ -207,3 +260,9 @@ def verify_export(run: Run, trial: Trial, folder: Path, loading: Loading) -> lis
                 )
             )
     return rows
+
+
+def require_same_scores(rows: Sequence[Verification]) -> None:
+    """Raise EvoMergeError if an exported model does not score what the ledger says."""
+    if not all(row.is_same for row in rows):
+        raise EvoMergeError("the exported model does not score what the ledger says; rebuild it where the run was made")

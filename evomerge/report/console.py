@@ -16,7 +16,6 @@ from rich.progress import (
 )
 
 console = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 100)
-aside = Console(highlight=False, markup=False, emoji=False, stderr=True)  # for progress beside what scripts read
 
 
 def _command() -> str:
@@ -33,8 +32,11 @@ def say(line: str) -> None:
     console.print(line, soft_wrap=True)
 
 
-def make_progress(to: Console = console) -> Progress:
-    """Return a progress bar with counts, time spent and time left."""
+def make_progress() -> Progress:
+    """Return a progress bar with counts, time spent and time left.
+
+    Beside what scripts read (stdout then leads to stderr) it is for eyes alone: where nobody watches, there is none.
+    """
     return Progress(
         TextColumn("{task.description:<16}"),
         BarColumn(bar_width=14),
@@ -43,15 +45,16 @@ def make_progress(to: Console = console) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
-        console=to,
+        console=console,
+        disable=sys.stdout is sys.stderr and not console.is_terminal,
     )
 
 
 class Loading:
     """A status line that says which checkpoint is being loaded, until something better is shown."""
 
-    def __init__(self, to: Console = console) -> None:
-        self._status = to.status("loading")
+    def __init__(self) -> None:
+        self._status = console.status("loading")
 
     def __call__(self, name: str) -> None:
         """Say what is being loaded."""

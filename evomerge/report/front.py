@@ -147,10 +147,10 @@ def _notes(run: Run, sentences: Sequence[str], *, num_hidden: int) -> list[Rende
     notes += [Text(f"· {sentence}") for sentence in sentences]
     if run.tested and run.has_one_metric:
         notes.append(f"over scalar: paired difference of the mean to {run.best_scalar}, the best single coefficient")
-    if run.failures:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in run.failures.items())
+    if run.failure_kinds:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in run.failure_kinds.items())
         last = [trial for trial in run.trials if trial.failure][-1]
-        notes.append(f"{sum(run.failures.values())} of {len(run.trials)} trials failed ({kinds})")
+        notes.append(f"{sum(run.failure_kinds.values())} of {len(run.trials)} trials failed ({kinds})")
         notes.append(f"the last of them, trial {last.number}: {last.failure}")
     if run.halved:
         notes.append(

@@ -3,9 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.table import Table
 from rich.text import Text
 
 from evomerge.errors import RunError
+from evomerge.evidence.functions import Estimate
 from evomerge.evidence.pairs import Pair
 from evomerge.records import Measurement, Objective
 from evomerge.report.tables import Column, Row, Shown, make_table, short, with_error
@@ -86,7 +88,12 @@ def label(subject: str) -> str:
 
 
 def run_comparison(compared: RunComparison) -> Shown:
-    """Return two runs: their hypervolumes above one reference point, and how much of each other's front they cover."""
+    """Return two runs: how much of each other's front they cover, and their hypervolumes above one reference point."""
+    volumes = {
+        "hypervolume_at_equal_cost": compared.at_equal_cost,
+        "hypervolume": compared.hypervolume,
+        "hypervolume_on_test": compared.on_test,
+    }
     rows = [
         {
             "run": str(side.run.location),
@@ -94,36 +101,38 @@ def run_comparison(compared: RunComparison) -> Shown:
             "trials": side.num_trials,
             "cost": side.cost,
             "on_front": side.num_on_front,
-            "hypervolume_at_equal_cost": side.hypervolume_at_equal_cost,
-            "hypervolume": side.hypervolume,
-            "hypervolume_on_test": side.hypervolume_on_test,
             "coverage": side.coverage,
+            **{
+                key: value
+                for name, of_both in volumes.items()
+                for key, value in _estimate_cells(name, of_both.sides[i] if of_both else None).items()
+            },
         }
-        for side in compared.sides
+        for i, side in enumerate(compared.sides)
     ]
-
-    def number(key: str) -> Any:
-        return lambda row: "" if row[key] is None else f"{row[key]:.4g}"
-
+    differences = [
+        {"of": name, **_estimate_cells("difference", of_both.difference), "verdict": of_both.difference.verdict}
+        for name, of_both in volumes.items()
+        if of_both
+    ]
     columns = [
         Column("run", lambda row: row["run"], False),
         Column("trials", lambda row: str(row["trials"])),
         Column("cost", lambda row: f"{row['cost']:.0f}"),
         Column("front", lambda row: str(row["on_front"])),
-        Column(f"hv at {compared.equal_cost:.0f}", number("hypervolume_at_equal_cost")),
-        Column("hv whole", number("hypervolume")),
-        Column("hv test", number("hypervolume_on_test")),
         Column("covers", lambda row: "" if row["coverage"] != row["coverage"] else f"{row['coverage']:.0%}"),
     ]
     names = ", ".join(objective.name for objective in compared.objectives)
     point = ", ".join(f"{name} {value:.4g}" for name, value in compared.reference.items())
+    together = "paired over items, which both runs were scored on"
+    apart = "of independent runs, which were scored on other items or other splits of them: small ones say nothing"
     notes = [
-        f"hv: hypervolume above {point}; on search items after {compared.equal_cost:.0f} full-evaluation equivalents, "
-        "what both can afford, and of the whole run; then of the front's test values",
         "covers: how much of the other run's front a model of this one matches or surpasses in every objective",
+        f"hypervolumes above {point}; equivalents: what both runs can afford, in full evaluations",
+        "± is one standard error, ranges are 95 % intervals: sources of items are drawn anew, the fronts stay; noise "
+        "makes a hypervolume larger, so its interval lies lower; on search items, which picked the fronts, all flatter",
+        f"differences are {together if compared.has_same_items else apart}",
     ]
-    if not compared.has_same_items:
-        notes.append("the runs were scored on other items or other splits of them: small differences say nothing")
     facts = {
         "objectives": [objective.name for objective in compared.objectives],
         "reference": compared.reference,
@@ -131,7 +140,55 @@ def run_comparison(compared: RunComparison) -> Shown:
         "same_items": compared.has_same_items,
     }
     table = make_table(f"two runs in {names}", columns, rows)
-    return Shown(tables={"runs": rows}, facts=facts, people=[table, *map(Text, notes)])
+    return Shown(
+        tables={"runs": rows, "differences": differences},
+        facts=facts,
+        people=[table, _volume_table(compared), *map(Text, notes)],
+    )
+
+
+def _estimate_cells(name: str, estimate: Estimate | None) -> dict[str, float | None]:
+    """Return a number with its error and interval as cells of a row; None of none."""
+    value, stderr, (low, high) = (
+        (estimate.value, estimate.stderr, estimate.interval) if estimate else (None, None, (None, None))
+    )
+    return {name: value, f"{name}_stderr": stderr, f"{name}_low": low, f"{name}_high": high}
+
+
+def _volume_table(compared: RunComparison) -> Table:
+    """Return the hypervolumes as people read them: each run's, and the first less the second."""
+    titles = {
+        f"search, {compared.equal_cost:.0f} equivalents": compared.at_equal_cost,
+        "search, whole run": compared.hypervolume,
+        "test": compared.on_test,
+    }
+    names = [str(side.run.location) for side in compared.sides]
+    rows = []
+    for title, of_both in titles.items():
+        if of_both:
+            rows += [
+                {"title": title, "of": names[0], "estimate": of_both.sides[0]},
+                {"title": "", "of": names[1], "estimate": of_both.sides[1]},
+                {
+                    "title": "",
+                    "of": "difference",
+                    "estimate": of_both.difference,
+                    "verdict": of_both.difference.verdict,
+                },
+            ]
+
+    def ends(row: Row) -> str:
+        low, high = row["estimate"].interval
+        return f"{low:.3g} to {high:.3g}"
+
+    columns = [
+        Column("hypervolume", lambda row: row["title"], False),
+        Column("of", lambda row: row["of"], False),
+        Column("value", lambda row: f"{row['estimate'].value:.4g} ±{row['estimate'].stderr:.2g}"),
+        Column("95 %", ends),
+        Column("beyond noise", lambda row: "" if row.get("verdict", "alike") == "alike" else row["verdict"], False),
+    ]
+    return make_table("", columns, rows)
 
 
 def rescored(run: Run, found: Rescored) -> Shown:

@@ -1,20 +1,19 @@
 """What a person sees while something runs: a bar a phase, what was found so far, and the time left."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import TaskID
 
 from evomerge.campaign.campaign import Campaign
 from evomerge.campaign.stages import Stage
-from evomerge.families.family import make
+from evomerge.families.family import FamilySummary, make
 from evomerge.front.so_far import SoFar
-from evomerge.ledger.location import Location, locate
+from evomerge.ledger.location import Location
 from evomerge.records import Trial
-from evomerge.report.console import COMMAND, Loading, aside, console, make_progress, say
-from evomerge.run.mirror import mirror as run_mirror
+from evomerge.report.console import Loading, make_progress, say
 from evomerge.run.rescore import Rescored
 from evomerge.run.rescore import rescore as run_rescore
 from evomerge.run.run import Run, open_run
@@ -94,54 +93,32 @@ def search(campaign: Campaign, location: Location, loading: Loading) -> tuple[bo
     return not progress.has_begun, run
 
 
-def mirror(run: Run, url: str, name: str) -> None:
-    """Copy a run into an Optuna study behind a progress bar, and say how to look at it."""
-    with make_progress() as progress:
-        bar = progress.add_task("mirror", total=None, note="")
-        num_added, num_held = run_mirror(
-            run, url, name, lambda done, total: progress.update(bar, completed=done, total=total)
-        )
-    say(f"mirrored {num_added} trials added to the study {name}, which holds {num_held}")
-    say(f"next     pip install optuna-dashboard && optuna-dashboard {locate(url)}")
-
-
 def rescore(run: Run, trial: Trial, tasks: Path) -> Rescored:
-    """Score a model and its references on further tasks behind a progress bar, which scripts do not read."""
-    with Loading(aside) as loading, make_progress(aside) as progress:
-        bar = progress.add_task("models", total=None, note="", visible=False)
+    """Score a model and its references on further tasks behind a progress bar."""
+    with Loading() as loading, counting("models") as count:
 
         def advance(done: int, total: int) -> None:
             loading.stop()
-            progress.update(bar, completed=done, total=total, visible=True)
+            count(done, total)
 
         return run_rescore(run, trial, tasks, loading, advance)
 
 
-def make_family(name: str, out: Path) -> None:
-    """Train a family behind a progress bar, and show what its models score."""
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-        bar = progress.add_task(name, total=1.0)
-        family = make(name, out, progress=lambda text, share: progress.update(bar, description=text, completed=share))
-        progress.update(bar, completed=1.0)
-    table = Table(title=f"{name}: scores on held-out items ({', '.join(sorted(set(family.metrics.values())))})")
-    table.add_column("model")
-    for task in family.metrics:
-        table.add_column(task, justify="right")
-    for model, scores in family.scores.items():
-        table.add_row(model, *(f"{scores[task]:.3f}" for task in family.metrics))
-    console.print(table)
-    built = "was there already" if family.cached else f"{sum_seconds(family.seconds):.0f} CPU-seconds"
-    say(f"family   {out}  ({family.num_parameters / 1e6:.2f} M parameters, {built})")
-    for note in family.notes:
-        say(f"note     {note}")
-    shown = out / "campaign.yaml"
-    say(f"next     {COMMAND} check {shown}\n         {COMMAND} search {shown}")
+def make_family(name: str, out: Path) -> FamilySummary:
+    """Train a family behind a progress bar."""
+    with make_progress() as progress:
+        bar = progress.add_task(name, total=100, note="")
+        family = make(name, out, progress=lambda text, share: progress.update(bar, note=text, completed=100 * share))
+        progress.update(bar, completed=100)
+    return family
 
 
-def sum_seconds(seconds: Mapping[str, float]) -> float:
-    """Return the total of a family's seconds by part."""
-    return seconds.get("total", sum(seconds.values()))
+@contextmanager
+def counting(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Give what is told how many of how many are done; from then on there is a progress bar."""
+    with make_progress() as progress:
+        bar = progress.add_task(title, total=None, note="", visible=False)
+        yield lambda done, total: progress.update(bar, completed=done, total=total, visible=True)
 
 
 def chain(stages: Sequence[Stage]) -> str:

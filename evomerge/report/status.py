@@ -35,7 +35,7 @@ def _row(of_run: RunStatus) -> dict[str, Any]:
         "cost": of_run.run.cost,
         "results_per_second": of_run.rate,
         "seconds_left": of_run.seconds_left,
-        "failures": of_run.failures,
+        "failures": of_run.failure_reasons,
         "latest": [_result(of_run, trial) for trial in of_run.latest],
     }
 
@@ -70,7 +70,7 @@ def _lines(of_run: RunStatus, row: Row) -> list[RenderableType]:
         volume = "" if summary.hypervolume is None else f", hypervolume {summary.hypervolume:.4g} above the base"
         lines.append(Text(f"found    best {best}{front}{volume} (search items)"))
     lines.append(f"time     {_timing(of_run)}")
-    for number, (reason, count) in enumerate(of_run.failures.items()):
+    for number, (reason, count) in enumerate(of_run.failure_reasons.items()):
         shown = reason if len(reason) <= MAX_REASON else reason[: MAX_REASON - 3] + "..."
         lines.append(("failed   " if number == 0 else "         ") + f"{count} x {shown}")
     if of_run.latest:

@@ -8,9 +8,10 @@ import csv
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
@@ -20,7 +21,6 @@ from evomerge.errors import InputError
 from evomerge.report.console import console, say
 
 Row = Mapping[str, Any]
-Form = Literal["text", "json", "csv"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,36 +34,50 @@ class Column:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
-    """What a command shows.
+    """What a command, or a step of one, shows.
 
     facts: what JSON says beside the tables. tables: rows by name; CSV is the first. people: tables and pictures, lines
     (text) that are never broken, and sentences (rich's ``Text``) that are.
     """
 
-    tables: Mapping[str, Sequence[Row]]
     people: Sequence[RenderableType]
+    tables: Mapping[str, Sequence[Row]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def form_of(*, as_json: bool, as_csv: bool) -> Form:
-    """Return the form that the options ask for. Raises: InputError for both."""
+@contextmanager
+def showing(*, as_json: bool = False, as_csv: bool = False) -> Iterator[Callable[[Shown], None]]:
+    """Give what shows a command's steps: to people one after the other, to scripts all in one when the block ends.
+
+    For scripts, whatever else is printed within the block goes to stderr. What was shown before a failure is printed
+    too. Raises: InputError for both forms.
+    """
     if as_json and as_csv:
         raise InputError("--json and --csv: expected one of them; CSV is the first table of the JSON")
-    return "json" if as_json else "csv" if as_csv else "text"
+    if not (as_json or as_csv):
+        yield show
+        return
+    steps: list[Shown] = []
+    try:
+        with redirect_stdout(sys.stderr):
+            yield steps.append
+    finally:
+        if steps and as_json:
+            answer: dict[str, Any] = {}
+            for step in steps:
+                answer |= {**step.facts, **step.tables}
+            print(json.dumps(_plain(answer), indent=2))
+        elif steps:
+            _write_csv(next(iter(steps[0].tables.values())))
 
 
-def show(shown: Shown, form: Form = "text") -> None:
-    """Print in one of the forms."""
-    if form == "json":
-        print(json.dumps(_plain({**shown.facts, **shown.tables}), indent=2))
-    elif form == "csv":
-        _write_csv(next(iter(shown.tables.values())))
-    else:
-        for part in shown.people:
-            if isinstance(part, str):
-                say(part)
-            else:
-                console.print(part)
+def show(shown: Shown) -> None:
+    """Print for people."""
+    for part in shown.people:
+        if isinstance(part, str):
+            say(part)
+        else:
+            console.print(part)
 
 
 def make_table(

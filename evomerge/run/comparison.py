@@ -4,11 +4,12 @@ Shape letters: N trials, M objectives.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from evomerge.errors import RunError, did_you_mean
+from evomerge.evidence.functions import NUM_RESAMPLES, Estimate, Resampled, resampled
 from evomerge.evidence.pairs import Pair, paired
 from evomerge.front.front import front_of, maximized, worst_of_inputs
 from evomerge.front.pareto import hypervolume
@@ -30,9 +31,7 @@ class ModelComparison:
 class RunSide:
     """One of two runs, in their common objectives.
 
-    cost: of all its trials, in full-evaluation equivalents. hypervolume: of its front by search values;
-    hypervolume_at_equal_cost: of the front of the results up to the smaller of both costs; hypervolume_on_test: of the
-    front's test values, None where one of the runs has none. coverage: which share of the other run's front is matched
+    cost: of all its trials, in full-evaluation equivalents. coverage: which share of the other run's front is matched
     or surpassed in every objective by a model of this one, on search values.
     """
 
@@ -40,21 +39,38 @@ class RunSide:
     num_trials: int
     num_on_front: int
     cost: float
-    hypervolume: float
-    hypervolume_at_equal_cost: float
-    hypervolume_on_test: float | None
     coverage: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Volumes:
+    """Two fronts' hypervolumes on items of one split, and the first less the second.
+
+    The errors are those of the items: what is on the fronts, and the reference point, are taken as given.
+    """
+
+    sides: tuple[Estimate, Estimate]
+    difference: Estimate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunComparison:
-    """Two runs. reference: objective -> the reference point in the user's sign. has_same_items: of both splits."""
+    """Two runs.
+
+    reference: objective -> the reference point in the user's sign. has_same_items: of both splits; then the differences
+    are paired, else the runs are taken as independent. hypervolume: of the fronts by search values; at_equal_cost: of
+    those of the results up to the smaller of both costs; on_test: of the fronts' test values, None where one of the
+    runs has none.
+    """
 
     objectives: list[Objective]
     reference: Mapping[str, float]
     equal_cost: float
     has_same_items: bool
     sides: tuple[RunSide, RunSide]
+    hypervolume: Volumes
+    at_equal_cost: Volumes
+    on_test: Volumes | None
 
 
 def trial_of(run: Run, word: str) -> Trial:
@@ -126,17 +142,22 @@ def compare_runs(one: Run, other: Run) -> RunComparison:
     reference_M = np.min([maximized(run.searched["base"], objectives) for run in runs], axis=0)
     if not any((front_NM > reference_M).all(axis=1).any() for front_NM in fronts):
         reference_M = np.min([worst_of_inputs(run.searched, objectives) for run in runs], axis=0)
-    affordable = [front_of(_within_cost(run, equal_cost), objectives) for run in runs]
-    tested = [_tested(run, trials, objectives) for run, trials in zip(runs, finished, strict=True)]
+    has_same_items = one.facts["items"] == other.facts["items"] and one.facts["sources"] == other.facts["sources"]
+
+    def volumes(split: Split, trials: Sequence[Sequence[Trial]]) -> Volumes:
+        drawn = [
+            _hypervolume(run, split, of_run, objectives, reference_M) for run, of_run in zip(runs, trials, strict=True)
+        ]
+        difference = drawn[0].less(drawn[1], is_paired=has_same_items)
+        return Volumes(sides=(_above_0(drawn[0].estimate), _above_0(drawn[1].estimate)), difference=difference)
+
+    is_tested = all(_is_tested(run, trials) for run, trials in zip(runs, finished, strict=True))
     sides = [
         RunSide(
             run=run,
             num_trials=sum(trial.order is not None for trial in run.trials),
             num_on_front=len(finished[i]),
             cost=run.cost,
-            hypervolume=hypervolume(fronts[i], reference_M),
-            hypervolume_at_equal_cost=hypervolume(_values(affordable[i], objectives), reference_M),
-            hypervolume_on_test=None if (tested_NM := tested[i]) is None else hypervolume(tested_NM, reference_M),
             coverage=_coverage(fronts[i], fronts[1 - i]),
         )
         for i, run in enumerate(runs)
@@ -146,8 +167,11 @@ def compare_runs(one: Run, other: Run) -> RunComparison:
         objectives=objectives,
         reference=dict(zip((objective.name for objective in objectives), signs, strict=True)),
         equal_cost=equal_cost,
-        has_same_items=one.facts["items"] == other.facts["items"] and one.facts["sources"] == other.facts["sources"],
+        has_same_items=has_same_items,
         sides=(sides[0], sides[1]),
+        hypervolume=volumes("search", finished),
+        at_equal_cost=volumes("search", [front_of(_within_cost(run, equal_cost), objectives) for run in runs]),
+        on_test=volumes("test", finished) if is_tested else None,
     )
 
 
@@ -171,12 +195,28 @@ def _values(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Floats:
     return np.array(values).reshape(-1, len(objectives))
 
 
-def _tested(run: Run, trials: Sequence[Trial], objectives: Sequence[Objective]) -> Floats | None:
-    """Return the test values of a front; None if one of its models has none."""
-    subjects = [f"trial:{trial.number}" for trial in trials]
-    if not subjects or not all(subject in run.tested for subject in subjects):
-        return None
-    return np.array([maximized(run.tested[subject], objectives) for subject in subjects])
+def _is_tested(run: Run, trials: Sequence[Trial]) -> bool:
+    """Whether there is a front, and all of it has test values."""
+    return bool(trials) and all(f"trial:{trial.number}" in run.tested for trial in trials)
+
+
+def _hypervolume(
+    run: Run, split: Split, trials: Sequence[Trial], objectives: Sequence[Objective], reference_M: Floats
+) -> Resampled:
+    """Return the hypervolume of some trials on a split's items; of none it is 0, whatever the items."""
+    sources = run.sources(split)
+    if not trials:
+        num_sources = len({str(source) for objective in objectives for source in sources[objective.name]})
+        return Resampled(value=0.0, drawn_R=np.zeros(NUM_RESAMPLES), num_sources=num_sources)
+    measured = run.tested if split == "test" else run.searched
+    members = [measured[f"trial:{trial.number}"] for trial in trials]
+    return resampled(lambda values_KM: hypervolume(values_KM, reference_M), members, objectives, sources)
+
+
+def _above_0(estimate: Estimate) -> Estimate:
+    """Return an estimate of a hypervolume without what none can be."""
+    low, high = estimate.interval
+    return replace(estimate, interval=(max(0.0, low), max(0.0, high)))
 
 
 def _coverage(ours_NM: Floats, theirs_NM: Floats) -> float:

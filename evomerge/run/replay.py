@@ -16,7 +16,7 @@ import numpy as np
 from evomerge.campaign.course import Course
 from evomerge.campaign.plan import Findings, Plan, make_plan
 from evomerge.campaign.stages import make_stages
-from evomerge.errors import RunError
+from evomerge.errors import EvoMergeError, RunError
 from evomerge.front.front import observe, worst_of_inputs
 from evomerge.proposers.llm import Llm
 from evomerge.proposers.proposer import Proposer, proposing
@@ -88,6 +88,15 @@ def replay(run: Run, progress: Callable[[int, int], None] = lambda _done, _total
         num_done += len(own)
     progress(len(trials), len(trials))
     return replays
+
+
+def require_same_proposals(replays: Sequence[StageReplay]) -> None:
+    """Raise EvoMergeError if a stage's proposals are not those of the record."""
+    if any(stage.difference for stage in replays):
+        raise EvoMergeError(
+            "the proposals are not those of the record: it was changed, or another version or machine proposes "
+            "otherwise; replay it with the packages and on the kind of machine of the run"
+        )
 
 
 def _plan_as_found(run: Run) -> Plan:

@@ -14,7 +14,7 @@ from evomerge.evidence.compare import paired_difference
 from evomerge.evidence.summary import Summarizer
 from evomerge.front.front import Front, front_hypervolume, front_of
 from evomerge.ledger.ledger import Ledger
-from evomerge.ledger.location import Location, locate
+from evomerge.ledger.location import Location, find_place
 from evomerge.records import Measurement, Objective, Split, Trial
 from evomerge.space.choice import chosen
 from evomerge.space.data_flow import layers_on
@@ -87,7 +87,7 @@ class Run:
         return [trial for trial in self.trials if trial.measurement and trial.measurement.stopped]
 
     @property
-    def failures(self) -> dict[str, int]:
+    def failure_kinds(self) -> dict[str, int]:
         """Kind of failure -> how many trials ended so, most first."""
         return dict(Counter(trial.fate.get("kind", "failed") for trial in self.trials if trial.failure).most_common())
 
@@ -281,11 +281,7 @@ class Run:
 
 def open_run(given: str | Path | Location) -> Run:
     """Open a run by its folder, its name under runs/, or ``URL#NAME``. Raises: RunError."""
-    location = locate(given)
-    if location.folder is not None and not Ledger.exists(location):
-        named = locate(Path("runs") / location.folder)
-        location = named if Ledger.exists(named) else location
-    return run_of(Ledger.open(location))
+    return run_of(Ledger.open(find_place(given)))
 
 
 def run_of(ledger: Ledger) -> Run:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from evomerge.errors import RunError
 from evomerge.ledger.ledger import Ledger
@@ -37,13 +36,6 @@ def summarize_runs(place: Location) -> list[RunSummary]:
     A folder that is a run is listed alone, as is a run that is named.
     """
     return [summarize_run(location) for location in run_locations(place)]
-
-
-def find_runs(given: str) -> Location:
-    """Return a place with runs: a folder of many, a run's own, its name under runs/, or a database's URL."""
-    location = locate(given)
-    named = locate(Path("runs") / given) if location.folder else location
-    return location if not location.is_missing or named.is_missing else named
 
 
 def run_locations(place: Location) -> Iterator[Location]:

@@ -31,7 +31,7 @@ class RunStatus:
         return {state: counted[state] for state in ("scored", "stopped", "failed", "pending")}
 
     @cached_property
-    def failures(self) -> dict[str, int]:
+    def failure_reasons(self) -> dict[str, int]:
         """Reason -> how many trials failed for it, the most frequent first."""
         return dict(Counter(trial.failure for trial in self.run.trials if trial.failure).most_common())
 
@@ -91,10 +91,8 @@ class RunStatus:
 def current_status(place: Location) -> list[RunStatus]:
     """Return the status of the runs of a place that are driven at the moment; else of the one that was written last.
 
-    A place is a run, its name under runs/, a folder with runs or a database. Raises: RunError if there is no run.
+    Raises: RunError if there is no run.
     """
-    if place.folder is not None and place.is_missing and not place.folder.is_dir():
-        place = open_run(place).location
     found, problems = [], []
     for location in run_locations(place):
         try:

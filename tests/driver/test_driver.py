@@ -276,7 +276,7 @@ def test_a_failed_candidate_is_a_failed_trial_and_the_campaign_goes_on(
     assert failures[0] == "RuntimeError: broken"
     assert "3 of" in failures[1]
     assert "no finite accuracy" in failures[1]
-    assert run.failures == {"evaluator error": 1, "not finite": 1}
+    assert run.failure_kinds == {"evaluator error": 1, "not finite": 1}
     assert run.is_finished
 
 

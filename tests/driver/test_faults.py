@@ -100,7 +100,7 @@ def test_what_does_not_fit_memory_is_scored_in_half_batches_or_fails(
     assert run.trials[2].failure == (
         "OutOfMemoryError: CUDA out of memory. 16 images; nor did it fit in batches of half the size"
     )
-    assert run.failures == {"out of memory": 1}
+    assert run.failure_kinds == {"out of memory": 1}
     whole = items_of(search(campaign(budget=budget), tmp_path / "whole"))
     assert items_of(run) == [whole[0], whole[1], whole[3]]
     print_finished(run, Path("campaign.yaml"), was_finished=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from evomerge.errors import RunError
-from evomerge.ledger.location import locate
+from evomerge.ledger.location import FILE_NAME, find_place, locate
 
 
 @pytest.mark.parametrize(
@@ -72,3 +72,15 @@ def test_a_missing_driver_names_the_extra() -> None:
     )
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert told == "RunError a PostgreSQL database needs psycopg: pip install 'evomerge[postgresql]'\n"
+
+
+def test_a_run_is_found_by_its_name_under_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless a run lies where the name leads, or neither is there."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("here", "runs/here", "runs/one"):
+        Path(folder).mkdir(parents=True)
+        Path(folder, FILE_NAME).touch()
+    Path("one").mkdir()  # a folder of something else
+    assert find_place("one") == locate("runs/one")
+    for given in ("runs/one", "runs", "here", "nowhere", "sqlite:///runs.sqlite#one"):
+        assert find_place(given) == locate(given)

@@ -100,7 +100,7 @@ class TestOneModelInTwoBuffers:
         held, recipe_of = held_by(family, "tied", "cpu", "bfloat16")
         write_recipe(recipe_of(1.0), tmp_path / "recipe.yaml")
         held.build(opened(family, "task_arithmetic", "tied", "bfloat16")[0], recipe_of(1.0))
-        written = merge_recipe(tmp_path / "recipe.yaml", tmp_path / "merged", TWO, lambda _: None)
+        written = merge_recipe(tmp_path / "recipe.yaml", tmp_path / "merged", TWO, lambda _: None).weights
         assert written == held.weights_hash()
 
     def test_a_tensor_that_was_replaced_is_noticed(self, family: Family) -> None:

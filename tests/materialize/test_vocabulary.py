@@ -74,9 +74,8 @@ def test_rows_are_merged_with_the_rows_of_the_same_token(folders: Any, tmp_path:
 
 def test_a_merge_says_what_it_decided(folders: Any, tmp_path: Path) -> None:
     _, base, expert, _ = folders
-    said: list[str] = []
-    merge_recipe(recipe(base, expert), tmp_path / "merged", "cpu", lambda _: None, said.append)
-    assert said[0].startswith("decided  expert one: another vocabulary, aligned by token: 59 tokens moved")
+    merged = merge_recipe(recipe(base, expert), tmp_path / "merged", "cpu", lambda _: None)
+    assert merged.decisions[0].startswith("expert one: another vocabulary, aligned by token: 59 tokens moved")
 
 
 def test_only_what_loses_digits_is_called_rounding(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,13 +16,14 @@ from hub_server import TOKEN, Hub, hub
 from PIL import Image
 from silent_watcher import Silent
 from tiny_adapters import random_factors, write_adapter
+from typed_command import Typed
 
 from evomerge.campaign.campaign import Campaign, read_campaign
 from evomerge.errors import InputError
 from evomerge.families.family import FamilySummary
 from evomerge.materialize.checkpoint import open_checkpoint
 from evomerge.materialize.resident import empty_model
-from evomerge.publish.card_metadata import Input
+from evomerge.publish.card_metadata import Input, public_names
 from evomerge.publish.export import Form, export_trial, merge_recipe, verify_export
 from evomerge.run.run import Run
 from evomerge.run.search import search
@@ -116,6 +118,19 @@ class TestCard:
         with Image.open(exported / "front.png") as picture:
             assert min(picture.size) > 800
 
+    def test_its_head_survives_the_hubs_own_reading_and_writing(
+        self, exported: Path, card: Any, tmp_path: Path
+    ) -> None:
+        from huggingface_hub import ModelCard, ModelCardData, metadata_load, metadata_save
+
+        head = metadata_load(exported / "README.md")
+        assert head is not None
+        assert ModelCardData(**head).to_dict() == card.data.to_dict() == head
+        metadata_save(tmp_path / "README.md", head)
+        assert metadata_load(tmp_path / "README.md") == head
+        card.save(tmp_path / "again.md")
+        assert ModelCard.load(tmp_path / "again.md").data.to_dict() == head
+
     def test_of_a_trial_without_test_scores_it_says_that_the_scores_are_optimistic(
         self, run: Run, tmp_path: Path
     ) -> None:
@@ -127,6 +142,99 @@ class TestCard:
         assert {result.dataset_split for result in card.data.eval_results} == {"search"}
         assert all("optimistic" in result.metric_name for result in card.data.eval_results)
         assert "| not scored |" in card.text
+
+
+@pytest.fixture(scope="module")
+def mine(small_text: FamilySummary, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The base lies in the hub's cache, the experts in folders, and its tokenizer tells where it was made."""
+    root = tmp_path_factory.mktemp("mine")
+    base = root / "hub" / "models--tiny--text" / "snapshots" / "0123"
+    shutil.copytree(small_text.path / "base", base)
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config |= {"name_or_path": str(root / "work" / "é"), "inner": [{"_name_or_path": "tiny/text"}]}
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    experts = {name: str(root / "ex perts" / name) for name in small_text.experts[:2]}
+    for name, folder in experts.items():
+        shutil.copytree(small_text.path / "experts" / name, folder)
+    split = {"adapt": 0.0, "search": 0.5, "test": 0.5}
+    changes = {
+        "base": str(base),
+        "experts": experts,
+        "objectives": [{"name": name, "task": name, "metric": "loss"} for name in experts],
+        "evaluation": {"kind": "language", "data": str(small_text.path / "data"), "split": split},
+        "search": SOBOL,
+        "budget": {"evaluations": 4},
+    }
+    return search(written_campaign(small_text, root, **changes), root / "run", watcher=Silent())
+
+
+class TestWhatIsHandedOn:
+    """Of a public export no file holds a path of this machine; what came from the hub keeps its id."""
+
+    def test_a_push_sends_names_alone(
+        self, mine: Run, server: Hub, tmp_path: Path, typed: Callable[..., Typed], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from huggingface_hub import ModelCard, constants
+
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        done = typed("export", mine.location, "--knee", "--out", tmp_path / "out", "--push", "someone/merged")
+        assert done.returncode == 0, done.stderr
+        root = Path(str(mine.location)).parent
+        files = server.repositories["someone/merged"].files
+        assert files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        for place in (root, tmp_path, ROOT, Path.home(), "ex perts"):
+            assert not [name for name, content in files.items() if str(place).encode() in content]
+        first, second = mine.campaign.experts
+        recipe, mergekit = (yaml.safe_load(files[name]) for name in ("recipe.yaml", "mergekit.yaml"))
+        assert (recipe["base"], recipe["experts"]) == ("tiny/text", {first: first, second: second})
+        assert mergekit["base_model"] == "tiny/text"
+        assert [model["model"] for model in mergekit["models"]] == [first, second]
+        config = json.loads(files["tokenizer_config.json"])
+        assert (config["name_or_path"], config["inner"]) == ("é", [{"_name_or_path": "tiny/text"}])
+        card: Any = ModelCard(files["README.md"].decode())
+        assert card.data.base_model == ["tiny/text"]
+        assert f"In it `{first}`, `{second}` stand for the publisher's folders" in card.text
+        assert f"| {first} | `{first}` |" in card.text
+        card.validate()
+        assert server.validated
+
+    def test_put_under_these_names_the_checkpoints_give_the_same_model(self, mine: Run, tmp_path: Path) -> None:
+        """What the card tells a reader to do. The base would come from the hub, which is not asked here."""
+        trial = mine.pick(at_knee=True)
+        export_trial(mine, trial, tmp_path / "out", quiet, Form(is_public=True))
+        recipe = tmp_path / "out" / "recipe.yaml"
+        recipe.write_text(recipe.read_text().replace("base: tiny/text", f"base: {mine.campaign.base}"))
+        for name, folder in mine.campaign.experts.items():
+            (tmp_path / "out" / name).symlink_to(folder)
+        assert (
+            merge_recipe(recipe, tmp_path / "again", "cpu", quiet).weights
+            == mine.tested[f"trial:{trial.number}"].weights
+        )
+
+    def test_a_local_export_can_be_repeated_as_it_is(self, mine: Run, tmp_path: Path) -> None:
+        trial = mine.pick(at_knee=True)
+        exported = export_trial(mine, trial, tmp_path / "out", quiet)
+        assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["experts"] == mine.campaign.experts
+        assert (
+            merge_recipe(tmp_path / "out" / "recipe.yaml", tmp_path / "again", "cpu", quiet).weights == exported.weights
+        )
+        assert str(mine.location) not in (tmp_path / "out" / "README.md").read_text()
+
+    def test_folders_of_one_name_are_called_as_the_campaign_calls_them(self, tmp_path: Path) -> None:
+        inputs = {
+            name: Input(str(folder), folder)
+            for name, folder in {
+                "base": tmp_path / "base",
+                "math": tmp_path / "math" / "checkpoint-500",
+                "hub": tmp_path / "models--meta--Tiny" / "snapshots" / "0123",
+            }.items()
+        }
+        assert public_names(inputs) == {"base": "base", "math": "checkpoint-500", "hub": "meta/Tiny"}
+        code = tmp_path / "code" / "checkpoint-500"
+        assert public_names({**inputs, "code": Input(str(code), code)}) == {
+            "base": "base", "math": "math", "hub": "meta/Tiny", "code": "code",
+        }  # fmt: skip
 
 
 class TestInput:
@@ -168,10 +276,8 @@ def test_shards_score_what_was_recorded(run: Run, exported: Path) -> None:
 
 
 def test_a_recipe_is_merged_in_shards_too(exported: Path, run: Run, tmp_path: Path) -> None:
-    said: list[str] = []
-    form = Form(shard_size="4KB")
-    digest = merge_recipe(exported / "recipe.yaml", tmp_path / "again", "cpu", quiet, said.append, form)
-    assert digest == run.tested[f"trial:{run.pick(at_knee=True).number}"].weights
+    built = merge_recipe(exported / "recipe.yaml", tmp_path / "again", "cpu", quiet, Form(shard_size="4KB"))
+    assert built.weights == run.tested[f"trial:{run.pick(at_knee=True).number}"].weights
     assert len(list((tmp_path / "again").glob("model-*.safetensors"))) > 1
 
 
@@ -214,6 +320,10 @@ def test_a_merge_of_adapters_is_exported_as_an_adapter(small_digits: FamilySumma
     card: Any = ModelCard.load(tmp_path / "adapter" / "README.md")
     assert card.data.library_name == "peft"
     assert "PeftModel.from_pretrained" in card.text
+    export_trial(run, trial, tmp_path / "public", quiet, Form(as_adapter=True, is_public=True))
+    assert json.loads((tmp_path / "public" / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+    assert not [path for path in (tmp_path / "public").iterdir() if str(tmp_path.parent).encode() in path.read_bytes()]
+    assert verify_export(run, trial, tmp_path / "public", quiet) == rows
 
 
 @pytest.mark.slow

@@ -17,7 +17,6 @@ from evomerge.ledger.ledger import Ledger
 from evomerge.ledger.location import locate
 from evomerge.records import Candidate
 from evomerge.report.server import is_loopback, make_app, serve
-from evomerge.run.runs import find_runs
 
 
 @pytest.fixture(scope="module")
@@ -123,11 +122,7 @@ def test_a_place_without_runs_and_a_port_that_is_taken_are_mistakes(tmp_path: Pa
         serve(locate(tmp_path), host="127.0.0.1", port=taken.getsockname()[1], started=lambda _: None)
 
 
-def test_a_place_is_a_folder_a_run_or_its_name_under_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder.parent)
-    assert find_runs("one") == locate(Path("runs/one"))
-    assert find_runs("runs/one") == locate("runs/one")
-    assert find_runs("runs") == locate("runs")
+def test_a_place_that_is_not_there_is_a_mistake() -> None:
     done = CliRunner().invoke(app, ["ui", "nowhere"])
     assert isinstance(done.exception, RunError)
 

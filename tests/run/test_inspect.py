@@ -188,13 +188,51 @@ def test_runs_are_compared_at_equal_cost(run: Run, tmp_path: Path) -> None:
     whole, short = compared.sides
     assert compared.has_same_items
     assert compared.equal_cost == pytest.approx(5.0)
-    assert whole.hypervolume_at_equal_cost == short.hypervolume_at_equal_cost == short.hypervolume <= whole.hypervolume
+    at_equal_cost, at_end = compared.at_equal_cost, compared.hypervolume
+    assert at_equal_cost.sides[0] == at_equal_cost.sides[1] == at_end.sides[1], "the same proposals"
+    assert (at_equal_cost.difference.value, at_equal_cost.difference.stderr) == (0.0, 0.0)
+    assert at_end.sides[0].value - at_end.sides[1].value == at_end.difference.value >= 0
+    assert at_end.sides[0].value == pytest.approx(run.hypervolume())
     assert whole.coverage == 1.0, "the same proposals and more"
-    assert short.hypervolume_on_test is not None
-    rows = as_json("compare", run.location, other.location)["runs"]
-    assert [row["coverage"] for row in rows] == [1.0, short.coverage]
-    alone = compare_runs(run, run).sides
-    assert alone[0].coverage == alone[1].coverage == 1.0
+    assert compared.on_test is not None
+    shown = as_json("compare", run.location, other.location)
+    assert [row["coverage"] for row in shown["runs"]] == [1.0, short.coverage]
+    for row, side in zip(shown["runs"], compared.on_test.sides, strict=True):
+        assert (row["hypervolume_on_test"], row["hypervolume_on_test_stderr"]) == (side.value, side.stderr)
+        assert 0 <= row["hypervolume_on_test_low"] <= row["hypervolume_on_test_high"]
+    by_name = {row["of"]: row for row in shown["differences"]}
+    assert by_name.keys() == {"hypervolume_at_equal_cost", "hypervolume", "hypervolume_on_test"}
+    assert by_name["hypervolume"]["difference"] == at_end.difference.value
+    assert "differences are paired over items" in invoke("compare", run.location, other.location)
+    alone = compare_runs(run, run)
+    assert alone.sides[0].coverage == alone.sides[1].coverage == 1.0
+    for volumes in (alone.hypervolume, alone.at_equal_cost, alone.on_test):
+        assert volumes is not None
+        assert (volumes.difference.value, volumes.difference.stderr) == (0.0, 0.0)
+
+
+def test_runs_on_other_splits_are_independent(run: Run, tmp_path: Path) -> None:
+    other = search(run.campaign.model_copy(update={"seed": 1}), tmp_path / "other", watcher=Silent())
+    compared = compare_runs(run, other)
+    assert not compared.has_same_items
+    for volumes in (compared.hypervolume, compared.on_test):
+        assert volumes is not None
+        errors = [side.stderr for side in volumes.sides]
+        assert volumes.difference.stderr == pytest.approx(np.hypot(*errors), rel=0.2)
+    shown = " ".join(invoke("compare", run.location, other.location).split())
+    assert "differences are of independent runs" in shown
+
+
+def test_a_front_of_none_has_no_hypervolume(make_campaign: Callable[..., Campaign], tmp_path: Path) -> None:
+    wanting = [{**objective, "floor": 1e9} for objective in OBJECTIVES[:1]]
+    campaign = make_campaign(objectives=wanting, search=[{"proposer": "sobol"}], budget={"evaluations": 2})
+    run = search(campaign, tmp_path / "run", watcher=Silent())
+    compared = compare_runs(run, run)
+    assert compared.on_test is None
+    assert (compared.hypervolume.sides[0].value, compared.hypervolume.sides[0].interval) == (0.0, (0.0, 0.0))
+    assert "test" not in {
+        row["of"].rpartition("_")[2] for row in as_json("compare", run.location, run.location)["differences"]
+    }
 
 
 def test_a_model_is_scored_on_tasks_that_its_campaign_did_not_have(run: Run, tmp_path: Path) -> None:
@@ -293,7 +331,7 @@ def test_status_of_a_run_that_is_driven(make_campaign: Callable[..., Campaign], 
     assert f"driven by {shown['holder']}" in text
     (status,) = current_status(locate(runs))
     assert (status.summary.location.folder, status.rate) == (runs / "driven", None)
-    with pytest.raises(RunError, match="expected a run folder with a ledger, found none"):
+    with pytest.raises(RunError, match="expected a folder with runs, found none"):
         current_status(locate(tmp_path / "nowhere"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(RunError, match="no run has begun"):

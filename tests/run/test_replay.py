@@ -16,7 +16,8 @@ from evomerge.campaign.campaign import Campaign
 from evomerge.cli import app
 from evomerge.errors import RunError
 from evomerge.ledger.location import FILE_NAME
-from evomerge.report.replay import print_replay
+from evomerge.report.replay import replayed
+from evomerge.report.tables import show
 from evomerge.run.replay import replay
 from evomerge.run.run import Run, open_run
 from evomerge.run.search import search
@@ -167,7 +168,7 @@ def test_a_run_without_trials_has_nothing_to_propose(
         search(make_campaign(), tmp_path / "run", watcher=AtOnce())
     run = open_run(tmp_path / "run")
     assert replay(run) == []
-    print_replay(run, [])
+    show(replayed(run, []))
     assert "nothing to propose again" in capsys.readouterr().out
 
 
