@@ -105,9 +105,16 @@ def verdict(
 
 
 def luck_text(what: str, num_candidates: int, optimism: float, gap: Difference) -> str:
-    """Say by how much the best of so many candidates must look better than it is, and what test items say."""
-    change = f"{'lost' if gap.value >= 0 else 'gained'} {abs(gap.value):.3f} ±{gap.stderr:.3f}"
-    return f"the best {what} of {num_candidates} candidates flatters by about {optimism:.3f}; on test items it {change}"
+    """Say by how much the best of so many candidates must look better than it is, and what test items say.
+
+    optimism: an estimate of what cannot be negative; noise may make it so.
+    """
+    flattery = f"about {optimism:.3f}" if round(optimism, 3) > 0 else "less than 0.001"
+    change = "scored the same,"
+    if round(gap.value, 3):
+        change = f"{'lost' if gap.value > 0 else 'gained'} {abs(gap.value):.3f}"
+    start = f"the best {what} of {num_candidates} candidates flatters by {flattery}"
+    return f"{start}; on test items it {change} ±{gap.stderr:.3f}"
 
 
 def _largest_by_chance(sums_MKS: Floats, errors_MK: Floats, freedom: int) -> Floats:
@@ -123,4 +130,4 @@ def _largest_by_chance(sums_MKS: Floats, errors_MK: Floats, freedom: int) -> Flo
 
 
 def _signed(difference: Difference) -> str:
-    return f"{difference.value:+.3f} ±{difference.stderr:.3f}"
+    return f"{difference.value:+z.3f} ±{difference.stderr:.3f}"

@@ -14,7 +14,13 @@ def knee(values_NM: Floats) -> int:
     With every objective scaled to [0, 1] over the front, that plane is ``sum_m f_m = const``.
     Reference: Das 1999, "On characterizing the knee of the Pareto curve based on normal-boundary intersection".
     """
-    return int(np.argmax(_scaled(values_NM).sum(axis=1)))
+    return int(np.argmax(balance(values_NM)))
+
+
+def balance(values_NM: Floats) -> Floats:
+    """Return the sum of a row's objectives, each scaled to [0, 1] over all rows, (N,)."""
+    balance_N: Floats = _scaled(values_NM).sum(axis=1)
+    return balance_N
 
 
 def prefer(values_NM: Floats, weights_M: Floats) -> int:

@@ -9,7 +9,7 @@ import yaml
 
 from evomerge.publish.card_metadata import Input, interval, metadata, pipeline_tag, public_names
 from evomerge.records import Objective, Recipe, Trial
-from evomerge.run.claims import claims
+from evomerge.run.claims import claims, use_of_test_items
 from evomerge.run.run import Run
 
 PICTURE = "front.png"
@@ -104,16 +104,12 @@ def _tested(run: Run, subject: str, objective: Objective) -> list[str]:
 
 
 def _honesty(run: Run, trial: Trial) -> str:
-    touches = run.ledger.num_test_touches()
     stopped = trial.measurement is not None and trial.measurement.stopped
     sentences = [
         "± is one standard error, clustered by source.",
         "Search scores steered the choice and are optimistic; test scores were not used for it.",
         "This model's search scores are estimates: a race stopped it before all items were scored." if stopped else "",
-        f"Test items were used {touches} times in this run, so that later fronts were chosen knowing more than the "
-        "search items."
-        if touches > 1
-        else "",
+        f"In this run {use_of_test_items(run)}." if run.ledger.num_test_touches() > 1 else "",
     ]
     return " ".join(sentence for sentence in sentences if sentence)
 

@@ -12,7 +12,7 @@ from evomerge.records import Objective, Trial
 from evomerge.report.console import COMMAND, say
 from evomerge.report.plot import front_plot
 from evomerge.report.tables import Column, Row, Shown, make_table, show, signed, with_error
-from evomerge.run.claims import claims
+from evomerge.run.claims import claims, use_of_test_items
 from evomerge.run.frames import model_rows
 from evomerge.run.run import Run
 from evomerge.run.times import times_of
@@ -167,10 +167,8 @@ def _notes(run: Run, sentences: Sequence[str], *, num_hidden: int) -> list[Rende
     if _is_compact(run) and run.tested:
         worst = max(score.stderr for measurement in run.tested.values() for score in measurement.scores.values())
         notes.append(f"standard errors of single scores are at most {worst:.3f}")
-    if (touches := run.ledger.num_test_touches()) > 1:
-        notes.append(
-            f"the test items were used {touches} times: later fronts were chosen knowing more than the search items"
-        )
+    if run.ledger.num_test_touches() > 1:
+        notes.append(use_of_test_items(run))
     return notes
 
 

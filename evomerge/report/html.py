@@ -7,7 +7,7 @@ from evomerge.report.page.document import one_document
 from evomerge.report.page.parts import PARTS, part_json
 from evomerge.run.run import Run
 
-ITEM_BYTES = 600_000  # a report of 10,000 trials shall stay below 8 MB, of which Plotly is 4.8
+ITEM_BYTES = 900_000  # a report of 10,000 trials shall stay below 8 MB, of which Plotly is 4.8
 
 
 def write_report(run: Run, path: Path, say: Callable[[str], None] = lambda _: None) -> None:

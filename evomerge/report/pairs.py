@@ -10,7 +10,7 @@ from evomerge.errors import RunError
 from evomerge.evidence.functions import Estimate
 from evomerge.evidence.pairs import Pair
 from evomerge.records import Measurement, Objective
-from evomerge.report.tables import Column, Row, Shown, make_table, short, with_error
+from evomerge.report.tables import Column, Row, Shown, make_table, signed, with_error
 from evomerge.run.comparison import ModelComparison, RunComparison, compare_models, compare_runs, subject_of
 from evomerge.run.rescore import Rescored
 from evomerge.run.run import Run, open_run
@@ -71,8 +71,8 @@ def pair_row(ours: str, theirs: str, pair: Pair) -> dict[str, Any]:
 def difference_columns() -> list[Column]:
     """Return how people read a difference, where it comes from, and whether it is beyond noise."""
     return [
-        Column("difference", lambda row: f"{row['difference']:+.3f} ±{short(row['difference_stderr'])}"),
-        Column("95 %", lambda row: f"{row['difference_low']:+.3f} to {row['difference_high']:+.3f}"),
+        Column("difference", lambda row: signed(row["difference"], row["difference_stderr"])),
+        Column("95 %", lambda row: f"{row['difference_low']:+z.3f} to {row['difference_high']:+z.3f}"),
         Column("items", _won_and_lost),
         Column("beyond noise", lambda row: "" if row["verdict"] == "alike" else row["verdict"], False),
     ]

@@ -27,12 +27,11 @@ from evomerge.ledger.ledger import Ledger
 from evomerge.ledger.location import Location
 from evomerge.records import digest
 from evomerge.report.page.document import TYPES, static_text
-from evomerge.report.page.parts import PARTS, part_json
+from evomerge.report.page.parts import PARTS, part_json, trial_items_json
 from evomerge.run.run import Run, open_run
 from evomerge.run.runs import run_locations, summarize_run
 
 PORT = 8700
-ITEM_BYTES = 8_000_000
 NUM_PORTS = 50  # that are tried
 HEADERS = [
     (
@@ -72,6 +71,7 @@ class Pages:
             Route("/static/{name}", self.static),
             Route("/run/{name}/", self.page),
             Route("/run/{name}/{part}", self.part),
+            Route("/run/{name}/items/{trial:int}", self.items),
         ]
 
     def home(self, _: Request) -> Response:
@@ -101,9 +101,19 @@ class Pages:
 
     def part(self, request: Request) -> Response:
         """A part of a run's page; nothing but its stamp if the reader holds the latest."""
-        location, part = self._location(request), request.path_params["part"]
+        part = request.path_params["part"]
         if part not in PARTS:
             raise HTTPException(404)
+        return self._answer(request, part, lambda run: part_json(run, part))
+
+    def items(self, request: Request) -> Response:
+        """The scores of one trial item by item."""
+        trial = request.path_params["trial"]
+        return self._answer(request, f"items/{trial}", lambda run: trial_items_json(run, trial))
+
+    def _answer(self, request: Request, part: str, make: Callable[[Run], str]) -> Response:
+        """Make a part of the run as it is now, or take the one that was made of it."""
+        location = self._location(request)
         opened = self._opened.setdefault(request.path_params["name"], _Opened())
         try:
             with opened.lock:
@@ -114,7 +124,7 @@ class Pages:
                 if opened.run is None or opened.stamp != stamp:
                     opened.run, opened.stamp, opened.parts = open_run(location), stamp, {}
                 if part not in opened.parts:
-                    opened.parts[part] = part_json(opened.run, part, item_bytes=ITEM_BYTES)
+                    opened.parts[part] = make(opened.run)
                 return Response(opened.parts[part], media_type="application/json", headers=headers)
         except EvoMergeError as error:
             return PlainTextResponse(str(error), status_code=503)

@@ -110,12 +110,12 @@ def with_error(value: float | None, stderr: float | None) -> str:
     """A number with its standard error, which has no leading zero; nothing for none."""
     if value is None:
         return ""
-    return f"{value:.3f}" + ("" if stderr is None else f" ±{short(stderr)}")
+    return f"{value:z.3f}" + ("" if stderr is None else f" ±{short(stderr)}")
 
 
 def signed(value: float, stderr: float) -> str:
-    """A difference with its standard error."""
-    return f"{value:+.3f} ±{short(stderr)}"
+    """A difference with its standard error; what rounds to 0 has no minus sign."""
+    return f"{value:+z.3f} ±{short(stderr)}"
 
 
 def short(error: float) -> str:

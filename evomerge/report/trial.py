@@ -126,13 +126,13 @@ def _scores(run: Run, shown: Trial) -> list[dict[str, Any]]:
 def _score_columns() -> list[Column]:
     def value(split: str) -> Column:
         def text(row: Row) -> str:
-            return "" if row[split] is None else f"{row[split]:.3f} ±{short(row[f'{split}_stderr'])}"
+            return "" if row[split] is None else f"{row[split]:z.3f} ±{short(row[f'{split}_stderr'])}"
 
         return Column(f"{split} items", text)
 
     def interval(split: str) -> Column:
         def text(row: Row) -> str:
-            return "" if row[f"{split}_low"] is None else f"{row[f'{split}_low']:.3f} to {row[f'{split}_high']:.3f}"
+            return "" if row[f"{split}_low"] is None else f"{row[f'{split}_low']:z.3f} to {row[f'{split}_high']:z.3f}"
 
         return Column("95 %", text)
 
@@ -186,7 +186,7 @@ def _coefficients(numbers: Sequence[Row], *, everything: bool) -> list[Renderabl
 def _bar_of(expert: str, largest: float) -> Any:
     def text(row: Row) -> str:
         value = row[expert]
-        return "" if value is None else f"{value:+.3f} {_bar(value / largest)}"
+        return "" if value is None else f"{value:+z.3f} {_bar(value / largest)}"
 
     return text
 

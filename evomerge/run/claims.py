@@ -33,6 +33,16 @@ def claims(run: Run) -> list[str]:
     return [*sentences, _guessed(run)] if run.stopped else sentences
 
 
+def use_of_test_items(run: Run) -> str:
+    """Say how often the test items were used, without a full stop."""
+    touches = run.ledger.num_test_touches()
+    if touches == 0:
+        return "the test items have not been used yet"
+    if touches == 1:
+        return "the test items were used once, for the front that is shown"
+    return f"the test items were used {touches} times: later fronts were chosen knowing more than the search items"
+
+
 def _guessed(run: Run) -> str:
     """Say by how much the estimates of stopped trials may be off: the median of their standard errors."""
     scores = [trial.measurement.scores for trial in run.stopped if trial.measurement]

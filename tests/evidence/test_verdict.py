@@ -120,4 +120,12 @@ def test_luck_in_words() -> None:
     assert luck_text("mean", 240, 0.0213, Difference(0.018, 0.012)) == (
         "the best mean of 240 candidates flatters by about 0.021; on test items it lost 0.018 ±0.012"
     )
-    assert luck_text("chat", 8, 0.0, Difference(-0.004, 0.012)).endswith("on test items it gained 0.004 ±0.012")
+    assert luck_text("chat", 8, 0.01, Difference(-0.004, 0.012)).endswith("on test items it gained 0.004 ±0.012")
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0, 0.0004, -0.0004])
+def test_luck_that_rounds_to_zero_is_said_in_words(zero: float) -> None:
+    assert luck_text("chat", 8, zero, Difference(zero, 0.012)) == (
+        "the best chat of 8 candidates flatters by less than 0.001; on test items it scored the same, ±0.012"
+    )
+    assert "flatters by less than 0.001" in luck_text("chat", 8, -0.002, Difference(0.018, 0.012))

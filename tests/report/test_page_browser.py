@@ -1,5 +1,6 @@
 """The page in a real browser: it picks as the command does, keeps up with a campaign, and lets nothing in or out."""
 
+import contextlib
 import json
 import re
 import shlex
@@ -13,6 +14,7 @@ import yaml
 from browsing import chromium, evomerge, served, visit
 from typer.testing import CliRunner
 
+from benchmarks.page import EXPERTS, write_run
 from evomerge.campaign.plan import make_plan
 from evomerge.campaign.recipe_file import read_recipe
 from evomerge.cli import app
@@ -21,11 +23,13 @@ from evomerge.evidence.intervals import difference_intervals, student
 from evomerge.evidence.scores import source_codes
 from evomerge.families.family import FamilySummary
 from evomerge.front.pick import knee, prefer
+from evomerge.ledger.location import locate
 from evomerge.records import Measurement, Objective, Score
 from evomerge.report.html import write_report
 from evomerge.report.page.arrays import pack, pack_bits, pack_columns
 from evomerge.report.page.document import one_document
 from evomerge.report.page.parts import PARTS, part_json
+from evomerge.run.comparison import compare_models
 from evomerge.run.run import Run, open_run
 
 pytestmark = pytest.mark.browser
@@ -230,7 +234,8 @@ def test_the_keyboard_reaches_everything(browser: Any, report: str, made_up: Run
         page.get_by_role("button", name="maths", exact=True).focus()
         page.keyboard.press("Enter")
         best = max((t for t in made_up.trials if t.measurement), key=lambda t: t.measurement.scores["maths"].value)  # type: ignore[union-attr]
-        assert page.locator("tr.row").first.get_attribute("data-trial") == str(best.number)
+        first = "(trial) => document.querySelector('tr.row').dataset.trial === trial"
+        page.wait_for_function(first, arg=str(best.number), timeout=5000)
         assert page.locator("tr.row").count() < len(made_up.trials)
 
 
@@ -240,10 +245,196 @@ def test_an_address_shows_what_was_chosen(browser: Any, report: str) -> None:
         number = picked(page)
         page.get_by_role("tab", name="Model").click()
         page.get_by_label("Compare with").select_option("expert:law")
-        picked(page)
+        page.wait_for_url(re.compile("versus=expert"))
         address = page.url
     with visit(browser, address) as page:
         assert picked(page) == number
         assert page.get_by_role("tab", name="Model").get_attribute("aria-selected") == "true"
         assert page.get_by_label("Compare with").input_value() == "expert:law"
         page.get_by_text("Wrong to right").wait_for()
+
+
+def dominated(run: Run) -> list[int]:
+    return [trial.number for trial in run.trials if trial.state == "scored" and trial not in run.front]
+
+
+def gains(page: Any, over: str) -> list[str]:
+    """What the picked model gains over another one, as the page shows it."""
+    row = page.locator("#view-model .gains tr", has=page.get_by_role("button", name=f"over {over}", exact=True))
+    return [cell.split(" ±")[0].lstrip("▲▼ ") for cell in row.locator("td > span:first-child").all_text_contents()]
+
+
+@pytest.mark.parametrize("is_live", [False, True])
+def test_any_scored_trial_is_compared_as_the_command_does(
+    browser: Any, report: str, made_up: Run, is_live: bool
+) -> None:
+    ours, theirs = dominated(made_up)[3:5]
+    with contextlib.ExitStack() as stack:
+        folder = made_up.location.file(".")
+        address = stack.enter_context(served(folder)) if is_live else report
+        page = stack.enter_context(visit(browser, f"{address}#view=run"))
+        page.locator(f"tr.row[data-trial='{ours}']").click()
+        page.get_by_role("tab", name="Model").click()
+        field = page.get_by_label("or any trial, by number")
+        for wrong, why in (("49", "There is no scored trial 49."), (str(ours), "This one is picked already.")):
+            field.fill(wrong)
+            field.blur()
+            assert field.evaluate("(field) => field.validationMessage") == why
+        field.fill(str(theirs))
+        field.press("Enter")
+        page.get_by_text("Wrong to right").wait_for()
+        for label, subject in ((f"trial {theirs}", f"trial:{theirs}"), ("uniform", "uniform")):
+            pairs = compare_models(made_up, f"trial:{ours}", subject).pairs
+            expected = [f"{pair.objective.sign * pair.gain.value:+z.3f}".replace("-", "−") for pair in pairs]  # noqa: RUF001
+            assert [gain.removeprefix("+") for gain in gains(page, label)] == [e.removeprefix("+") for e in expected]
+        assert "Search items are those that models are picked by" in page.locator("#view-model").text_content()
+        page.get_by_role("button", name=f"less those of trial {theirs}").click()
+        page.get_by_role("button", name="Compare others with it").click()  # now the dominated one is what others face
+        page.get_by_role("button", name="Balance").click()
+        page.locator(".gains tr.is-versus", has_text=f"over trial {ours}").wait_for()
+
+
+def test_what_a_report_has_no_room_for_names_its_command(browser: Any, made_up: Run, tmp_path: Path) -> None:
+    path = tmp_path / "small.html"
+    path.write_text(one_document({name: part_json(made_up, name) for name in PARTS}))
+    number = dominated(made_up)[3]
+    with visit(browser, f"{path.as_uri()}#view=model&rule=trial&trial={number}&versus=uniform") as page:
+        command = page.locator("#view-model code").first
+        command.wait_for()
+        program, *words = shlex.split(command.text_content())
+    assert program == "evomerge"
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert (done.exit_code, f"trial {number} less" in done.output) == (0, True)
+
+
+def test_what_cannot_be_compared_says_why(browser: Any, report: str) -> None:
+    for trial, why in ((49, "Trial 49 has no scores."), (39, "Trial 39 was stopped early")):
+        with visit(browser, f"{report}#view=model&rule=trial&trial={trial}&versus=uniform") as page:
+            page.locator("#view-model .card", has_text="Gains and losses").get_by_text(why).wait_for()
+
+
+def traces(page: Any) -> list[dict[str, Any]]:
+    """What the picture of the front shows, once it is drawn."""
+    picked(page)
+    page.wait_for_function("() => document.querySelector('#front-plot').data")
+    found: list[dict[str, Any]] = page.evaluate(
+        """() => document.querySelector('#front-plot')._fullData.map(({ name, visible, xaxis, x, y, customdata, marker }) =>
+            ({ name, visible, xaxis, x: [...x], y: [...y], subjects: customdata, colours: marker?.color }))"""
+    )
+    return found
+
+
+def reports(tmp_path: Path, objectives: int) -> tuple[Run, str]:
+    write_run(locate(tmp_path / "run"), 60, objectives=EXPERTS[:objectives])
+    run, path = open_run(tmp_path / "run"), tmp_path / "report.html"
+    path.write_text(one_document({name: part_json(run, name, item_bytes=10**6) for name in PARTS}))
+    return run, path.as_uri()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_of_three_objectives_colour_says_the_third(browser: Any, tmp_path: Path, theme: str) -> None:
+    run, address = reports(tmp_path, 3)
+    with visit(browser, address, color_scheme=theme) as page:
+        fronts = [trace for trace in traces(page) if trace["name"] == "front"]
+        titles = page.locator("#front-plot .annotation-text").all_text_contents()
+    thirds = (2, 1, 0)  # of the panels: objectives 0 and 1, 0 and 2, 1 and 2
+    assert titles[::3] == [f"colour: {run.steering[m].name}" for m in thirds]
+    for trace, m in zip(fronts, thirds, strict=True):
+        values_N = [run.tested[subject].scores[run.steering[m].name].value for subject in trace["subjects"]]
+        rgb_N3 = np.array([[int(part) for part in re.findall(r"\d+", colour)] for colour in trace["colours"]])
+        lightness_N = rgb_N3 @ [0.2126, 0.7152, 0.0722]
+        assert (np.diff(lightness_N[np.argsort(values_N, kind="stable")]) >= 0).all()
+        assert np.ptp(lightness_N) > 100
+
+
+def test_of_other_numbers_of_objectives_the_front_has_one_colour(browser: Any, tmp_path: Path) -> None:
+    _, address = reports(tmp_path, 2)
+    with visit(browser, address) as page:
+        (front,) = (trace for trace in traces(page) if trace["name"] == "front")
+        assert isinstance(front["colours"], str)
+
+
+def test_parallel_axes_hold_all_that_is_drawn(browser: Any, report: str) -> None:
+    def heights() -> list[float]:
+        drawn = [trace for trace in traces(page) if trace["visible"] is True]
+        return [height for trace in drawn for height in trace["y"] if height is not None]
+
+    with visit(browser, f"{report}#as=parallel&versus=expert:chat") as page:
+        assert 0 <= min(heights()) <= max(heights()) <= 1
+        page.locator("#front-plot .traces", has_text="expert law").locator(".legendtoggle").click()
+        page.wait_for_function(
+            """() => document.querySelector('#front-plot')._fullData.some(({ name, visible, y }) =>
+                name === 'expert law' && visible === true && Math.max(...y) <= 1)"""
+        )
+        assert 0 <= min(heights()) <= max(heights()) <= 1
+
+
+def test_what_the_legend_hides_stays_hidden_and_nothing_else(browser: Any, report: str) -> None:
+    with visit(browser, f"{report}#as=pairs") as page:
+        hidden = lambda: {trace["name"] for trace in traces(page) if trace["visible"] is not True}  # noqa: E731
+        assert hidden() == set()
+        page.locator("#front-plot .traces", has_text="uniform").locator(".legendtoggle").click()
+        page.wait_for_function(
+            "() => document.querySelector('#front-plot')._fullData.some((trace) => trace.visible !== true)"
+        )
+        page.locator("[data-subject='expert:chat'] button").click()
+        page.locator("#front-plot .legendtext", has_text="compared: expert chat").wait_for()
+        assert hidden() == {"uniform"}
+        page.get_by_role("button", name="parallel coordinates").click()
+        page.locator("#front-plot .legendtext", has_text="expert law").wait_for()
+        page.get_by_role("button", name="pairs").click()
+        page.locator("#front-plot .legendtext", has_text="experts").wait_for()
+
+
+def test_a_trial_without_test_scores_has_its_ring_where_its_point_is(browser: Any, report: str, made_up: Run) -> None:
+    number = dominated(made_up)[3]
+    names = [objective.name for objective in made_up.steering[:2]]
+    with visit(browser, f"{report}#as=pairs&split=test&rule=trial&trial={number}") as page:
+        ring = next(trace for trace in traces(page) if trace["name"] == "picked")
+    assert [ring["x"][0], ring["y"][0]] == [made_up.searched[f"trial:{number}"].scores[name].value for name in names]
+
+
+def test_no_picture_can_be_sent_to_a_host(browser: Any, report: str) -> None:
+    """Plotly brings a button that uploads a picture's data."""
+    with visit(browser, report) as page:
+        traces(page)
+        buttons = page.locator("#front-plot .modebar-btn").evaluate_all("(all) => all.map((b) => b.dataset.title)")
+        assert "Download plot as a PNG" in buttons
+        assert not any(re.search("share|cloud|send|edit", button, re.IGNORECASE) for button in buttons)
+        assert page.evaluate("document.querySelector('#front-plot')._context.plotlyServerURL") == ""
+
+
+def test_a_slider_that_is_dragged_writes_few_addresses(browser: Any, report: str, made_up: Run) -> None:
+    """Browsers refuse to write hundreds in a row; the last is kept in any case."""
+    with visit(browser, report) as page:
+        page.evaluate(
+            """() => { const plain = history.replaceState.bind(history); window.numWritten = 0;
+                history.replaceState = (...words) => { window.numWritten += 1; plain(...words); }; }"""
+        )
+        page.get_by_label("weight of law", exact=True).evaluate(
+            """(slider) => { for (let i = 0; i < 300; i++) {
+                slider.value = i / 60; slider.dispatchEvent(new Event("input", { bubbles: true })); } }"""
+        )
+        assert picked(page) == made_up.pick(preference={"law": 5.0}).number
+        page.wait_for_url(re.compile("weights=1%2C1%2C1%2C5"))
+        assert page.evaluate("window.numWritten") < 10
+
+
+def test_history_goes_back_through_the_views(browser: Any, report: str, made_up: Run) -> None:
+    with visit(browser, report) as page:
+        selected = lambda: page.locator("[role='tab'][aria-selected='true']").text_content()  # noqa: E731
+        drag(page, "law", 5)
+        number = picked(page)
+        page.get_by_role("tab", name="Model").click()
+        page.get_by_role("tab", name="Run").click()
+        for there in ("Model", "Front"):
+            page.go_back()
+            assert (picked(page), selected()) == (number, there)
+        page.go_forward()
+        assert (picked(page), selected()) == (number, "Model")
+        page.locator(".skip").focus()
+        page.keyboard.press("Enter")
+        assert (picked(page), selected(), page.evaluate("document.activeElement.id")) == (number, "Model", "main")
+        page.evaluate("location.hash = 'view=run&rule=knee&weights=1,1,1,2'")  # as if typed
+        assert (picked(page), selected()) == (made_up.pick(at_knee=True).number, "Run")
+        assert page.get_by_label("weight of law", exact=True).input_value() == "2"

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 
 from benchmarks.page import write_run
+from evomerge.errors import RunError
 from evomerge.evidence.intervals import score_intervals
 from evomerge.ledger.ledger import Ledger
 from evomerge.ledger.location import locate
 from evomerge.records import Candidate, Floats
+from evomerge.report.front import front
 from evomerge.report.page.evidence import evidence, item_texts, items
 from evomerge.report.page.overview import STATES, overview, reference_models
-from evomerge.report.page.parts import PARTS, part_json
+from evomerge.report.page.parts import PARTS, part_json, trial_items_json
 from evomerge.report.page.surrogate import surrogate
 from evomerge.run.run import Run, open_run
 from evomerge.splits import split_items
@@ -75,15 +77,58 @@ def test_intervals_are_those_of_the_items(made_up: Run) -> None:
         np.testing.assert_allclose(unpacked(found["ends"][1]).reshape(-1, 2), expected, rtol=1e-6)
 
 
-def test_items_of_references_and_of_as_many_members_as_have_room(made_up: Run) -> None:
-    every = items(made_up, most_bytes=10**6)["subjects"]
-    assert set(every) == {*made_up.references, *(f"trial:{trial.number}" for trial in made_up.front)}
-    some = items(made_up, most_bytes=3000)["subjects"]
-    assert list(some) == list(every)[: len(some)]
-    assert len(made_up.references) < len(some) < len(every)
+def test_items_of_references_and_of_as_many_trials_as_have_room(made_up: Run) -> None:
+    """First the front on the test items, then the best of all on the search items."""
+    every, some, none = (items(made_up, most_bytes)["held"] for most_bytes in (10**6, 50_000, 0))
+    front = [f"trial:{trial.number}" for trial in made_up.front]
+    scored = [trial for trial in made_up.trials if trial.state == "scored"]
+    assert set(none["search"]) == set(none["test"]) == set(made_up.references)
+    assert set(every["test"]) == {*made_up.references, *front}
+    assert set(every["search"]) == {*made_up.references, *(f"trial:{trial.number}" for trial in scored)}
+    assert set(some["test"]) == set(every["test"])
+    assert list(some["search"]) == list(every["search"])[: len(some["search"])]
+    assert len(made_up.references) < len(some["search"]) < len(every["search"])
+    best, *_, worst = (made_up.searched[s] for s in every["search"] if s.startswith("trial:"))
+    mean = {id(m): np.mean([score.value for score in m.scores.values()]) for m in (best, worst)}
+    assert mean[id(best)] > mean[id(worst)]
+
+
+def test_items_are_those_of_the_ledger(made_up: Run) -> None:
+    held = items(made_up, 10**6)["held"]
     name = made_up.objectives[2].name
-    bits = np.unpackbits(np.frombuffer(b64decode(every["uniform"][2]["data"]), dtype=np.uint8))[:300]
-    np.testing.assert_array_equal(bits, made_up.tested["uniform"].scores[name].items)
+    for split, measured in (("search", made_up.searched), ("test", made_up.tested)):
+        for subject in ("uniform", f"trial:{made_up.front[0].number}"):
+            data = np.frombuffer(b64decode(held[split][subject][2]["data"]), dtype=np.uint8)
+            np.testing.assert_array_equal(np.unpackbits(data)[:300], measured[subject].scores[name].items)
+
+
+def test_the_items_of_one_trial_are_those_of_all(made_up: Run) -> None:
+    held = items(made_up, 10**6)["held"]
+    states = {trial.state: trial.number for trial in made_up.trials if trial not in made_up.front}
+    member = made_up.front[0].number
+    for number, splits in ((member, {"search", "test"}), (states["scored"], {"search"}), (states["stopped"], set())):
+        found = json.loads(trial_items_json(made_up, number))["held"]
+        assert set(found) == splits
+        assert all(found[split] == {f"trial:{number}": held[split][f"trial:{number}"]} for split in splits)
+    for number in (states["failed"], states["pending"], len(made_up.trials)):
+        with pytest.raises(RunError, match=f"trial {number}"):
+            trial_items_json(made_up, number)
+
+
+def test_the_use_of_the_test_items_is_said(tmp_path: Path) -> None:
+    write_run(locate(tmp_path), 3)
+    assert overview(open_run(tmp_path))["use_of_test_items"] == (
+        "the test items were used once, for the front that is shown"
+    )
+    with closing(Ledger.drive(locate(tmp_path), "made-up")) as ledger:
+        ledger.touch_test_items()
+        ledger.issue(0, 3, Candidate(point=(0.5,) * 32))
+        ledger.record(ledger.trials()[-1], "it failed", None)
+        ledger.touch_test_items()
+    run = open_run(tmp_path)
+    sentence = overview(run)["use_of_test_items"]
+    assert sentence == "the test items were used 2 times: later fronts were chosen knowing more than the search items"
+    assert sentence in front(run).people  # the terminal says the same
 
 
 def test_texts_are_those_of_the_split(made_up: Run, tmp_path: Path) -> None:
@@ -135,9 +180,9 @@ def test_what_a_surrogate_has_planned_is_named(made_up: Run, tmp_path: Path) -> 
 
 def test_times_and_log_are_those_of_the_run(small_run: Path) -> None:
     run = open_run(small_run)
-    times = json.loads(part_json(run, "overview", item_bytes=0))["times"]
+    times = json.loads(part_json(run, "overview"))["times"]
     assert sum(worker["num_results"] for worker in times["workers"]) == len(run.trials)
-    events = json.loads(part_json(run, "log", item_bytes=0))
+    events = json.loads(part_json(run, "log"))
     assert (events[0]["event"], events[-1]) == ("begin", {**events[-1], "event": "end", "how": "finished"})
 
 
@@ -145,6 +190,6 @@ def test_times_and_log_are_those_of_the_run(small_run: Path) -> None:
 def test_a_run_that_has_hardly_begun_has_a_page(tmp_path: Path, num_trials: int) -> None:
     write_run(locate(tmp_path), num_trials)
     run = open_run(tmp_path)
-    parts = {name: json.loads(part_json(run, name, item_bytes=0)) for name in PARTS}
+    parts = {name: json.loads(part_json(run, name)) for name in PARTS}
     assert parts["overview"]["trials"]["count"] == num_trials
     assert f"needs 8 scored trials for a surrogate; there are {num_trials - 1}" in parts["surrogate"]["absent"]

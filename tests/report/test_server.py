@@ -1,5 +1,6 @@
 """The server answers reads of the runs it was given, and nobody else."""
 
+import json
 import shutil
 import socket
 from contextlib import closing
@@ -16,7 +17,9 @@ from evomerge.errors import InputError, RunError
 from evomerge.ledger.ledger import Ledger
 from evomerge.ledger.location import locate
 from evomerge.records import Candidate
+from evomerge.report.page.parts import trial_items_json
 from evomerge.report.server import is_loopback, make_app, serve
+from evomerge.run.run import open_run
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,14 @@ def test_every_answer_has_a_policy_without_other_hosts(folder: Path) -> None:
         headers = client(folder).get(path).headers
         assert "http" not in headers["content-security-policy"]
         assert headers["x-content-type-options"] == "nosniff"
+
+
+def test_a_trial_has_its_items_at_an_address(folder: Path) -> None:
+    visitor = client(folder)
+    assert visitor.get("/run/one/items/1").json() == json.loads(trial_items_json(open_run(folder / "one"), 1))
+    assert not any("trial:" in subject for subject in visitor.get("/run/one/items").json()["held"]["search"])
+    assert "no trial 99" in visitor.get("/run/one/items/99").text
+    assert visitor.get("/run/one/items/knee").status_code == 404
 
 
 def test_only_what_is_new_is_sent(folder: Path, tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """What the items say: claims, intervals of every model that is compared, and the items' scores for comparing any two.
 
-Shape letters: S subjects, N items.
+Shape letters: S subjects, N items, M objectives.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from evomerge.errors import EvoMergeError
 from evomerge.evaluators.lines import path_of, read_lines
 from evomerge.evidence.intervals import score_intervals, student
 from evomerge.evidence.scores import source_codes
+from evomerge.front.front import maximized
+from evomerge.front.pick import balance
 from evomerge.records import Measurement, Objective, Split
 from evomerge.report.page.arrays import Packed, pack, pack_bits
 from evomerge.report.page.overview import reference_models
@@ -22,39 +25,57 @@ from evomerge.splits import split_items
 
 MAX_INTERVALS = 400  # models
 MAX_TEXT = 300  # characters of an item that are shown
+SPLITS: tuple[Split, ...] = ("search", "test")
 
 
 def evidence(run: Run) -> dict[str, Any]:
     """Return the claims, and split -> objective by objective the 95 % intervals of references and members (S, 2)."""
-    splits: list[Split] = ["search", "test"]
-    return {"claims": claims(run), "intervals": {split: _intervals(run, split) for split in splits}}
+    return {"claims": claims(run), "intervals": {split: _intervals(run, split) for split in SPLITS}}
 
 
 def items(run: Run, most_bytes: int) -> dict[str, Any]:
-    """Return the items' scores of the references and of as many of the front's members as have room, packed.
+    """Return what is the same for all models of a split, and the items' scores of references and of some trials.
 
-    They are those of the test items, or of the search items where the front is not scored on the test items yet.
+    As many trials have them as fit in most_bytes of JSON: first the front's on the test items, then the best of all on
+    the search items. References have room in any case.
     """
-    split: Split = "test" if run.tested else "search"
-    measured = run.tested or run.searched
-    held: dict[str, list[Packed]] = {}
-    size = 0
-    for subject in _in_turn(run, measured):
-        packed = [_packed_items(measured[subject], objective) for objective in run.objectives]
-        size += sum(len(of_objective["data"]) for of_objective in packed)
-        if size > most_bytes and subject.startswith("trial:"):
+    held: dict[Split, dict[str, list[Packed]]] = {split: {} for split in SPLITS}
+    for subject in reference_models(run):
+        for split, packed in subject_items(run, subject).items():
+            held[split][subject] = packed
+    for split, subject in _trials_in_turn(run):
+        packed = _packed_items(run, split, subject)
+        most_bytes -= len(json.dumps(packed))
+        if most_bytes < 0:
             break
-        held[subject] = packed
-    texts = item_texts(run, split)
+        held[split][subject] = packed
+    return {"frames": {split: _frames(run, split) if held[split] else [] for split in SPLITS}, "held": held}
+
+
+def subject_items(run: Run, subject: str) -> dict[Split, list[Packed]]:
+    """Return split -> the items' scores of a subject, objective by objective; of splits of which it saw all items."""
     return {
-        "split": split,
-        "objectives": [_frame(run, objective, split, texts) for objective in run.objectives] if held else [],
-        "subjects": held,
+        split: _packed_items(run, split, subject)
+        for split in SPLITS
+        if (measurement := _measured(run, split).get(subject)) and not measurement.stopped
     }
 
 
+def _trials_in_turn(run: Run) -> Iterator[tuple[Split, str]]:
+    """Yield the front's members on test items, then all trials that saw every search item, the best balance first."""
+    yield from (("test", subject) for subject in _in_turn(run, run.tested) if subject.startswith("trial:"))
+    scored = [trial for trial in run.trials if trial.state == "scored"]
+    if scored:
+        values_NM = np.array([maximized(trial.measurement, run.objectives) for trial in scored if trial.measurement])
+        yield from (("search", f"trial:{scored[n].number}") for n in np.argsort(-balance(values_NM), kind="stable"))
+
+
+def _measured(run: Run, split: Split) -> dict[str, Measurement]:
+    return run.tested if split == "test" else run.searched
+
+
 def _intervals(run: Run, split: Split) -> dict[str, Any]:
-    measured = run.tested if split == "test" else run.searched
+    measured = _measured(run, split)
     subjects = list(_in_turn(run, measured))[:MAX_INTERVALS]
     sources = run.sources(split)
     found = [
@@ -83,11 +104,16 @@ def _reversed_bits(number: int) -> float:
     return sum((number >> place & 1) * 0.5 ** (place + 1) for place in range(number.bit_length()))
 
 
-def _packed_items(measurement: Measurement, objective: Objective) -> Packed:
-    numbers = measurement.scores[objective.name].items
-    if np.isin(numbers, (0.0, 1.0)).all():
-        return pack_bits(numbers > 0)
-    return pack(numbers)
+def _packed_items(run: Run, split: Split, subject: str) -> list[Packed]:
+    """Return a subject's scores item by item, an array an objective: bits where they are right or wrong."""
+    scores = _measured(run, split)[subject].scores
+    items_MN = [scores[objective.name].items for objective in run.objectives]
+    return [pack_bits(items_N > 0) if np.isin(items_N, (0.0, 1.0)).all() else pack(items_N) for items_N in items_MN]
+
+
+def _frames(run: Run, split: Split) -> list[dict[str, Any]]:
+    texts = item_texts(run, split)
+    return [_frame(run, objective, split, texts) for objective in run.objectives]
 
 
 def _frame(run: Run, objective: Objective, split: Split, texts: dict[str, list[str]]) -> dict[str, Any]:

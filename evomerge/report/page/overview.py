@@ -13,6 +13,7 @@ from evomerge.front.front import maximized, violation
 from evomerge.front.so_far import SoFar
 from evomerge.records import Descent, Floats, Measurement, Objective, Trial, in_order
 from evomerge.report.page.arrays import Packed, pack, pack_columns
+from evomerge.run.claims import use_of_test_items
 from evomerge.run.run import Run
 from evomerge.run.times import times_of
 
@@ -36,7 +37,7 @@ def overview(run: Run) -> dict[str, Any]:
         "operators": list(run.campaign.operator_names),
         "experts": list(run.campaign.experts),
         "objectives": [_objective(objective) for objective in run.objectives],
-        "touches": run.ledger.num_test_touches(),
+        "use_of_test_items": use_of_test_items(run),
         "lineage": run.lineage,
         "stages": _stages(run),
         "states": STATES,

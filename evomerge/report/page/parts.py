@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from evomerge.driver.log import last_events
-from evomerge.report.page.evidence import evidence, items
+from evomerge.report.page.evidence import evidence, items, subject_items
 from evomerge.report.page.overview import overview
 from evomerge.report.page.surrogate import surrogate
 from evomerge.run.run import Run
@@ -13,12 +13,23 @@ PARTS = ("overview", "evidence", "items", "surrogate", "log")
 NUM_EVENTS = 200  # of the log, the latest
 
 
-def part_json(run: Run, part: str, *, item_bytes: int) -> str:
-    """Return a part of a run's page as JSON, in which no number is NaN.
+def part_json(run: Run, part: str, *, item_bytes: int = 0) -> str:
+    """Return a part of a run's page as JSON.
 
-    item_bytes: how much the items' scores may take; references have room in any case.
+    item_bytes: how much the scores of trials item by item may take; a page that can ask for them one by one needs none.
     """
-    return json.dumps(_part(run, part, item_bytes), allow_nan=False, separators=(",", ":"))
+    return _as_json(_part(run, part, item_bytes))
+
+
+def trial_items_json(run: Run, number: int) -> str:
+    """Return the scores of one trial item by item, in the form of the part ``items``. Raises: RunError without any."""
+    subject = f"trial:{run.pick(trial=number).number}"
+    return _as_json({"held": {split: {subject: packed} for split, packed in subject_items(run, subject).items()}})
+
+
+def _as_json(content: Any) -> str:
+    """No number in it is NaN: browsers would not read it."""
+    return json.dumps(content, allow_nan=False, separators=(",", ":"))
 
 
 def _part(run: Run, part: str, item_bytes: int) -> Any:

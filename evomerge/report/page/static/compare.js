@@ -51,18 +51,32 @@ const Compare = (() => {
     return { won: all.filter((i) => ours[i] > theirs[i]), lost: all.filter((i) => ours[i] < theirs[i]) };
   }
 
-  // The part "items", unpacked: objective by objective its frame, and the items' scores of a subject (null if absent).
-  function table(part) {
-    const frames = part.objectives.map((frame) => ({ ...frame, codes: Data.unpack(frame.codes) }));
-    const known = new Map();
+  // The items' scores of models, split by split, as parts bring them: "items" those of many, "items/N" of one trial.
+  function table() {
+    const frames = {};
+    const packed = { search: new Map(), test: new Map() };
+    const unpacked = { search: new Map(), test: new Map() };
     return {
-      split: part.split,
-      frames,
-      subjects: Object.keys(part.subjects),
-      items(subject) {
-        if (!part.subjects[subject]) return null;
-        if (!known.has(subject)) known.set(subject, part.subjects[subject].map(Data.unpack));
-        return known.get(subject);
+      frames, // split -> objective by objective what is the same for all models; empty until "items" is here
+
+      take(part) {
+        for (const [split, given] of Object.entries(part.frames ?? {}))
+          frames[split] = given.map((frame) => ({ ...frame, codes: Data.unpack(frame.codes) }));
+        for (const [split, held] of Object.entries(part.held))
+          for (const [subject, arrays] of Object.entries(held)) packed[split].set(subject, arrays);
+      },
+
+      // Objective by objective the items' scores of a subject; null if they are not here.
+      items(subject, split) {
+        if (!packed[split].has(subject)) return null;
+        if (!unpacked[split].has(subject)) unpacked[split].set(subject, packed[split].get(subject).map(Data.unpack));
+        return unpacked[split].get(subject);
+      },
+
+      // The split on which two subjects can be compared: the test items if both are here on them; null if there is none.
+      sharedSplit(ours, theirs) {
+        const isHere = (split) => packed[split].has(ours) && packed[split].has(theirs);
+        return ["test", "search"].find(isHere) ?? null;
       },
     };
   }

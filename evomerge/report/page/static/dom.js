@@ -89,7 +89,38 @@ const Dom = (() => {
     return el("section", { class: "card" }, title ? el("h2", {}, title) : null, ...children);
   }
 
+  // A command to type, with a button that copies it.
+  function command(text) {
+    const words = text.split(" ").map((word, i) => [i ? " " : "", el("span", {}, word)]); // lines break between words
+    const code = el("code", { tabindex: "0" }, words);
+    const button = el(
+      "button",
+      {
+        type: "button",
+        class: "copy",
+        onclick: async () => {
+          try {
+            await navigator.clipboard.writeText(text);
+          } catch {
+            // not allowed, as in some browsers for files: by way of a selection
+            const range = document.createRange();
+            range.selectNodeContents(code);
+            getSelection().removeAllRanges();
+            getSelection().addRange(range);
+            document.execCommand("copy");
+          }
+          button.textContent = "Copied";
+          setTimeout(() => {
+            button.textContent = "Copy";
+          }, 1500);
+        },
+      },
+      "Copy",
+    );
+    return el("div", { class: "command" }, code, button);
+  }
+
   const empty = (text) => el("p", { class: "empty" }, text);
 
-  return { el, fill, refill, number, signed, count, seconds, choice, select, card, empty };
+  return { el, fill, refill, number, signed, count, seconds, choice, select, card, command, empty };
 })();

@@ -34,13 +34,7 @@ const Front = (() => {
   }
 
   function claimsList(run, claims) {
-    const touched =
-      run.touches === 0
-        ? "the test items have not been used yet"
-        : run.touches === 1
-          ? "the test items were used once, for the front that is shown"
-          : `the test items were used ${run.touches} times: later fronts were chosen knowing more than the search items`;
-    const sentences = [...run.lineage, ...claims, touched];
+    const sentences = [...run.lineage, ...claims, run.use_of_test_items];
     return el(
       "ul",
       { class: "claims" },
@@ -69,12 +63,13 @@ const Front = (() => {
         );
       });
       const kind = trial === null ? "reference" : trial === chosen ? "is-chosen" : "";
+      const mark = subject === state.versus ? " is-versus" : "";
       const button = el(
         "button",
         { type: "button", class: "link", onclick: () => choose(subject) },
         Models.labelOf(run, subject),
       );
-      return el("tr", { class: kind, "data-subject": subject }, el("th", { scope: "row" }, button), cells);
+      return el("tr", { class: kind + mark, "data-subject": subject }, el("th", { scope: "row" }, button), cells);
     };
     const heads = run.objectives.map((objective) =>
       el("th", { scope: "col" }, objective.name, objective.sign < 0 ? el("small", {}, " lower is better") : null),

@@ -2,14 +2,15 @@
 
 // The view of one model: its numbers, what it gains and loses, which items changed, and where it comes from.
 const Model = (() => {
-  const { el, fill, refill, number, signed, count, seconds, choice, select, card, empty } = Dom;
+  const { el, fill, refill, number, signed, count, seconds, choice, select, card, empty, command } = Dom;
   const MAX_ITEMS = 60; // of changed ones that are listed
   let places = null;
 
   function make(place) {
     places = {
       facts: el("div"),
-      versus: el("div", { class: "tools" }),
+      versus: el("div"),
+      other: otherTrial(),
       chooser: el("div", { class: "tools" }),
       itemNote: el("p", { class: "note" }),
       tools: el("div", { class: "tools" }),
@@ -19,7 +20,7 @@ const Model = (() => {
     };
     fill(
       place,
-      card(null, places.facts, places.versus),
+      card(null, places.facts, el("div", { class: "tools" }, places.versus, places.other.label)),
       card("Numbers that were searched", places.tools, places.maps),
       card("Gains and losses", places.gains),
       card("Items that changed", places.chooser, places.itemNote, places.items),
@@ -149,14 +150,16 @@ const Model = (() => {
   }
 
   function gainsTable({ run, state, change, chosen, table }) {
-    const ours = table.items(`trial:${chosen}`);
-    if (!ours) return empty(withoutItems(run, chosen, table));
-    const rivals = [...new Set([state.versus, ...run.references])].filter(
-      (subject) => subject && subject !== `trial:${chosen}` && table.items(subject),
-    );
-    const rows = rivals.map((subject) =>
-      run.objectives.map((_, m) => Compare.paired(ours[m], table.items(subject)[m], table.frames[m])),
-    );
+    const own = `trial:${chosen}`;
+    const subjects = [...new Set([state.versus, ...run.references].filter(Boolean))];
+    const rivals = subjects.filter((subject) => table.sharedSplit(own, subject));
+    const absent = subjects.filter((subject) => !rivals.includes(subject));
+    if (!rivals.length) return absent.length ? whyNot(run, own, absent[0]) : empty("Nothing is scored yet.");
+    const splits = rivals.map((subject) => table.sharedSplit(own, subject));
+    const rows = rivals.map((subject, i) => {
+      const [ours, theirs] = [own, subject].map((of) => table.items(of, splits[i]));
+      return run.objectives.map((_, m) => Compare.paired(ours[m], theirs[m], table.frames[splits[i]][m]));
+    });
     const limits = run.objectives.map((_, m) =>
       Math.max(
         1e-9,
@@ -180,11 +183,16 @@ const Model = (() => {
             { type: "button", class: "link", onclick: () => change({ versus: rivals[i] }) },
             `over ${Models.labelOf(run, rivals[i])}`,
           ),
+          el("small", {}, ` ${splits[i]} items`),
         ),
         row.map((found, m) => differenceCell(found, run.objectives[m].sign, limits[m])),
       ),
     );
+    const isSteered = splits.includes("search")
+      ? " Search items are those that models are picked by: on them a picked one looks better than it is."
+      : "";
     return [
+      absent.includes(state.versus) ? whyNot(run, own, state.versus) : null,
       el(
         "div",
         { class: "scroll", tabindex: "0", role: "region", "aria-label": "gains and losses" },
@@ -193,16 +201,25 @@ const Model = (() => {
       el(
         "p",
         { class: "note" },
-        `Paired over the ${table.split} items, clustered by source, in the objectives' own sign. ▲ better, ▼ worse: the 95 % interval of that one pair leaves 0 out; among many pairs some do by chance.`,
+        `Paired item by item and clustered by source, in the objectives' own sign.${isSteered} ▲ better, ▼ worse: the 95 % interval of that one pair leaves 0 out; among many pairs some do by chance.`,
       ),
     ];
   }
 
-  function withoutItems(run, chosen, table) {
-    if (!run.front.includes(chosen)) return "Only models of the front are compared item by item.";
-    return table.subjects.length
-      ? `There was no room for the items of this model${Data.source.isReport ? "; evomerge ui has more" : ""}.`
-      : "Nothing is scored yet.";
+  // Why two models are not compared here item by item.
+  function whyNot(run, ours, theirs) {
+    for (const subject of [ours, theirs]) {
+      const trial = Data.trialOf(subject);
+      if (trial === null) continue;
+      if (!run.score(subject, 0, "search")) return empty(`Trial ${trial} has no scores.`);
+      if (run.stateOf(trial) === "stopped")
+        return empty(`Trial ${trial} was stopped early: it is not scored on the same items as others.`);
+    }
+    if (!Data.source.isReport) return empty("Reading the items…");
+    return [
+      empty("This file has no room for the items of all trials; in a terminal they are compared by"),
+      command(`evomerge compare ${run.command} ${Models.wordOf(ours)} ${Models.wordOf(theirs)}`),
+    ];
   }
 
   function itemRows(frame, places_, word) {
@@ -228,24 +245,19 @@ const Model = (() => {
   }
 
   function showItems({ run, state, change, chosen, table }) {
-    const ours = table.items(`trial:${chosen}`);
-    const rival = state.versus && table.items(state.versus);
-    const isRightOrWrong = (m) => ours && Compare.changed(ours[m], ours[m]) !== null;
+    const own = `trial:${chosen}`;
+    const split = state.versus && table.sharedSplit(own, state.versus);
+    const [ours, theirs] = split ? [own, state.versus].map((subject) => table.items(subject, split)) : [];
     const choices = run.objectives
       .map((_, m) => m)
-      .filter((m) => !run.objectives[m].measure.includes(" of ") && isRightOrWrong(m));
-    if (!ours || !rival || !choices.length) {
+      .filter((m) => split && !run.objectives[m].measure.includes(" of ") && Compare.changed(ours[m], theirs[m]));
+    if (!choices.length) {
       fill(places.chooser);
       places.itemNote.textContent = "";
+      if (!state.versus) return fill(places.items, empty("Choose a model to compare with."));
       return fill(
         places.items,
-        empty(
-          !ours
-            ? withoutItems(run, chosen, table)
-            : !rival
-              ? "Choose a model to compare with."
-              : "No objective has items that are right or wrong.",
-        ),
+        split ? empty("No objective has items that are right or wrong.") : whyNot(run, own, state.versus),
       );
     }
     const m = choices.includes(state.item) ? state.item : choices[0];
@@ -259,11 +271,10 @@ const Model = (() => {
       ),
     );
     const pair = `${run.label(chosen)} against ${Models.labelOf(run, state.versus)}`;
-    places.itemNote.textContent = `${pair}, ${table.split} items by their place in the split`;
-    const found = Compare.changed(ours[m], rival[m]);
-    if (!found) return fill(places.items, empty("The items of the model to compare with are not right or wrong."));
-    const frame = table.frames[m];
-    fill(
+    places.itemNote.textContent = `${pair}, ${split} items by their place in the split`;
+    const found = Compare.changed(ours[m], theirs[m]);
+    const frame = table.frames[split][m];
+    return fill(
       places.items,
       el(
         "div",
@@ -274,17 +285,45 @@ const Model = (() => {
     );
   }
 
-  // The models that can be compared with, references first.
-  function versusSelect({ run, state, change, chosen, table }) {
-    const subjects = [...run.references, ...run.front.map((trial) => `trial:${trial}`)].filter(
-      (subject) => subject !== `trial:${chosen}` && (!table || table.items(subject)),
-    );
+  // The models to compare with: references first, then the front, and what is compared already.
+  function versusSelect({ run, state, change, chosen }) {
+    const subjects = new Set([...run.references, ...run.front.map((trial) => `trial:${trial}`)]);
+    if (state.versus) subjects.add(state.versus);
+    subjects.delete(`trial:${chosen}`);
     return select(
       "Compare with",
-      [["", "nothing"], ...subjects.map((subject) => [subject, Models.labelOf(run, subject)])],
+      [["", "nothing"], ...Array.from(subjects, (subject) => [subject, Models.labelOf(run, subject)])],
       state.versus ?? "",
       (versus) => change({ versus: versus || null }),
     );
+  }
+
+  // A field for the number of any other trial to compare with; it stays while a person types.
+  function otherTrial() {
+    const field = el("input", {
+      type: "number",
+      min: "0",
+      oninput: () => field.setCustomValidity(""),
+      onchange: () => {
+        if (field.value === "") return;
+        const { run, chosen, change } = made.view;
+        const versus = `trial:${field.value}`;
+        const isOther = Number(field.value) !== chosen;
+        if (isOther && run.score(versus, 0, "search")) return void change({ versus });
+        field.setCustomValidity(isOther ? `There is no scored trial ${field.value}.` : "This one is picked already.");
+        field.reportValidity();
+      },
+    });
+    const label = el("label", { class: "other" }, el("span", { class: "legend" }, "or any trial, by number"), field);
+    const made = {
+      label,
+      view: null,
+      update(view) {
+        made.view = view;
+        if (document.activeElement !== field) field.value = Data.trialOf(view.state.versus) ?? "";
+      },
+    };
+    return made;
   }
 
   async function render(place, view) {
@@ -295,10 +334,11 @@ const Model = (() => {
     if (!places || !place.contains(places.facts)) make(place);
     fill(places.facts, facts(view));
     refill(places.versus, versusSelect(view));
+    places.other.update(view);
     await drawNumbers(view);
-    if (!view.table) return fill(places.gains, empty("Reading the items…"));
+    if (!view.table.frames.search) return fill(places.gains, empty("Reading the items…"));
     fill(places.gains, gainsTable(view));
-    showItems(view);
+    return showItems(view);
   }
 
   return { render };

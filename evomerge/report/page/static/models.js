@@ -14,6 +14,11 @@ const Models = (() => {
     return trial === null ? referenceLabel(subject) : run.label(trial);
   }
 
+  // How a command names a subject: none of its characters means anything to a shell.
+  function wordOf(subject) {
+    return String(Data.trialOf(subject) ?? subject);
+  }
+
   // The 95 % intervals of the part "evidence": (split, subject, m) -> [low, high] or null.
   function intervalsOf(part) {
     const bySplit = Object.fromEntries(
@@ -41,6 +46,11 @@ const Models = (() => {
     return `<b>${Plots.plain(labelOf(run, subject))}</b>${lines.join("")}`;
   }
 
+  // The split whose scores of a subject are drawn: the one that is looked at, or the search items where it has no other.
+  function splitOf(run, subject, split) {
+    return run.score(subject, run.steering[0], split) ? split : "search";
+  }
+
   function rangesOf(run, split, references = run.references, share = 0.05) {
     return run.objectives.map((_, m) => {
       const shown = Array.from(run.values[m]);
@@ -60,5 +70,5 @@ const Models = (() => {
     );
   }
 
-  return { referenceLabel, labelOf, intervalsOf, hoverText, rangesOf, description };
+  return { referenceLabel, labelOf, wordOf, intervalsOf, hoverText, splitOf, rangesOf, description };
 })();

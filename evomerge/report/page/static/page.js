@@ -13,11 +13,12 @@ const Page = (() => {
   const RENDER = { front: Front.render, model: Model.render, surrogate: SurrogateView.render, run: RunView.render };
   const LOOK_S = 2; // between looks at a run that is driven; others are looked at less often
   const IDLE_S = 10;
+  const ADDRESS_MS = 200; // between two writings of the address
   const REST_S = { evidence: 20, surrogate: 60 };
 
   let run = null;
   let state = null;
-  const known = {}; // parts as last read: claims, intervals, table, surrogate
+  const known = { table: Compare.table() }; // parts as last read: claims, intervals, items, surrogate
   const asked = new Map(); // part -> the run for which it was asked for, and when
   const panels = {};
 
@@ -37,7 +38,8 @@ const Page = (() => {
     every: false,
   };
 
-  // What stands after # in the address: the view and what was picked, so that a link shows the same.
+  // What stands after # in the address: the view and what was picked, so that a link shows the same. Going back in the
+  // browser's history goes back to the view before.
   function stateFromAddress() {
     const given = new URLSearchParams(location.hash.slice(1));
     const numbers = (name, missing) => {
@@ -47,7 +49,6 @@ const Page = (() => {
     const oneOf = (name, values, other) => (values.includes(given.get(name)) ? given.get(name) : other);
     const trial = given.has("trial") && /^\d+$/.test(given.get("trial")) ? Number(given.get("trial")) : null;
     return {
-      ...START,
       view: oneOf(
         "view",
         VIEWS.map(([name]) => name),
@@ -64,7 +65,7 @@ const Page = (() => {
     };
   }
 
-  function writeAddress() {
+  function addressOf() {
     const kept = new URLSearchParams({ view: state.view, rule: state.rule });
     if (state.rule === "trial" && state.trial !== null) kept.set("trial", String(state.trial));
     if (state.versus) kept.set("versus", state.versus);
@@ -77,7 +78,27 @@ const Page = (() => {
       if (state[name].some((value) => value !== plain))
         kept.set(name, state[name].map((value) => value ?? "").join(","));
     }
-    history.replaceState(null, "", `#${kept}`);
+    return `#${kept}`;
+  }
+
+  // Browsers refuse to write an address hundreds of times, as a slider that is dragged would have it.
+  let writing = null;
+  let written = 0;
+  function writeAddress() {
+    clearTimeout(writing);
+    writing = null;
+    written = performance.now();
+    history.replaceState(null, "", addressOf());
+  }
+
+  function writeAddressSoon() {
+    writing ??= setTimeout(writeAddress, Math.max(0, ADDRESS_MS - (performance.now() - written)));
+  }
+
+  function readAddress() {
+    Object.assign(state, stateFromAddress());
+    Picker.make(at("pick"), run, () => state, change);
+    schedule();
   }
 
   // What happens to the page, once: a screen reader reads each change.
@@ -86,6 +107,8 @@ const Page = (() => {
   }
 
   function change(patch) {
+    const isNewView = "view" in patch && patch.view !== state.view;
+    if (isNewView) writeAddress();
     if (patch.reset)
       Object.assign(state, {
         rule: "knee",
@@ -94,7 +117,8 @@ const Page = (() => {
         most: run.objectives.map(() => null),
       });
     else Object.assign(state, patch);
-    writeAddress();
+    if (isNewView) history.pushState(null, "", addressOf());
+    else writeAddressSoon();
     if (patch.reset) Picker.make(at("pick"), run, () => state, change);
     schedule();
   }
@@ -149,6 +173,7 @@ const Page = (() => {
       as: state.as ?? (run.steering.length > 3 ? "parallel" : "pairs"),
     };
     if (!run.isTested) shown.split = "search";
+    if (state.versus === `trial:${chosen}`) shown.versus = null;
     await RENDER[state.view](panels[state.view], {
       run,
       state: shown,
@@ -159,7 +184,17 @@ const Page = (() => {
       theme: document.documentElement.dataset.theme,
       ...known,
     });
-    need({ front: ["evidence"], model: ["items"], surrogate: ["surrogate"], run: ["log"] }[state.view]);
+    const items = ["items", ...[`trial:${chosen}`, shown.versus].map(itemsPart).filter(Boolean)];
+    need({ front: ["evidence"], model: items, surrogate: ["surrogate"], run: ["log"] }[state.view]);
+  }
+
+  // The part that brings a trial's items; null if they are here, or nobody has them. A report holds all that it will.
+  function itemsPart(subject) {
+    const trial = Data.trialOf(subject);
+    if (Data.source.isReport || trial === null || !run.score(subject, 0, "search")) return null;
+    const splits = run.testScores.has(subject) ? ["search", "test"] : ["search"];
+    const isHere = run.stateOf(trial) === "stopped" || splits.every((split) => known.table.items(subject, split));
+    return isHere ? null : `items/${trial}`;
   }
 
   // Read the parts that a view needs, and show it again once they are here. What takes the server long is not asked for
@@ -175,10 +210,13 @@ const Page = (() => {
         .part(name)
         .then((part) => {
           if (name === "evidence") Object.assign(known, { claims: part.claims, intervals: Models.intervalsOf(part) });
-          else known[name === "items" ? "table" : name] = name === "items" ? Compare.table(part) : part;
+          else if (name.startsWith("items")) known.table.take(part);
+          else known[name] = part;
           schedule();
         })
         .catch((error) => {
+          asked.delete(name); // it is asked for again with the next look at the view
+          Data.source.parts.delete(name);
           say(`${name}: ${error.message}`);
         });
     }
@@ -254,10 +292,11 @@ const Page = (() => {
     const isFirst = run === null;
     run = new Data.Run(overview);
     if (isFirst) {
-      state = stateFromAddress();
+      state = { ...START };
       makeTabs();
       at("pick").hidden = false;
-      Picker.make(at("pick"), run, () => state, change);
+      readAddress();
+      addEventListener("popstate", readAddress);
     }
     showHeader();
     schedule();
@@ -303,6 +342,10 @@ const Page = (() => {
   async function begin() {
     performance.mark("begin");
     startTheme();
+    document.querySelector(".skip").addEventListener("click", (event) => {
+      event.preventDefault(); // what stands after # in the address is what was chosen
+      at("main").focus();
+    });
     if (!Data.source.isReport && !location.pathname.startsWith("/run/")) {
       at("page").classList.add("alone");
       return listRuns();

@@ -3,14 +3,14 @@
 // The picture of a front of many objectives: a line a model, each objective scaled to what is shown, better upwards.
 const Parallel = (() => {
   const { number } = Dom;
-  const { referenceLabel, labelOf, hoverText, rangesOf, description } = Models;
+  const { referenceLabel, labelOf, hoverText, splitOf, rangesOf, description } = Models;
   const MAX_FAINT = 400; // dominated models that are drawn
   const MAX_MARKED = 120; // models of the front with markers on their lines
   const MAX_TOUCHED = 400; // models of the front whose lines can be pointed at; more become one shape
   const DASHES = { base: "dot", uniform: "dash", scalar: "dashdot", expert: "longdash" };
 
   // Where a subject's line goes, from objective to objective; null if it is not scored.
-  function line(view, subject, split = view.state.split) {
+  function line(view, subject, split) {
     const { run, ranges } = view;
     if (!run.score(subject, run.steering[0], split)) return null;
     return run.steering.map((m) => {
@@ -21,15 +21,15 @@ const Parallel = (() => {
   }
 
   // Lines that can be pointed at, with gaps between them.
-  function traceOf(view, name, subjects, style, more = {}) {
-    const { run, state, intervals } = view;
+  function traceOf(view, name, subjects, style, { split = view.state.split, ...more } = {}) {
+    const { run, intervals } = view;
     const trace = { name, type: "scatter", mode: "lines+markers", line: style, hoverinfo: "text", ...more };
     Object.assign(trace, { x: [], y: [], customdata: [], hovertext: [] });
     trace.marker ??= { size: 4, color: style.color };
     for (const subject of subjects) {
-      const heights = line(view, subject);
+      const heights = line(view, subject, split);
       if (!heights) continue;
-      const text = hoverText(run, subject, state.split, intervals);
+      const text = hoverText(run, subject, split, intervals);
       trace.x.push(...heights.keys(), null);
       trace.y.push(...heights, null);
       trace.customdata.push(...heights.map(() => subject), null);
@@ -45,8 +45,9 @@ const Parallel = (() => {
       return heights.map((height, place) => `${place ? "L" : "M"}${place},${height.toFixed(4)}`).join("");
     });
     const { color, width, opacity } = style;
+    const shape = { type: "path", path: paths.join(""), line: { color, width }, opacity, layer: "below" };
     return {
-      shapes: [{ type: "path", path: paths.join(""), line: { color, width }, opacity, layer: "below" }],
+      shapes: view.hidden.has(name) ? [] : [shape],
       traces: [{ name, type: "scatter", mode: "lines", x: [null], y: [null], line: { color, width: 2 } }],
     };
   }
@@ -66,8 +67,10 @@ const Parallel = (() => {
   function single(view) {
     const { run, state, chosen } = view;
     const colours = Plots.colours();
-    const strong = (name, subject, color) =>
-      traceOf(view, name, [subject], { color, width: 3.5 }, { marker: { size: 8, color } });
+    const strong = (name, subject, color) => {
+      const more = { split: splitOf(run, subject, state.split), marker: { size: 8, color } };
+      return traceOf(view, name, [subject], { color, width: 3.5 }, more);
+    };
     return [
       ...run.references.map((subject) => {
         const style = { color: colours.muted, width: 1.6, dash: DASHES[subject.split(":")[0]] };
@@ -84,7 +87,8 @@ const Parallel = (() => {
     const members = view.run.front.map((trial) => `trial:${trial}`);
     const style = { color: Plots.colours().front, width: 1.3 };
     const opacity = members.length > 60 ? 0.35 : 0.75;
-    if (members.length > MAX_TOUCHED) return bundle(view, "front", members, { ...style, opacity: 0.2 });
+    if (members.length > MAX_TOUCHED)
+      return bundle(view, "front", members, { ...style, opacity: 0.2 }, view.state.split);
     const mode = members.length > MAX_MARKED ? "lines" : "lines+markers";
     return { shapes: [], traces: [traceOf(view, "front", members, style, { opacity, mode })] };
   }
@@ -104,8 +108,12 @@ const Parallel = (() => {
 
   function drawParallel(place, given) {
     const { run, state, choose } = given;
-    const shown = run.references.filter((subject) => !subject.startsWith("expert:"));
-    const view = { ...given, ranges: rangesOf(run, state.split, shown, 0) };
+    const before = place.data ?? [];
+    const hidden = new Set(before.filter((trace) => trace.visible === "legendonly").map((trace) => trace.name));
+    const shown = new Set(before.filter((trace) => trace.visible === true).map((trace) => trace.name));
+    const isDrawn = (subject) =>
+      !subject.startsWith("expert:") || subject === state.versus || shown.has(referenceLabel(subject));
+    const view = { ...given, hidden, ranges: rangesOf(run, state.split, run.references.filter(isDrawn), 0) };
     const { text, muted } = Plots.colours();
     const crowds = [dominated(view), front(view)];
     const layout = {
@@ -125,7 +133,10 @@ const Parallel = (() => {
       yaxis: Plots.axis("", { range: [-0.1, 1.1], showticklabels: false, showgrid: false, ticks: "", showline: false }),
     };
     const drawn = [...crowds.flatMap((crowd) => crowd.traces), ...single(view)];
-    return Plots.draw(place, description(view), drawn, layout, choose);
+    return Plots.draw(place, description(view), drawn, layout, {
+      onClick: choose,
+      onLegend: () => drawParallel(place, given), // an expert that is shown now widens the axes; a shape has no trace
+    });
   }
 
   return { drawParallel };

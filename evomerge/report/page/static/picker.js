@@ -2,7 +2,7 @@
 
 // The panel that picks a model of the front: by its balance, by weights, or by hand; and says how to export it.
 const Picker = (() => {
-  const { el, fill, number, choice } = Dom;
+  const { el, fill, number, choice, command } = Dom;
   const RULES = [
     ["knee", "Balance"],
     ["prefer", "Weights"],
@@ -125,36 +125,6 @@ const Picker = (() => {
     return `evomerge export ${run.command} --trial ${trial} --out merged`;
   }
 
-  function command(text) {
-    const words = text.split(" ").map((word, i) => [i ? " " : "", el("span", {}, word)]); // lines break between words
-    const code = el("code", { tabindex: "0", id: "command" }, words);
-    const button = el(
-      "button",
-      {
-        type: "button",
-        class: "copy",
-        onclick: async () => {
-          try {
-            await navigator.clipboard.writeText(text);
-          } catch {
-            // not allowed, as in some browsers for files: by way of a selection
-            const range = document.createRange();
-            range.selectNodeContents(code);
-            getSelection().removeAllRanges();
-            getSelection().addRange(range);
-            document.execCommand("copy");
-          }
-          button.textContent = "Copied";
-          setTimeout(() => {
-            button.textContent = "Copy";
-          }, 1500);
-        },
-      },
-      "Copy",
-    );
-    return el("div", { class: "command" }, code, button);
-  }
-
   function scoreRow(run, trial, m) {
     const cells = ["search", "test"].map((split) => {
       const score = run.score(`trial:${trial}`, m, split);
@@ -173,11 +143,21 @@ const Picker = (() => {
   }
 
   // Search scores choose, test scores stand beside: else they would flatter too.
-  function howPicked(run, state) {
+  function howPicked(run, state, trial) {
     if (!run.isTested) return "The test items have not been used yet.";
+    if (!run.testScores.has(`trial:${trial}`))
+      return "It has no test scores: only the front is scored on the test items. Search scores flatter what is picked by them.";
     return state.rule === "trial"
       ? "Picked by hand; if by its test scores, these flatter it."
       : `Picked by search scores among ${Dom.count(run.front.length, "model")} of the front; test scores stand beside.`;
+  }
+
+  // What is picked becomes the model to compare with: the next one that is picked stands beside it.
+  function compareButton(state, change, trial) {
+    const subject = `trial:${trial}`;
+    if (state.versus === subject) return el("p", { class: "note" }, "The next model that you pick is compared with it.");
+    const attributes = { type: "button", class: "quiet", onclick: () => change({ versus: subject }) };
+    return el("button", { ...attributes, "data-key": "compare" }, "Compare others with it");
   }
 
   // Show what is picked now.
@@ -215,9 +195,9 @@ const Picker = (() => {
           run.objectives.map((_, m) => scoreRow(run, trial, m)),
         ),
       ),
-      el("p", { class: "note" }, howPicked(run, state)),
+      el("p", { class: "note" }, howPicked(run, state, trial)),
       isScored
-        ? command(commandOf(run, trial))
+        ? [command(commandOf(run, trial)), compareButton(state, change, trial)]
         : el("p", { class: "note" }, run.failureOf(trial) || "It has no scores yet."),
     );
     const said =

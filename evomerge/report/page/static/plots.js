@@ -38,8 +38,9 @@ const Plots = (() => {
     return objective.name + (objective.sign < 0 ? " (lower is better)" : "");
   }
 
-  // Draw, or redraw without losing zoom; the description is what a screen reader says.
-  async function draw(place, description, traces, layout, onClick = null) {
+  // Draw, or redraw without losing zoom, and what is hidden by the legend; the description is what a screen reader says.
+  // onClick is told the subject that was clicked at; onLegend, that something was hidden or shown.
+  async function draw(place, description, traces, layout, { onClick = null, onLegend = null } = {}) {
     const { text, panel, line } = colours();
     const base = {
       paper_bgcolor: "rgba(0,0,0,0)",
@@ -55,13 +56,19 @@ const Plots = (() => {
     const config = {
       displaylogo: false,
       responsive: true,
-      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+      modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "sendChartToCloud"],
+      plotlyServerURL: "", // nothing leaves the page
     };
     place.style.minHeight = `${layout.height}px`; // while it is drawn anew
     place.setAttribute("role", "img");
     place.setAttribute("aria-label", description);
+    traces.forEach((trace, i) => {
+      // by which Plotly knows what was hidden; it has to be a name in CSS
+      trace.uid = `${trace.name ?? i} ${trace.xaxis}`.replace(/\W/g, (mark) => `-${mark.charCodeAt(0)}`);
+    });
     await Plotly.react(place, traces, { ...base, ...layout }, config);
-    place.removeAllListeners("plotly_click");
+    for (const event of ["plotly_click", "plotly_restyle"]) place.removeAllListeners(event);
+    if (onLegend) place.on("plotly_restyle", onLegend);
     if (onClick)
       place.on("plotly_click", (event) => {
         const subject = event.points.map((point) => point.customdata).find((found) => typeof found === "string");
@@ -93,9 +100,11 @@ const Plots = (() => {
     const context = canvas.getContext("2d");
     for (const { values, marker } of crowds) {
       const [xs, ys] = values;
-      context.fillStyle = marker.color;
+      const { color } = marker; // one for all, or a list
+      context.fillStyle = color;
       context.globalAlpha = marker.opacity ?? 1;
       for (let i = 0; i < xs.length; i++) {
+        if (Array.isArray(color)) context.fillStyle = color[i];
         const x = ((xs[i] - left) / (right - left)) * width;
         const y = height - ((ys[i] - bottom) / (top - bottom)) * height;
         context.fillRect(x - marker.size / 2, y - marker.size / 2, marker.size, marker.size);

@@ -2,7 +2,7 @@
 
 // The picture of a front of one objective, of two, or of every pair of several.
 const Scatter = (() => {
-  const { referenceLabel, labelOf, hoverText, rangesOf, description } = Models;
+  const { referenceLabel, labelOf, hoverText, splitOf, rangesOf, description } = Models;
   const SYMBOLS = { base: "x", expert: "diamond", uniform: "square", scalar: "triangle-up" };
   const MAX_BARS = 120; // models with error bars
 
@@ -53,33 +53,26 @@ const Scatter = (() => {
         marker: { color: colours.mark, size: 9.5, symbol: SYMBOLS[kind], line: { color: colours.panel, width: 0.7 } },
       });
     }
-    if (state.versus)
-      found.push({
-        name: `compared: ${labelOf(run, state.versus)}`,
-        subjects: [state.versus],
-        ring: true,
-        marker: { color: colours.versus, size: 15, symbol: "circle-open", line: { width: 2.5, color: colours.versus } },
-      });
-    if (chosen !== null)
-      found.push({
-        name: "picked",
-        subjects: [`trial:${chosen}`],
-        ring: true,
-        marker: { color: colours.chosen, size: 16, symbol: "circle-open", line: { width: 3, color: colours.chosen } },
-      });
+    const ring = (name, subject, color, size, width) => {
+      const split = splitOf(run, subject, state.split);
+      const marker = { color, size, symbol: "circle-open", line: { width, color } };
+      found.push({ name, subjects: [subject], split, ring: true, marker });
+    };
+    if (state.versus) ring(`compared: ${labelOf(run, state.versus)}`, state.versus, colours.versus, 15, 2.5);
+    if (chosen !== null) ring("picked", `trial:${chosen}`, colours.chosen, 16, 3);
     return found;
   }
 
   // Points that come into an image, and what stands for them in the legend.
   function crowdOf(common, values) {
     const trace = common.showlegend ? { ...common, x: [null], y: [null] } : null;
-    return { crowd: { values, marker: common.marker }, trace };
+    return { crowd: { name: common.name, values, marker: common.marker }, trace };
   }
 
   // One trace of a group over two objectives, and a crowd where its points are too many to be drawn one by one.
   function pairTrace(view, group, [x, y], axes, isFirst) {
     const { run, state, intervals } = view;
-    const split = group.faint ? "search" : state.split;
+    const split = group.faint ? "search" : (group.split ?? state.split);
     const common = {
       name: group.name,
       legendgroup: group.name,
@@ -109,6 +102,11 @@ const Scatter = (() => {
     }
     const held = group.subjects.filter((subject) => run.score(subject, x, split));
     if (!held.length) return {};
+    const third = Shades.thirdOf(run, [x, y]);
+    if (group.name === "front" && third !== null) {
+      const look = { size: group.marker.size + 1, line: { color: Plots.colours().muted, width: 1 } };
+      common.marker = { ...group.marker, ...look, color: Shades.coloursOf(view, held, third) };
+    }
     const scores = (m) => held.map((subject) => run.score(subject, m, split));
     if (held.length * view.numPanels > 2 * Plots.MAX_DRAWN) {
       return crowdOf(
@@ -147,25 +145,30 @@ const Scatter = (() => {
     const size = names.length - 1;
     const numPanels = (size * (size + 1)) / 2;
     const ranges = rangesOf(run, state.split);
+    const isShaded = names.length === 3; // with a bar of colours above each panel
     const layout = {
       images: [],
-      height: { 1: 480, 2: 620 }[size] ?? Math.min(230 * size + 40, 860),
-      margin: { l: 56, r: 14, t: 14, b: 48 },
+      annotations: [],
+      height: { 1: 480, 2: 700 }[size] ?? Math.min(230 * size + 40, 860),
+      margin: { l: 56, r: 14, t: isShaded ? 44 : 14, b: size === 1 ? 72 : 48 },
+      legend: size === 1 ? { orientation: "h", y: -0.13, yanchor: "top" } : { x: 1, xanchor: "right", y: 1 },
     };
-    const gap = size === 1 ? 0 : 0.035;
-    const width = (1 - gap * (size - 1)) / size;
+    const [gapX, gapY] = [0.035, isShaded ? 0.1 : 0.035];
+    const [width, tall] = [gapX, gapY].map((gap) => (1 - gap * (size - 1)) / size);
+    const hidden = new Set(place.data?.filter((trace) => trace.visible === "legendonly").map((trace) => trace.name));
     const traces = [];
-    let panel = 0;
+    let number = 0;
     for (let row = 1; row <= size; row++) {
       for (let column = 0; column < row; column++) {
-        panel += 1;
-        const suffix = panel === 1 ? "" : String(panel);
+        number += 1;
+        const suffix = number === 1 ? "" : String(number);
         const axes = [`x${suffix}`, `y${suffix}`];
-        const from = column * (width + gap);
-        const bottom = (size - row) * (width + gap);
+        const from = column * (width + gapX);
+        const bottom = (size - row) * (tall + gapY);
+        const panel = { x: [from, from + width], y: [bottom, bottom + tall] };
         const [x, y] = [names[column], names[row]];
         layout[`xaxis${suffix}`] = Plots.axis(row === size ? Plots.titled(run.objectives[x]) : "", {
-          domain: [from, from + width],
+          domain: panel.x,
           range: ranges[x],
           anchor: axes[1],
           showticklabels: row === size,
@@ -173,22 +176,25 @@ const Scatter = (() => {
           matches: row === size ? undefined : axisOf(size, column, "x"),
         });
         layout[`yaxis${suffix}`] = Plots.axis(column === 0 ? Plots.titled(run.objectives[y]) : "", {
-          domain: [bottom, bottom + width],
+          domain: panel.y,
           range: ranges[y],
           anchor: axes[0],
           showticklabels: column === 0,
           nticks: size > 2 ? 5 : 8,
           matches: column === 0 ? undefined : axisOf(row, 0, "y"),
         });
-        const drawn = groups(view).map((group) => pairTrace({ ...view, numPanels }, group, [x, y], axes, panel === 1));
+        const drawn = groups(view).map((group) => pairTrace({ ...view, numPanels }, group, [x, y], axes, number === 1));
         traces.push(...drawn.map(({ trace }) => trace).filter(Boolean));
-        const crowds = drawn.map(({ crowd }) => crowd).filter(Boolean);
+        const crowds = drawn.map(({ crowd }) => crowd).filter((crowd) => crowd && !hidden.has(crowd.name));
         if (crowds.length) layout.images.push(Plots.pointsImage(crowds, [ranges[x], ranges[y]], axes));
+        if (isShaded && run.front.length) {
+          const height = layout.height - layout.margin.t - layout.margin.b;
+          Shades.addBar(layout, view, Shades.thirdOf(run, [x, y]), panel, height);
+        }
       }
     }
-    layout.legend = size === 1 ? { orientation: "h", y: -0.13, yanchor: "top" } : { x: 1, xanchor: "right", y: 1 };
-    if (size === 1) layout.margin.b = 72;
-    return Plots.draw(place, description(view), traces, layout, choose);
+    const onLegend = () => drawPairs(place, view); // a crowd's image knows nothing of the legend
+    return Plots.draw(place, description(view), traces, layout, { onClick: choose, onLegend });
   }
 
   // The axis of the panel in a row and column of the triangle.
@@ -256,7 +262,7 @@ const Scatter = (() => {
         xaxis: Plots.axis("trial", { rangemode: "tozero" }),
         yaxis: Plots.axis(`${Plots.titled(run.objectives[m])}, search items`),
       },
-      choose,
+      { onClick: choose },
     );
   }
 

@@ -77,6 +77,7 @@ const Trials = (() => {
       rows: [],
       columns: [],
       chosen: null,
+      versus: null,
       picked: null,
       choose: null,
     };
@@ -124,7 +125,7 @@ const Trials = (() => {
         el(
           "tr",
           {
-            class: `row state-${table.stateOf(trial).replaceAll(" ", "-")}${trial === table.chosen ? " is-chosen" : ""}`,
+            class: `row state-${table.stateOf(trial).replaceAll(" ", "-")}${trial === table.chosen ? " is-chosen" : ""}${trial === table.versus ? " is-versus" : ""}`,
             "data-trial": String(trial),
             "aria-current": trial === table.chosen ? "true" : null,
             onclick: () => table.choose(`trial:${trial}`),
@@ -151,6 +152,7 @@ const Trials = (() => {
       columns,
       rows: sorted(run, state, columns),
       chosen,
+      versus: Data.trialOf(state.versus),
       picked,
       choose,
       stateOf: (trial) => run.stateOf(trial),
