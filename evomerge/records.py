@@ -82,6 +82,7 @@ class ParameterSpec:
 class Recipe:
     """An operator with every coefficient resolved: all that is needed to rebuild a merged model.
 
+    experts maps a name to a checkpoint's path, or to the recipe of a merge of the same base, which is merged once more.
     groups maps a group to its tensors; together they hold every merged tensor once. values maps a parameter to its
     (K, G) numbers, experts and groups in the order of their mappings; a parameter of the whole merge has one row.
     dtype is that of the inputs; the result is rounded to out_dtype where it has another. layers: of a model whose
@@ -92,7 +93,7 @@ class Recipe:
     operator: str
     options: Mapping[str, Any]
     base: str
-    experts: Mapping[str, str]
+    experts: Mapping[str, "str | Recipe"]
     dtype: str
     groups: Mapping[str, tuple[str, ...]]
     values: Mapping[str, tuple[tuple[float, ...], ...]]
@@ -100,13 +101,20 @@ class Recipe:
     layers: Layers | None = None
     int8: bool = False
 
+    @property
+    def merges(self) -> list["Recipe"]:
+        """The experts that are merges themselves."""
+        return [held for held in self.experts.values() if isinstance(held, Recipe)]
+
     def fingerprint(self, hashes: Mapping[str, str]) -> str:
         """Return 16 hex digits of the merge itself; ``hashes`` maps a checkpoint's path to the hash of its tensors."""
         merge: dict[str, Any] = {
             "operator": self.operator,
             "options": dict(self.options),
             "base": hashes[self.base],
-            "experts": [hashes[path] for path in self.experts.values()],
+            "experts": [
+                held.fingerprint(hashes) if isinstance(held, Recipe) else hashes[held] for held in self.experts.values()
+            ],
             "dtype": self.dtype,
             "groups": list(self.groups.values()),
             "values": dict(self.values),

@@ -1,5 +1,6 @@
 """Campaigns in the data-flow space, on a small real language family: layers are chosen, repeated and scaled."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,33 @@ import yaml
 from silent_watcher import Interrupt, Interrupting
 
 from evomerge.campaign.campaign import Campaign, read_campaign
+from evomerge.campaign.course import Course
 from evomerge.campaign.plan import Plan, make_plan
 from evomerge.campaign.recipe_file import read_recipe, write_recipe
+from evomerge.campaign.stages import make_stages
+from evomerge.check import check_campaign
 from evomerge.errors import CampaignError, CheckpointError, InputError
 from evomerge.families.family import FamilySummary
 from evomerge.materialize.checkpoint import open_checkpoint
 from evomerge.materialize.resident import load_model
 from evomerge.publish.export import export_trial, merge_recipe, verify_export
-from evomerge.records import Trial
+from evomerge.records import Candidate, Measurement, Trial
 from evomerge.report.front import print_front
 from evomerge.report.html import write_report
+from evomerge.report.trial import trial as show_trial
+from evomerge.run.rebuild import recipe_of
+from evomerge.run.replay import replay
 from evomerge.run.run import Run, open_run
 from evomerge.run.search import search
 from evomerge.scorer.scorer import Scorer
 from evomerge.space.data_flow import DataFlow, PathLayer
 
 BUDGET = 12
+HYBRID = [  # weights first, then layers, then layers with fewer experts
+    {"proposer": "cma_es", "evaluations": 4, "population": 4},
+    {"proposer": "catcma", "evaluations": 6, "population": 4, "space": {"kind": "data_flow", "max_layers": 4}},
+    {"proposer": "random", "space": {"kind": "data_flow", "repeats": 1, "scale": 1.0}, "keep_experts": 1},
+]
 Write = Callable[..., Campaign]
 
 
@@ -158,6 +170,9 @@ class TestRefusals:
         folder = tiny_adapters.write_adapter(tmp_path / "adapter", factors)
         with pytest.raises(CampaignError, match="expert lora: an adapter has no layers of its own"):
             make_plan(write(experts={"lora": str(folder)}))
+        merging = write(experts={"lora": str(folder)}, space={}, search=HYBRID)
+        with pytest.raises(CampaignError, match=r"search\[1\]: expert lora: an adapter has no layers of its own"):
+            make_stages(merging, make_plan(merging))
 
     def test_task_vectors_in_8_bits(self, write: Write) -> None:
         with pytest.raises(InputError, match="residence: int8: paths run on the experts' own tensors"):
@@ -169,3 +184,121 @@ class TestRefusals:
         export_trial(run, trial, tmp_path / "out", quiet)
         with pytest.raises(CheckpointError, match=r"expert deep adds \d+ tensors against the base"):
             make_plan(write(experts={"deep": str(tmp_path / "out")}))
+
+
+@pytest.fixture(scope="module")
+def hybrid(write: Write) -> Campaign:
+    return write(space={"groups": "layer"}, search=HYBRID, budget={"evaluations": 12})
+
+
+@pytest.fixture(scope="module")
+def mixed(hybrid: Campaign, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return search(hybrid, tmp_path_factory.mktemp("mixed") / "run")
+
+
+def course_of(run: Run) -> Course:
+    course = Course(run.campaign, make_plan(run.campaign), run.changes)
+    course.leg(len(run.changes) - 1, run.trials)
+    return course
+
+
+def value_of(measured: Measurement | None) -> dict[str, float]:
+    assert measured is not None
+    return {name: score.value for name, score in measured.scores.items()}
+
+
+class TestPathsThroughMerges:
+    """A campaign that merges weights, and then lays paths through the layers of the best merge and of the experts."""
+
+    def test_a_stage_starts_at_the_best_merge(self, mixed: Run) -> None:
+        """The identity path scores what the merge did, and its proposer knows; on a worker as it is sent there."""
+        leg = course_of(mixed).leg(1, mixed.trials)
+        means = [sum(value_of(trial.measurement).values()) for trial in mixed.trials[:4]]
+        assert leg.merged == leg.ancestor == means.index(min(means))  # losses
+        problem = leg.problem((0,))
+        assert problem.best_is_scored
+        assert len(problem.history) == 1  # no path is another merge
+        scorer = Scorer(make_plan(mixed.campaign))
+        scorer.configure(pickle.loads(pickle.dumps(leg.plan.stage_space)))
+        scored = scorer.score(Candidate(point=tuple(problem.start)), "search")
+        assert value_of(scored) == value_of(mixed.trials[leg.merged].measurement)
+        recipe = course_of(mixed).recipe(mixed.trials[leg.merged])
+        merge, path = (scorer.score(one, "test").weights for one in (recipe, leg.plan.recipe(problem.start)))
+        assert merge == path
+        scorer.adopt(scorer.buffers())  # as workers of one machine do
+        again = Candidate(point=mixed.trials[7].point)
+        assert value_of(scorer.score(again, "search")) == value_of(mixed.trials[7].measurement)
+
+    def test_the_next_such_stage_starts_at_the_best_path(self, mixed: Run) -> None:
+        first, second = (course_of(mixed).leg(number, mixed.trials) for number in (1, 2))
+        assert second.plan.merged == first.plan.merged
+        assert second.left_out in (("python",), ("sort",))
+        assert {dimension.expert for dimension in second.plan.space.dimensions} == {
+            "merged", "python", "sort",
+        } - set(second.left_out)  # fmt: skip
+        best = min(mixed.trials[:10], key=lambda trial: sum(value_of(trial.measurement).values()))
+        assert second.ancestor == best.number
+
+    def test_an_interrupted_search_goes_on_as_if_it_had_not_been(
+        self, hybrid: Campaign, mixed: Run, tmp_path: Path
+    ) -> None:
+        """Within each stage and between two of them; and as far as a larger budget goes."""
+        for further in (2, 2, 3, 3, 1):
+            with pytest.raises(Interrupt):
+                search(hybrid, tmp_path / "run", watcher=Interrupting(further))
+        search(hybrid, tmp_path / "run")
+        budget = hybrid.budget.model_copy(update={"evaluations": 13})
+        run = search(hybrid.model_copy(update={"budget": budget}), tmp_path / "run")
+        assert [trial.candidate for trial in run.trials[:12]] == [trial.candidate for trial in mixed.trials]
+        assert values(run)[:12] == values(mixed)
+        assert run.facts["stages"] == mixed.facts["stages"]
+        assert [of.difference for of in replay(run)] == [None, None, None]
+
+    def test_an_export_rebuilds_the_merge_and_the_path(self, mixed: Run, tmp_path: Path) -> None:
+        plan = make_plan(mixed.campaign)
+        recipes = {trial.number: recipe_of(mixed, trial, plan) for trial in mixed.trials if trial.stage > 0}
+        sources = {number: np.argmax(recipe.values["coefficient"], axis=0) for number, recipe in recipes.items()}
+        found = [number for number, of in sources.items() if 0 in of and of.max() > 0]
+        number = next((number for number in found if f"trial:{number}" in mixed.tested), found[0])
+        out = tmp_path / "out"
+        export_trial(mixed, mixed.trials[number], out, quiet)
+        rows = verify_export(mixed, mixed.trials[number], out, quiet)
+        assert rows
+        assert all(row.rescored == row.recorded for row in rows)
+        assert read_recipe(out / "recipe.yaml").recipe == recipes[number]
+        digest = merge_recipe(out / "recipe.yaml", tmp_path / "again", "cpu", quiet)
+        card = (out / "README.md").read_text()
+        assert digest in card
+        if tested := mixed.tested.get(f"trial:{number}"):
+            assert digest == tested.weights
+        assert "A merge of merged (python, sort by task_arithmetic), python, sort by passthrough in" in card
+        assert "mergekit cannot make this merge: one of its experts is a merge itself" in card
+        assert not (out / "mergekit.yaml").exists()
+
+    def test_a_merge_is_exported_as_without_paths(self, mixed: Run, tmp_path: Path) -> None:
+        export_trial(mixed, mixed.trials[1], tmp_path / "out", quiet)
+        rows = verify_export(mixed, mixed.trials[1], tmp_path / "out", quiet)
+        assert all(row.rescored == row.recorded for row in rows)
+
+    def test_it_is_shown(self, mixed: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        print_front(mixed)
+        assert "along paths through the layers of trial" in capsys.readouterr().out
+        write_report(mixed, tmp_path / "report.html")
+        text = (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert '"operators":["task_arithmetic","passthrough"]' in text
+        assert '["on","merged","layer0 pass 2"]' in text
+        for number, operator, parameters in (
+            (1, "task_arithmetic", {"coefficient"}),
+            (5, "passthrough", {"on", "scale"}),
+        ):
+            shown = show_trial(mixed, mixed.trials[number])
+            assert shown.facts["operator"] == operator
+            assert {row["parameter"] for row in shown.tables["numbers"]} == parameters
+        frame = mixed.trials_frame()
+        assert frame["operator"].tolist() == ["task_arithmetic"] * 4 + ["passthrough"] * 8
+
+    def test_what_it_takes_is_known_before(self, hybrid: Campaign) -> None:
+        """Room for what paths scale, beside the merge that they are laid through."""
+        report = check_campaign(hybrid, quiet)
+        assert report.plan.size_bytes == 5 * 4 * report.plan.num_parameters
+        assert [stage.num_dimensions for stage in report.stages] == [8, 24, 4]

@@ -17,7 +17,7 @@ import pytest
 from silent_watcher import Silent
 
 from evomerge.campaign.campaign import Campaign, read_campaign
-from evomerge.campaign.sections import BudgetSection, StageSection
+from evomerge.campaign.sections import BudgetSection, DataFlowSection, ObjectiveSection, StageSection
 from evomerge.families.family import FamilySummary
 from evomerge.ledger.ledger import Ledger
 from evomerge.ledger.location import locate
@@ -161,3 +161,29 @@ def num_finished(folder: Path) -> int:
         return 0
     with closing(Ledger.open(locate(folder))) as ledger:
         return sum(trial.order is not None for trial in ledger.trials())
+
+
+def test_paths_through_the_best_merge_of_the_stage_before(
+    small_text: FamilySummary, cluster: Any, tmp_path: Path
+) -> None:
+    """Workers that die in the second stage, and those that come for them, have the same merge."""
+    stages = [
+        StageSection(proposer="sobol", evaluations=6),
+        StageSection(proposer="sobol", space=DataFlowSection(kind="data_flow", max_layers=3)),
+    ]
+    campaign = read_campaign(small_text.campaign)
+    evaluation = campaign.evaluation | {"split": {"adapt": 0.0, "search": 0.5, "test": 0.5}}
+    update = {
+        "objectives": [ObjectiveSection(name=task, task=task, metric="loss") for task in ("python", "sort")],
+        "evaluation": evaluation,
+        "search": stages,
+        "budget": BudgetSection(evaluations=NUM_EVALUATIONS),
+    }
+    campaign = campaign.model_copy(update=update)
+    inline = search(campaign, tmp_path / "inline")
+    run = search(on(campaign, cluster), tmp_path / "run", watcher=At(10, kill_all_workers))
+    assert run.facts["stages"] == inline.facts["stages"]
+    require_the_same(run, inline)
+    assert {name: of.weights for name, of in run.tested.items()} == {
+        name: of.weights for name, of in inline.tested.items()
+    }

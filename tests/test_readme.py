@@ -81,20 +81,27 @@ def test_evo_merging_is_read(checkout: Path) -> None:
     assert parameters == [{"density"}, {"coefficient"}]
 
 
-def test_the_recipe_is_read(checkout: Path) -> None:
-    path = checkout / "recipe.yaml"
-    path.write_text(
-        next(block for block in blocks("yaml", page("merging")) if "name: ties}" in block and "base:" in block)
-    )
-    assert read_recipe(path).recipe.values["coefficient"] == ((1.0,), (0.7,))
+def test_the_recipes_are_read(checkout: Path) -> None:
+    found = [block for block in blocks("yaml", page("merging")) if "name: ties}" in block and "base:" in block]
+    recipes = []
+    for number, block in enumerate(found):
+        path = checkout / f"{number}.yaml"
+        path.write_text(block)
+        recipes.append(read_recipe(path).recipe)
+    assert [recipe.values["coefficient"] for recipe in recipes] == [((1.0,), (0.7,)), ((0.8,), (0.3,))]
+    assert [merge.values["density"][0] for recipe in recipes for merge in recipe.merges] == [(0.3,)]
 
 
-def test_the_data_flow_campaign_is_read(tmp_path: Path, small_text: FamilySummary) -> None:
+@pytest.mark.parametrize("place", [0, 1], ids=["alone", "after merging"])
+def test_the_data_flow_campaigns_are_read(tmp_path: Path, small_text: FamilySummary, place: int) -> None:
     sections = yaml.safe_load(small_text.campaign.read_text())
     del sections["operator"]
-    sections |= yaml.safe_load(next(block for block in blocks("yaml", page("merging")) if "kind: data_flow" in block))
+    sections |= yaml.safe_load(
+        [block for block in blocks("yaml", page("merging")) if "kind: data_flow" in block][place]
+    )
     sections["base"] = str(small_text.path / "base")
     sections["objectives"] = [{"name": name, "task": name, "metric": "loss"} for name in ("python", "sort")]
+    assert list(sections["experts"]) == ["maths", "chat"]
     sections["experts"] = {"maths": str(small_text.path / "experts/sort"), "chat": str(small_text.path / "experts/c")}
     sections["evaluation"] |= {
         "data": str(small_text.path / "data"),
@@ -104,8 +111,10 @@ def test_the_data_flow_campaign_is_read(tmp_path: Path, small_text: FamilySummar
     path.write_text(yaml.safe_dump(sections))
     campaign = read_campaign(path)
     plan = make_plan(campaign)
-    assert len(plan.space) == 2 * (2 * 2 * 2)  # on and scale; 2 experts x 2 layers x 2 repeats
-    assert [stage.proposer for stage in make_stages(campaign, plan)] == ["catcma"]
+    stages = make_stages(campaign, plan)
+    assert stages[-1].proposer == "catcma"
+    # On and scale; 2 experts (or the merge, and one expert) x 2 layers x 2 repeats.
+    assert [stage.num_dimensions for stage in stages] == [[16], [8, 16]][place]
 
 
 def test_the_language_items_are_read(tmp_path: Path, small_text: FamilySummary) -> None:

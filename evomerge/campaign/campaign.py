@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from evomerge.campaign import assemble
 from evomerge.campaign.sections import (
+    MERGED,
     WORKERS,
     AnySpace,
     BudgetSection,
@@ -113,6 +114,13 @@ class Campaign(Options):
         return [section["name"] for section in self.operators.values()]
 
     @property
+    def lays_paths_through_merges(self) -> bool:
+        """Whether a stage of a campaign that merges weights goes on to lay paths of layers."""
+        stages = [] if isinstance(self.search, str) else self.search
+        is_merging = isinstance(self.space, SpaceSection)
+        return is_merging and any(isinstance(stage.space, DataFlowSection) for stage in stages)
+
+    @property
     def split(self) -> SplitSection:
         """The shares of the evaluation's items."""
         return parse(SplitSection, self.evaluation.get("split", {}), "evaluation.split")
@@ -149,6 +157,8 @@ class Campaign(Options):
         """Return the campaign with a stage's space and parameters in place of its own. Raises: CampaignError."""
         if isinstance(self.space, DataFlowSection):
             raise CampaignError("space: a data-flow space is the same in all stages; leave out what this one changes")
+        if isinstance(changes.space, DataFlowSection):
+            return self.model_copy(update={"space": changes.space})
         given = {key: value for key, value in changes.space if value is not None}
         space = self.space.model_copy(update=given)
         return self.model_copy(update={"space": space, "operator": self._changed_operator(changes.operator)})
@@ -290,6 +300,7 @@ def _check_names(campaign: Campaign) -> None:
     shares = campaign.split
     _check_starts(campaign)
     _check_objectives(campaign)
+    _check_paths(campaign)
     _ = campaign.evaluators
     for number, stage in enumerate([] if isinstance(campaign.search, str) else campaign.search):
         proposer = assemble.proposer_type(stage.proposer, f"search[{number}].proposer")
@@ -316,6 +327,37 @@ def _check_starts(campaign: Campaign) -> None:
                 raise CampaignError(f"{where}.start.by: unknown expert {expert!r}{known}")
         if missing := [expert for expert in campaign.experts if expert not in start.by]:
             raise CampaignError(f"{where}.start.by: expected a number for each expert, found none for {missing[0]!r}")
+
+
+def _check_paths(campaign: Campaign) -> None:
+    """A data-flow stage lays paths through the best merge of those before it, and nothing is merged after it."""
+    stages = [] if isinstance(campaign.search, str) else campaign.search
+    later = None
+    for number, stage in reversed(list(enumerate(stages))):
+        where = f"search[{number}]"
+        if not isinstance(stage.space, DataFlowSection):
+            later = where
+        elif isinstance(campaign.space, DataFlowSection):
+            continue  # what such a campaign may change of its space is said by ``changed``
+        elif later:
+            raise CampaignError(
+                f"{later}: it merges weights after {where} has laid paths of layers, which are no weights; put it "
+                "before, or give it a space of kind: data_flow"
+            )
+        elif number == 0:
+            raise CampaignError(
+                f"{where}.space: a data-flow stage lays paths through the best merge of the stages before, and there "
+                "are none; put a stage before it, or give the campaign itself a space of kind: data_flow"
+            )
+        elif stage.operator:
+            raise CampaignError(
+                f"{where}.operator: a data-flow space takes layers as they are and merges nothing; leave operator out"
+            )
+        elif MERGED in campaign.experts:
+            raise CampaignError(
+                f"experts.{MERGED}: so the best merge is called in {where}, which lays paths; give the expert another "
+                "name"
+            )
 
 
 def _check_objectives(campaign: Campaign) -> None:

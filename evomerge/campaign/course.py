@@ -22,7 +22,7 @@ from evomerge.errors import CampaignError
 from evomerge.front.front import observe
 from evomerge.proposers.proposer import Problem, rank
 from evomerge.records import Floats, Observation, Recipe, TensorIndex, Trial, in_order
-from evomerge.space.choice import COEFFICIENT
+from evomerge.space.choice import COEFFICIENT, Choice
 from evomerge.space.data_flow import DataFlow
 from evomerge.space.regroup import by_tensor
 
@@ -34,7 +34,7 @@ class Leg:
     """A stage as it begins: the campaign's plan with the stage's space, and what its proposer is told (``Problem``).
 
     changes: how the space differs from the campaign's. ancestor: number of the best trial of the earlier stages.
-    left_out: experts that the stage does without.
+    merged: that of the trial whose merge paths are laid through. left_out: experts that the stage does without.
     """
 
     changes: SpaceChanges
@@ -42,6 +42,7 @@ class Leg:
     history: tuple[Observation, ...] = ()
     best: Observation | None = None
     ancestor: int | None = None
+    merged: int | None = None
     left_out: tuple[str, ...] = ()
 
     def problem(self, seed: tuple[int, ...], reference_M: Floats | None = None) -> Problem:
@@ -60,7 +61,8 @@ class Leg:
     def facts(self) -> dict[str, Any]:
         """Return what readers of a run need to know of the stage, as JSON."""
         changes = self.changes.model_dump(mode="json")
-        return {"changes": changes, "ancestor": self.ancestor, "left_out": self.left_out, **described(self.plan)}
+        inherited = {"ancestor": self.ancestor, "merged": self.merged, "left_out": self.left_out}
+        return {"changes": changes, **inherited, **described(self.plan)}
 
 
 class Course:
@@ -87,13 +89,14 @@ class Course:
     def _begin(self, number: int, trials: Sequence[Trial]) -> Leg:
         changes, plan, left_out = self._changes[number], self._plan, tuple[str, ...]()
         earlier = _before(number, trials)
-        ancestor = max((trial for trial in earlier if trial.measurement), key=self._rank, default=None)
+        scored = [trial for trial in earlier if trial.measurement]
+        ancestor = max(scored, key=self._rank, default=None)
+        merge = max((trial for trial in scored if self._is_merge(trial)), key=self._rank, default=None)
         if changes != SpaceChanges():
-            found = self._found(number, ancestor)
+            merges = self._merges(number, merge)
             if changes.keep_experts:
-                best = self.recipe(ancestor) if ancestor else next(iter(found.values()), None)
-                left_out = _left_out(plan, best, changes.keep_experts)
-            plan = with_space(plan, self._campaign.changed(changes), found, left_out)
+                left_out = _left_out(plan, merges[0] if merges else None, changes.keep_experts)
+            plan = with_space(plan, self._campaign.changed(changes), merges, left_out)
         if not plan.space.dimensions:
             raise CampaignError("space: nothing is searched; give at least one number a range {low: ..., high: ...}")
         moved = {trial.number: self._moved(trial, plan) for trial in earlier}
@@ -103,24 +106,26 @@ class Course:
             history=tuple(observation for observation, is_held in moved.values() if is_held),
             best=moved[ancestor.number][0] if ancestor else None,
             ancestor=ancestor.number if ancestor else None,
+            merged=merge.number if merge and plan.merged else None,
             left_out=left_out,
         )
 
-    def _found(self, number: int, ancestor: Trial | None) -> dict[str, Recipe]:
-        """Return operator -> the recipe that ``best`` stands for: the best, or where the stage before started."""
-        if number == 0:
-            return {}
-        before = self._legs[number - 1].plan
-        recipes = [before.recipe(start_D) for start_D in before.space.starts]
-        recipes += [self.recipe(ancestor)] if ancestor else []
-        return {recipe.operator: recipe for recipe in recipes}
+    def _is_merge(self, trial: Trial) -> bool:
+        """Whether a trial merges weights, and lays no path."""
+        return isinstance(self._legs[trial.stage].plan.space, Choice)
+
+    def _merges(self, number: int, best: Trial | None) -> list[Recipe]:
+        """Return the best merge, and those where the last stage that merges weights started, one an operator."""
+        plans = [leg.plan for leg in self._legs[:number] if isinstance(leg.plan.space, Choice)]
+        starts = [plan.recipe(start_D) for plan in plans[-1:] for start_D in plan.space.starts]
+        return [self.recipe(best), *starts] if best else starts
 
     def _moved(self, trial: Trial, plan: Plan) -> tuple[Observation, bool]:
         """Return an earlier result at the point nearest to its recipe, and whether that point has the same recipe."""
         observation = observe(trial, plan.objectives)
         if self._legs[trial.stage].plan is plan:
             return observation, True
-        recipe = self.recipe(trial)
+        recipe = plan.as_held(self.recipe(trial))
         point_D = plan.point(recipe)
         is_held = _is_same(recipe, plan.recipe(point_D), plan.tensors)
         return replace(observation, point=point_D, arrival=None), is_held
@@ -169,8 +174,9 @@ def _left_out(plan: Plan, best: Recipe | None, num_kept: int) -> tuple[str, ...]
 
 
 def _is_same(one: Recipe, other: Recipe, tensors: TensorIndex) -> bool:
-    """Whether two recipes of one campaign make the same merge: one operator, and the same numbers for every tensor."""
-    if one.operator != other.operator:
+    """Whether two recipes of one campaign make the same model: one operator, and the same numbers for every tensor."""
+    if (one.operator, one.experts, one.layers) != (other.operator, other.experts, other.layers):
         return False
-    numbers, others = by_tensor(one, tensors), by_tensor(other, tensors)
-    return all(np.allclose(numbers[name], others[name], rtol=0.0, atol=ROUNDING) for name in numbers)
+    # Of paths with the same layers, the groups are the same too: one a tensor of the path's own.
+    numbers, others = [r.values if r.layers else by_tensor(r, tensors) for r in (one, other)]
+    return all(np.allclose(numbers[name], others[name], rtol=ROUNDING, atol=ROUNDING) for name in numbers)

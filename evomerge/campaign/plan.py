@@ -15,8 +15,8 @@ import torch
 
 from evomerge.campaign.assemble import EVALUATORS
 from evomerge.campaign.campaign import Campaign
-from evomerge.campaign.sections import ObjectiveSection, SpaceSection
-from evomerge.campaign.spaces import make_choice, make_space
+from evomerge.campaign.sections import MERGED, DataFlowSection, ObjectiveSection
+from evomerge.campaign.spaces import make_choice, make_data_flow, make_space
 from evomerge.errors import CampaignError, did_you_mean
 from evomerge.evaluators.evaluator import Evaluator
 from evomerge.evaluators.several import SeveralEvaluators
@@ -26,7 +26,8 @@ from evomerge.kernels.sources import Sources
 from evomerge.materialize.adapter import Adapter, open_expert
 from evomerge.materialize.arrangement import arrange
 from evomerge.materialize.checkpoint import Checkpoint, fit_to_base, open_checkpoint
-from evomerge.materialize.paths import describe
+from evomerge.materialize.merge import Merge, Source
+from evomerge.materialize.paths import describe, path_of
 from evomerge.materialize.residence import AUTO, Place, Residence
 from evomerge.materialize.resident import empty_model, tensor_index, tied_names
 from evomerge.materialize.vocabulary import vocabulary_tensors
@@ -35,7 +36,7 @@ from evomerge.operators.operator import Operator
 from evomerge.operators.passthrough import Passthrough
 from evomerge.records import Floats, Layers, Objective, Recipe, Split, TensorIndex
 from evomerge.space.choice import Choice
-from evomerge.space.data_flow import DataFlow
+from evomerge.space.data_flow import DataFlow, Path
 from evomerge.space.groups import Groups, make_groups
 from evomerge.space.regroup import group_sizes, regrouped
 from evomerge.space.shares import EXPONENTS, Measure
@@ -62,17 +63,18 @@ class Findings:
 
 
 class StageSpace(NamedTuple):
-    """By what a stage's points are read."""
+    """By what a stage's points are read; merged: the merge that paths have layers of, too."""
 
     groups: Groups
     space: Choice | DataFlow
+    merged: Recipe | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """A checked campaign: everything but the weights. operators and objectives are in the order of the file.
 
-    A stage's own plan differs from the campaign's in groups and space (``with_space``).
+    A stage's own plan differs from the campaign's in groups, space and merged (``with_space``).
     item_sources: task -> the source of each item, by which errors are clustered. losses: the evaluator's, or those that
     were found (``Findings``), as are sums.
     """
@@ -92,6 +94,7 @@ class Plan:
     fidelity: RaceOptions | None
     losses: frozenset[str]
     sums: Mapping[Measure, Floats] | None = None
+    merged: Recipe | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -100,7 +103,7 @@ class Plan:
 
     @property
     def size_bytes(self) -> int:
-        """Memory that the run holds: base, experts and the resident model.
+        """Memory that the run holds: base, experts and the resident model, and once more of it beside paths through it.
 
         An adapter takes that of its factors, and of a whole model beside it if an operator needs its tensors whole.
         """
@@ -142,11 +145,11 @@ class Plan:
     @property
     def stage_space(self) -> StageSpace:
         """All in which a stage's plan differs from the campaign's."""
-        return StageSpace(self.groups, self.space)
+        return StageSpace(self.groups, self.space, self.merged)
 
     def within(self, stage_space: StageSpace) -> "Plan":
         """Return the plan with the space of a stage."""
-        return replace(self, groups=stage_space.groups, space=stage_space.space)
+        return replace(self, groups=stage_space.groups, space=stage_space.space, merged=stage_space.merged)
 
     def measured_sums(self, sources: Sources) -> dict[Measure, Floats]:
         """Return the sums (K, S) of each measure that starts derive from; one pass over the weights for each."""
@@ -175,17 +178,30 @@ class Plan:
     def recipe(self, point: Sequence[float] | Floats) -> Recipe:
         """Return the recipe of a point of the space, by the operator that it chooses, or of a path."""
         if isinstance(self.space, DataFlow):
-            layers, groups, values = describe(self.tensors, len(self.experts), self.space.path(point))
-            return replace(self._recipe(self.operators[Passthrough.name], groups, values), layers=layers)
+            return self._laid(self.space.path(point), self.merged)
         branch = self.space.branch(point)
         values = branch.space.values(np.asarray(point)[branch.columns_d])
         return self._recipe(self.operators[branch.operator], self.groups, values)
 
     def point(self, recipe: Recipe) -> Floats:
-        """Return the point (D,) whose recipe comes nearest to one of the plan's operators and experts."""
-        assert isinstance(self.space, Choice)  # no stage changes a data-flow space
+        """Return the point (D,) whose recipe comes nearest to one of the plan's operators and experts, or to a path."""
+        if isinstance(self.space, DataFlow):
+            return self.space.nearest(path_of(recipe))
         values = regrouped(recipe, self.groups, self.tensors)
         return self.space.nearest(recipe.operator, values, group_sizes(self.groups, self.tensors))
+
+    def as_held(self, recipe: Recipe) -> Recipe:
+        """Return a recipe as the space would have it: where that has paths, a merge is the one of its own layers."""
+        if isinstance(self.space, DataFlow) and not recipe.layers:
+            return self._laid(self.space.own_layers, recipe)
+        return recipe
+
+    def _laid(self, path: Path, merged: Recipe | None) -> Recipe:
+        """Return the recipe of a path through the layers of the experts and of the merge, if there is one."""
+        leaders = {MERGED: merged} if merged else {}
+        layers, groups, values = describe(self.tensors, len(leaders) + len(self.experts), path)
+        recipe = self._recipe(Passthrough(), groups, values)
+        return replace(recipe, experts={**leaders, **recipe.experts}, layers=layers)
 
     def task_arithmetic(self, coefficients: Sequence[float]) -> Recipe:
         """Return the reference recipe with one coefficient an expert: zeros are the base, one-hot is an expert."""
@@ -200,7 +216,7 @@ class Plan:
 def make_recipe(
     operator: Operator,
     base: Checkpoint,
-    experts: Mapping[str, Checkpoint | Adapter],
+    experts: Mapping[str, Source],
     dtype: str,
     groups: Groups,
     values: Mapping[str, Floats],
@@ -210,7 +226,9 @@ def make_recipe(
         operator=operator.name,
         options=operator.options.model_dump(),
         base=str(base.folder),
-        experts={name: str(expert.folder) for name, expert in experts.items()},
+        experts={
+            name: expert.recipe if isinstance(expert, Merge) else str(expert.folder) for name, expert in experts.items()
+        },
         dtype=dtype,
         groups=groups,
         values={name: tuple(map(tuple, matrix.tolist())) for name, matrix in values.items()},
@@ -238,6 +256,7 @@ def make_plan(campaign: Campaign) -> Plan:
             device=choose_device(campaign.device),
             residence=campaign.residence,
             factored=all(operator.reads_factors for operator in operators.values()),
+            keeps_merge=campaign.lays_paths_through_merges,
         ),
         operators=operators,
         groups=groups,
@@ -251,28 +270,30 @@ def make_plan(campaign: Campaign) -> Plan:
     )
 
 
-def with_space(plan: Plan, campaign: Campaign, found: Mapping[str, Recipe], left_out: Collection[str] = ()) -> Plan:
+def with_space(plan: Plan, campaign: Campaign, merges: Sequence[Recipe], left_out: Collection[str] = ()) -> Plan:
     """Return the plan with the space of a campaign whose space and parameters, and no more, are other ones.
 
-    found: operator -> the recipe whose numbers ``best`` stands for. left_out: experts whose coefficients are 0.
+    merges: of earlier stages, the best first; paths are laid through that one, and ``best`` stands for each operator's
+    first. left_out: experts whose coefficients are 0, or whose layers are in no path.
     Raises: CampaignError.
     """
     section = campaign.space
-    assert isinstance(section, SpaceSection)  # no stage changes a data-flow space
+    if isinstance(section, DataFlowSection):
+        flow = make_data_flow(section, plan.base, plan.experts, plan.tensors, leader=MERGED, left_out=left_out)
+        return replace(plan, space=flow, merged=merges[0])
+    found = {recipe.operator: recipe for recipe in reversed(merges)}
     groups = make_groups(plan.tensors, section.groups)
     _, space = make_choice(campaign, section, plan.tensors, groups, found, left_out)
     return replace(plan, groups=groups, space=space).started()
 
 
 def open_checkpoints(
-    base: str, experts: Mapping[str, str], layers: Layers | None = None
+    base: str, experts: Mapping[str, str]
 ) -> tuple[Checkpoint, dict[str, Checkpoint | Adapter], TensorIndex]:
     """Open base and experts and compare their tensors; return them with the list of what is merged."""
     opened = open_checkpoint("base", base)
     model = empty_model(opened)
     others = {name: open_expert(f"expert {name}", location, model) for name, location in experts.items()}
-    if layers:
-        return opened, others, arrange((opened, *others.values()), layers).tensors
     tied, vocabulary = tied_names(model), vocabulary_tensors(model)
     fitted = {
         name: expert if isinstance(expert, Adapter) else fit_to_base(opened, expert, tied, vocabulary)
@@ -281,11 +302,29 @@ def open_checkpoints(
     return opened, fitted, tensor_index(model)
 
 
-def decisions(experts: Iterable[Checkpoint | Adapter], dtype: str) -> list[str]:
+def open_sources(
+    base: str, experts: Mapping[str, str | Merge], layers: Layers | None
+) -> tuple[Checkpoint, dict[str, Source], TensorIndex]:
+    """Open what a recipe merges, as ``open_checkpoints`` does: merges too, and layers of other numbers."""
+    locations = {name: held for name, held in experts.items() if isinstance(held, str)}
+    if layers is None:
+        opened, found, tensors = open_checkpoints(base, locations)
+    else:
+        opened = open_checkpoint("base", base)
+        model = empty_model(opened)
+        found = {name: open_expert(f"expert {name}", location, model) for name, location in locations.items()}
+    sources = {name: held if isinstance(held, Merge) else found[name] for name, held in experts.items()}
+    return opened, sources, arrange((opened, *sources.values()), layers).tensors if layers else tensors
+
+
+def decisions(experts: Iterable[Source], dtype: str) -> list[str]:
     """Say what was decided about experts that are not in every respect like the base; a person should know."""
     found = []
     exact = {dtype, *(("bfloat16", "float16") if dtype == "float32" else ())}
     for expert in experts:
+        if isinstance(expert, Merge):
+            found += decisions(expert.experts, dtype)
+            continue
         if isinstance(expert, Adapter):
             continue
         if expert.alignment is not None:

@@ -12,6 +12,10 @@ coefficient:                          # and the operator's other parameters; def
 
 Experts may be given by pattern too. Every expert and every group needs a number, and every pattern something to match.
 
+experts:                              # an expert can be a merge itself: of the same base, and as this file has it
+  merged: {operator: {name: ties}, experts: {rot90: path, mod5: path}, coefficient: 0.7, density: 0.3}
+  invert: path
+
 out_dtype: bfloat16                   # optional: what the result is rounded to
 int8: true                            # optional: task vectors rounded to 8 bits, as under residence: int8
 layers:                               # optional: a model of other layers, from the first to the last
@@ -30,19 +34,19 @@ import yaml
 from pydantic import Field
 
 from evomerge.campaign.campaign import locate
-from evomerge.campaign.plan import make_recipe, open_checkpoints
-from evomerge.campaign.spaces import fixed_number, make_operator
+from evomerge.campaign.plan import make_recipe, open_sources
+from evomerge.campaign.spaces import fixed_number, make_operator, operator_of
 from evomerge.errors import CampaignError, did_you_mean
-from evomerge.materialize.adapter import Adapter
 from evomerge.materialize.arrangement import Output, rows_of
 from evomerge.materialize.checkpoint import Checkpoint
+from evomerge.materialize.merge import Merge, Source
 from evomerge.operators.operator import Operator
 from evomerge.records import Floats, Layers, Options, ParameterSpec, Recipe, TensorIndex
 from evomerge.space.choice import COEFFICIENT
 from evomerge.space.depth import Depths, group_depths
 from evomerge.space.groups import Groups, first_match, make_groups
 from evomerge.space.space import at_depth, check_setting
-from evomerge.strict import parse, read_yaml
+from evomerge.strict import Section, parse, read_yaml
 
 Span = Annotated[list[int], Field(min_length=2, max_length=2)]
 """Layers from the first number up to, not including, the second."""
@@ -55,17 +59,22 @@ class LayersSection(Options):
     experts: dict[str, Span] = {}
 
 
-class RecipeSection(Options):
-    """The fixed part of a recipe file; the operator's parameters stand beside it."""
+class MergeSection(Options):
+    """The fixed part of a merge; the operator's parameters stand beside it."""
 
     operator: dict[str, Any] = {"name": "task_arithmetic"}
+    experts: dict[str, str | dict[str, Any]]
+    groups: str | dict[str, str | list[str]] = "model"
+
+
+class RecipeSection(MergeSection):
+    """The fixed part of a recipe file."""
+
     base: str
-    experts: dict[str, str]
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     out_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     int8: bool = False
     layers: Annotated[list[LayersSection], Field(min_length=1)] | None = None
-    groups: str | dict[str, str | list[str]] = "model"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +83,7 @@ class ReadRecipe:
 
     recipe: Recipe
     base: Checkpoint
-    experts: tuple[Checkpoint | Adapter, ...]
+    experts: tuple[Source, ...]
     operator: Operator
     notes: tuple[str, ...] = ()
 
@@ -87,62 +96,94 @@ class ReadRecipe:
 def read_recipe(path: Path) -> ReadRecipe:
     """Read a recipe file and check it against its checkpoints. Raises: InputError that names the key."""
     data = read_yaml(path)
-    fixed = {key: value for key, value in data.items() if key in RecipeSection.model_fields}
-    given = {key: value for key, value in data.items() if key not in fixed}
     try:
-        section = parse(RecipeSection, fixed, "")
-        operator, inside = make_operator(section.operator)
-        if inside:
-            raise CampaignError(
-                f"operator.{next(iter(inside))}: a recipe gives parameters beside operator, not inside it"
-            )
-        specs = {spec.name: spec for spec in operator.parameters}
-        if unknown := sorted(given.keys() - specs.keys()):
-            raise CampaignError(
-                f"{unknown[0]}: unknown key{did_you_mean(unknown[0], [*specs, *RecipeSection.model_fields])}"
-            )
-        folder = path.resolve().parent
-        located = {name: locate(location, folder) for name, location in section.experts.items()}
-        layers = _read_layers(section.layers, list(located)) if section.layers else None
-        base, experts, tensors = open_checkpoints(locate(section.base, folder), located, layers)
-        groups = make_groups(tensors, _grouping(section))
-        places = _Places(list(experts), list(groups), group_depths(tensors, groups))
-        values = {name: _matrix(spec, given.get(name), places) for name, spec in specs.items()}
-        if layers:
-            groups, values = _leave_out(operator, tensors, layers, groups, values)
+        section, given = _split(RecipeSection, data)
+        read = _read(section, given, section, path.resolve().parent)
     except CampaignError as error:
         raise CampaignError(f"{path}: {error}") from error.__cause__
-    dtype = base.dtype if section.dtype == "auto" else section.dtype
-    recipe = make_recipe(operator, base, experts, dtype, groups, values)
-    out_dtype = section.out_dtype if section.out_dtype != dtype else None
-    recipe = replace(recipe, out_dtype=out_dtype, layers=layers, int8=section.int8)
+    out_dtype = section.out_dtype if section.out_dtype != read.recipe.dtype else None
+    return replace(read, recipe=replace(read.recipe, out_dtype=out_dtype))
+
+
+def _split(section: type[Section], data: Mapping[str, Any]) -> tuple[Section, dict[str, Any]]:
+    """Return the fixed part of a merge, and the rest."""
+    fixed = {key: value for key, value in data.items() if key in section.model_fields}
+    return parse(section, fixed, ""), {key: value for key, value in data.items() if key not in fixed}
+
+
+def _read(section: MergeSection, given: Mapping[str, Any], file: RecipeSection, folder: Path) -> ReadRecipe:
+    """Read a merge, the file's or one within it; given are the operator's parameters."""
+    operator, inside = make_operator(section.operator)
+    if inside:
+        raise CampaignError(f"operator.{next(iter(inside))}: a recipe gives parameters beside operator, not inside it")
+    specs = {spec.name: spec for spec in operator.parameters}
+    if unknown := sorted(given.keys() - specs.keys()):
+        raise CampaignError(
+            f"{unknown[0]}: unknown key{did_you_mean(unknown[0], [*specs, *type(section).model_fields])}"
+        )
+    located = {
+        name: locate(held, folder) if isinstance(held, str) else _read_merge(name, held, file, folder)
+        for name, held in section.experts.items()
+    }
+    layers = _read_layers(file.layers, list(located)) if section is file and file.layers else None
+    base, experts, tensors = open_sources(locate(file.base, folder), located, layers)
+    groups = make_groups(tensors, _grouping(section))
+    places = _Places(list(experts), list(groups), group_depths(tensors, groups))
+    values = {name: _matrix(spec, given.get(name), places) for name, spec in specs.items()}
+    if layers:
+        groups, values = _leave_out(operator, tensors, layers, groups, values)
+    dtype = base.dtype if file.dtype == "auto" else file.dtype
+    recipe = replace(make_recipe(operator, base, experts, dtype, groups, values), layers=layers, int8=file.int8)
     return ReadRecipe(recipe=recipe, base=base, experts=tuple(experts.values()), operator=operator)
+
+
+def _read_merge(name: str, given: Mapping[str, Any], file: RecipeSection, folder: Path) -> Merge:
+    """Read an expert that is a merge itself; base, dtype and int8 are the file's."""
+    try:
+        section, numbers = _split(MergeSection, given)
+        read = _read(section, numbers, file, folder)
+    except CampaignError as error:
+        raise CampaignError(f"experts.{name}: {error}") from error.__cause__
+    return Merge(
+        name=f"expert {name}", recipe=read.recipe, operator=read.operator, base=read.base, experts=read.experts
+    )
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """Write a recipe file that ``read_recipe`` reads back to the same recipe."""
-    operator, _ = make_operator({"name": recipe.operator, **recipe.options})
+    merge = _written(recipe)
+    data = {
+        "operator": merge["operator"],
+        "base": recipe.base,
+        "experts": merge["experts"],
+        "dtype": recipe.dtype,
+        **({"out_dtype": recipe.out_dtype} if recipe.out_dtype else {}),
+        **({"int8": True} if recipe.int8 else {}),
+        **({"layers": _write_layers(recipe.layers, list(recipe.experts))} if recipe.layers else {}),
+        **merge,
+    }
+    path.write_text(yaml.safe_dump(data, sort_keys=False, width=120))
+
+
+def _written(recipe: Recipe) -> dict[str, Any]:
+    """Return what ``_read`` reads back, but for what a whole file shares."""
     rows = {name: [_number(row, recipe.groups) for row in matrix] for name, matrix in recipe.values.items()}
     matrices = {
         spec.name: dict(zip(map(glob.escape, recipe.experts), rows[spec.name], strict=True))
         if spec.per_expert
         else rows[spec.name][0]
-        for spec in operator.parameters
+        for spec in operator_of(recipe).parameters
     }
-    data = {
+    return {
         "operator": {"name": recipe.operator, **recipe.options},
-        "base": recipe.base,
-        "experts": dict(recipe.experts),
-        "dtype": recipe.dtype,
-        **({"out_dtype": recipe.out_dtype} if recipe.out_dtype else {}),
-        **({"int8": True} if recipe.int8 else {}),
-        **({"layers": _write_layers(recipe.layers, list(recipe.experts))} if recipe.layers else {}),
+        "experts": {
+            name: _written(held) if isinstance(held, Recipe) else held for name, held in recipe.experts.items()
+        },
         **matrices,
         "groups": "tensor"
         if all(tensors == (group,) for group, tensors in recipe.groups.items())
         else {group: list(tensors) for group, tensors in recipe.groups.items()},
     }
-    path.write_text(yaml.safe_dump(data, sort_keys=False, width=120))
 
 
 def _read_layers(sections: Sequence[LayersSection], experts: list[str]) -> Layers:
@@ -192,7 +233,7 @@ def _leave_out(
     return {name: (name,) for name in names}, by_tensor
 
 
-def _grouping(section: RecipeSection) -> Any:
+def _grouping(section: MergeSection) -> Any:
     words = ("model", "layer", "module", "tensor")
     if isinstance(section.groups, str) and section.groups not in words:
         raise CampaignError(f"groups: expected {', '.join(words)} or a mapping, found {section.groups!r}")

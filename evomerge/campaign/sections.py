@@ -93,6 +93,8 @@ class ScaleSection(Options):
 class DataFlowSection(Options):
     """Layers of the experts in one sequence: they stand there ``repeats`` times, and at most max_layers are on.
 
+    As a stage's own space, the layers of the best merge of the stages before stand before the experts'.
+
     scale: of what a layer reads, searched for each layer; a number is the same for all and not searched.
     """
 
@@ -117,18 +119,30 @@ AnySpace = Annotated[
 class StageSpaceSection(Options):
     """Keys of the space that a stage replaces by its own."""
 
+    kind: Literal["parameter", "data_flow"] = "parameter"  # data_flow: another section, see ``AnyStageSpace``
     groups: Literal["model", "layer", "module", "tensor"] | dict[str, str | list[str]] | None = None
     coefficient: Fixed | RangeSection | None = None
     exceptions: Exceptions | None = None
 
 
+MERGED = "merged"
+"""What the best merge of earlier stages is called among the experts of a data-flow stage; it leads them."""
+
+AnyStageSpace = Annotated[
+    Annotated[StageSpaceSection, Tag(SpaceSection.__name__)]
+    | Annotated[DataFlowSection, Tag(DataFlowSection.__name__)],
+    Discriminator(space_kind),
+]
+
+
 class SpaceChanges(Options):
     """What a stage changes: keys of the space, parameters of the operator, and how many experts take part.
 
-    keep_experts: those that matter most in the best recipe of the stages before; the others' coefficients are 0.
+    A data-flow space is a stage's own as a whole. keep_experts: those that matter most in the best merge of the stages
+    before; the others' coefficients are 0, and their layers are in no path.
     """
 
-    space: StageSpaceSection = StageSpaceSection()
+    space: AnyStageSpace = StageSpaceSection()
     operator: dict[str, Any] = {}
     keep_experts: int | None = Field(default=None, ge=1)
 

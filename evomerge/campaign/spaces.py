@@ -41,16 +41,25 @@ def make_space(
     """Return groups, operators and space of a campaign. Raises: CampaignError."""
     section = campaign.space
     if isinstance(section, DataFlowSection):
-        space = _make_data_flow(section, base, experts, tensors)
+        space = make_data_flow(section, base, experts, tensors)
         return make_groups(tensors, "layer"), {Passthrough.name: Passthrough()}, space
     groups = make_groups(tensors, section.groups)
     return groups, *make_choice(campaign, section, tensors, groups)
 
 
-def _make_data_flow(
-    section: DataFlowSection, base: Checkpoint, experts: Mapping[str, Checkpoint | Adapter], tensors: TensorIndex
+def make_data_flow(
+    section: DataFlowSection,
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint | Adapter],
+    tensors: TensorIndex,
+    *,
+    leader: str | None = None,
+    left_out: Collection[str] = (),
 ) -> DataFlow:
-    """Raises: CampaignError if an expert's layers cannot stand in another model as they are."""
+    """Return the space of paths through the experts' layers; a leader that is none of them has its own before theirs.
+
+    Raises: CampaignError if an expert's layers cannot stand in another model as they are.
+    """
     for expert in experts.values():
         if isinstance(expert, Adapter):
             raise CampaignError(f"{expert.name}: an adapter has no layers of its own; merge it with the base first")
@@ -59,11 +68,12 @@ def _make_data_flow(
     scale = Range(**section.scale.model_dump()) if isinstance(section.scale, ScaleSection) else section.scale
     check_setting(SCALE, scale, "space.scale")
     return DataFlow(
-        list(experts),
+        [*([leader] if leader else []), *experts],
         path_depth(base, tensors),
         repeats=section.repeats,
         max_layers=section.max_layers,
         scale=scale,
+        left_out=left_out,
     )
 
 
@@ -185,6 +195,11 @@ def make_operator(section: Mapping[str, Any], where: str = "operator") -> tuple[
             known = [*of_name.options_type.model_fields, *parameters]
             raise CampaignError(f"{where}.{key}: unknown key{did_you_mean(key, known)}")
     return operator, settings
+
+
+def operator_of(recipe: Recipe) -> Operator:
+    """Return the operator of a recipe, with its options."""
+    return make_operator({"name": recipe.operator, **recipe.options})[0]
 
 
 def fixed_number(given: Any, where: str, further: str = "") -> float | tuple[float, ...]:

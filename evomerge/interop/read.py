@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from evomerge.campaign.assemble import look_up
-from evomerge.campaign.plan import make_recipe, open_checkpoints
+from evomerge.campaign.plan import make_recipe, open_sources
 from evomerge.campaign.recipe_file import ReadRecipe, read_recipe
 from evomerge.campaign.spaces import make_operator
 from evomerge.errors import CampaignError, did_you_mean
@@ -91,7 +91,7 @@ def _read(document: Document, folder: Path) -> ReadRecipe:
     layers = _layers(document, cast)
     if layers and all(row[k] in (i, None) for i, row in enumerate(layers) for k in range(len(row))):
         layers = None if len(layers) == num_layers(open_checkpoint("base", cast.base)) else layers
-    base, experts, tensors = open_checkpoints(cast.base, cast.experts, layers)
+    base, experts, tensors = open_sources(cast.base, cast.experts, layers)
     places = _places(document, tensors)
     evaluation = _Evaluation(document, method, cast, places)
     operator, flags = evaluation.operator()

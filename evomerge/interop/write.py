@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 import yaml
 
-from evomerge.campaign.spaces import make_operator
+from evomerge.campaign.spaces import make_operator, operator_of
 from evomerge.errors import EvoMergeError
 from evomerge.interop.document import evaluate
 from evomerge.interop.methods import METHODS, Method, Number
 from evomerge.materialize.adapter import Adapter
 from evomerge.materialize.arrangement import rows_of
 from evomerge.materialize.checkpoint import Checkpoint
+from evomerge.materialize.merge import Source
 from evomerge.materialize.resident import empty_model, tensor_index
 from evomerge.records import Recipe
 from evomerge.space.groups import BLOCK_NUMBER, blocks
@@ -33,13 +34,13 @@ class InexpressibleError(EvoMergeError):
     """Mergekit cannot express a recipe; the message is the reason, not yet a sentence for the user."""
 
 
-def write_mergekit(recipe: Recipe, checkpoints: Sequence[Checkpoint | Adapter], path: Path) -> str | None:
+def write_mergekit(recipe: Recipe, sources: Sequence[Source], path: Path) -> str | None:
     """Write a recipe for mergekit and return None; or return the reason why that cannot be done.
 
-    checkpoints are the base's and the experts'.
+    sources are the base and the experts.
     """
     try:
-        data = mergekit_data(recipe, checkpoints)
+        data = mergekit_data(recipe, sources)
     except InexpressibleError as reason:
         return str(reason)
     draws = DRAWS if METHODS[recipe.operator].is_random else ""
@@ -47,25 +48,27 @@ def write_mergekit(recipe: Recipe, checkpoints: Sequence[Checkpoint | Adapter], 
     return None
 
 
-def mergekit_data(recipe: Recipe, checkpoints: Sequence[Checkpoint | Adapter]) -> dict[str, Any]:
+def mergekit_data(recipe: Recipe, sources: Sequence[Source]) -> dict[str, Any]:
     """Return the contents of mergekit's file. Raises: InexpressibleError."""
     method = METHODS.get(recipe.operator)
     if method is None:
         raise InexpressibleError(f"mergekit has no merge method {recipe.operator}")
     if recipe.int8:
         raise InexpressibleError("its task vectors are rounded to 8 bits")
+    if recipe.merges:
+        raise InexpressibleError("one of its experts is a merge itself, which mergekit would have to make first")
     flags, has_base = _flags(recipe, method)
-    table = _Table(recipe, method, checkpoints, has_base)
-    is_aligned = any(isinstance(one, Checkpoint) and one.alignment for one in checkpoints[1:])
+    table = _Table(recipe, method, sources, has_base)
+    is_aligned = any(isinstance(one, Checkpoint) and one.alignment for one in sources[1:])
     if is_aligned and not has_base:
         raise InexpressibleError("experts of several vocabularies are aligned to a base, and this method has none")
     is_sliced = recipe.layers is not None or recipe.operator == "passthrough"
     if is_sliced:
-        parts = table.slices(list(table.columns) if recipe.layers else _model_order(checkpoints[0]))
+        parts = table.slices(list(table.columns) if recipe.layers else _model_order(sources[0]))
     else:
         parts = [_Part({name: name for name in table.columns}, None, 0)]
     entries = [table.entry(part) for part in parts]
-    on_disk = checkpoints[0].header if isinstance(checkpoints[0], Checkpoint) else {}
+    on_disk = sources[0].header if isinstance(sources[0], Checkpoint) else {}
     if table.uses_filters and not _unnumbered(table.columns) <= _unnumbered(on_disk):
         raise InexpressibleError("tensors have other names in the checkpoint's files than in transformers")
     parameters: dict[str, Any] = {flag: value for flag, value in flags.items() if value != method.flags[flag]}
@@ -78,7 +81,7 @@ def mergekit_data(recipe: Recipe, checkpoints: Sequence[Checkpoint | Adapter]) -
         **({"base_model": recipe.base} if has_base else {}),
         **({"slices": entries} if is_sliced else {"models": entries[0]["sources"]}),
         **({"parameters": parameters} if parameters else {}),
-        **_dtypes(recipe, checkpoints[0]),
+        **_dtypes(recipe, sources[0]),
         **({"tokenizer_source": "base"} if is_aligned else {}),
     }
 
@@ -98,7 +101,7 @@ def _flags(recipe: Recipe, method: Method) -> tuple[dict[str, bool], bool]:
     raise InexpressibleError(f"mergekit's {recipe.operator} cannot be set to {shown}")
 
 
-def _dtypes(recipe: Recipe, base: Checkpoint | Adapter) -> dict[str, str]:
+def _dtypes(recipe: Recipe, base: Source) -> dict[str, str]:
     """We sum in float32 and round once; mergekit does so if it is told to compute in float32 and to round at the end.
 
     Where the recipe rounds its inputs first (float32 checkpoints, dtype bfloat16), so must mergekit.
@@ -124,9 +127,7 @@ class _Part:
 class _Table:
     """A recipe's numbers by tensor, and how mergekit has them."""
 
-    def __init__(
-        self, recipe: Recipe, method: Method, checkpoints: Sequence[Checkpoint | Adapter], has_base: bool
-    ) -> None:
+    def __init__(self, recipe: Recipe, method: Method, sources: Sequence[Source], has_base: bool) -> None:
         self.recipe, self.method, self.has_base = recipe, method, has_base
         self.uses_filters = False
         self.columns: dict[str, dict[str, tuple[float, ...]]] = {}
@@ -135,13 +136,14 @@ class _Table:
             self.columns |= dict.fromkeys(names, column)
         self.experts = [
             f"{recipe.base}+{place}" if isinstance(expert, Adapter) else place
-            for place, expert in zip(recipe.experts.values(), checkpoints[1:], strict=True)
+            for place, expert in zip(recipe.experts.values(), sources[1:], strict=True)
+            if isinstance(place, str)
         ]
         self._require_expressible()
 
     def _require_expressible(self) -> None:
         """What mergekit has no parameter for must be as the reader will have it."""
-        operator, _ = make_operator({"name": self.recipe.operator, **self.recipe.options})
+        operator = operator_of(self.recipe)
         known = {number.ours for number in (*self.method.of_model.values(), *self.method.of_merge.values())}
         for spec in operator.parameters:
             if spec.name in known or (self.recipe.operator == "passthrough" and spec.name == "coefficient"):
@@ -269,7 +271,7 @@ def _prefixes(prefix: str, values: Mapping[str, float]) -> Iterator[tuple[str, f
         yield from _prefixes(child, below)
 
 
-def _model_order(base: Checkpoint | Adapter) -> list[str]:
+def _model_order(base: Source) -> list[str]:
     assert isinstance(base, Checkpoint)
     return [tensor.name for tensor in tensor_index(empty_model(base))]
 

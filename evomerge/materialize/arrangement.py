@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from evomerge.errors import CampaignError, CheckpointError
 from evomerge.materialize.adapter import Adapter
 from evomerge.materialize.checkpoint import Checkpoint
+from evomerge.materialize.merge import Merge, Source
 from evomerge.materialize.resident import (
     DTYPES,
     empty_model,
@@ -76,16 +77,17 @@ class Arrangement:
         return {name: tensors[source[name]] if name in source else base[name] for name in names}
 
 
-def arrange(checkpoints: Sequence[Checkpoint | Adapter], layers: Layers) -> Arrangement:
-    """Arrange the layers of a base (the first of the checkpoints) and its experts.
+def arrange(sources: Sequence[Source], layers: Layers) -> Arrangement:
+    """Arrange the layers of a base (the first of the sources) and its experts.
 
     Shapes: layers (L, 1 + K). Raises: CampaignError for a layer that a checkpoint does not have; CheckpointError if the
     model cannot be given another depth, or sources of one tensor differ in shape.
     """
-    whole = [checkpoint for checkpoint in checkpoints if isinstance(checkpoint, Checkpoint)]
-    if len(whole) < len(checkpoints):
-        adapter = next(found for found in checkpoints if isinstance(found, Adapter))
-        raise CampaignError(f"{adapter.name}: an adapter fits its base's layers only; merge it with the base first")
+    whole = []
+    for source in sources:
+        if isinstance(source, Adapter):
+            raise CampaignError(f"{source.name}: an adapter fits its base's layers only; merge it with the base first")
+        whole.append(source.form if isinstance(source, Merge) else source)
     models = [empty_model(checkpoint) for checkpoint in whole]
     for k in reversed(range(len(whole))):  # the base may be one of the experts, which a user knows by that name
         depth = _depth(whole[k], models[k])
@@ -95,10 +97,10 @@ def arrange(checkpoints: Sequence[Checkpoint | Adapter], layers: Layers) -> Arra
                 raise CampaignError(f"layer {i}: {whole[k].name} has layers 0 to {depth - 1}, not {number}")
     config = arranged_config([read_config(checkpoint) for checkpoint in whole], layers)
     out = empty_model(whole[0], config)
-    sources = tuple(_source_names(list(out.state_dict()), layers, k) for k in range(len(whole)))
-    for checkpoint, model, source in zip(whole, models, sources, strict=True):
-        _require_shapes(checkpoint, model, source, out)
-    return Arrangement(config, tensor_index(out), sources)
+    names = tuple(_source_names(list(out.state_dict()), layers, k) for k in range(len(whole)))
+    for checkpoint, model, of_it in zip(whole, models, names, strict=True):
+        _require_shapes(checkpoint, model, of_it, out)
+    return Arrangement(config, tensor_index(out), names)
 
 
 def _require_shapes(checkpoint: Checkpoint, model: nn.Module, source: Mapping[str, str], out: nn.Module) -> None:

@@ -20,6 +20,7 @@ from evomerge.kernels.sources import Dense, Expert, LowRank, Sources
 from evomerge.materialize.adapter import Adapter, factors_hash, load_adapter
 from evomerge.materialize.arrangement import LIKE_THE_BASE, Output, arrange
 from evomerge.materialize.checkpoint import Checkpoint
+from evomerge.materialize.merge import Merge, Source
 from evomerge.materialize.paths import Paths, path_of
 from evomerge.materialize.residence import ON_THE_CPU, Place, to_int8
 from evomerge.materialize.resident import DTYPES, ResidentModel, load_model, merged_tensors
@@ -34,7 +35,8 @@ class Materializer:
 
     base and experts are flat buffers of ``dtype``: (K + 2) times the model's size in all, but see ``residence.py``.
     ``out_P`` is where merges are written: the resident model's own memory, or the host's, which ships them there.
-    Adapters are held as their factors; the first operator that does not read factors makes a buffer of each, too.
+    Adapters are held as their factors; the first operator that does not read factors makes a buffer of each, too. An
+    expert that is a merge is made first, and held like a checkpoint.
     hashes maps each checkpoint's folder to the SHA-256 of its tensors. shared: base and experts as another process of
     this machine has read them; what was sound there is not looked at again.
     Raises: CheckpointError if a checkpoint holds a NaN or an infinity; InputError if the device has too little memory.
@@ -43,7 +45,7 @@ class Materializer:
     def __init__(  # noqa: PLR0913  (named at every call)
         self,
         base: Checkpoint,
-        experts: Sequence[Checkpoint | Adapter],
+        experts: Sequence[Source],
         *,
         dtype: str,
         output: Output = LIKE_THE_BASE,
@@ -51,8 +53,12 @@ class Materializer:
         progress: Callable[[str], None] = lambda _: None,
         shared: Shared | None = None,
     ) -> None:
-        progress(base.name)
         self.hashes: dict[str, str] = {}
+        # Before anything else is held: what a merge is made of is given up before the rest comes.
+        self._merged = {
+            expert.name: self._merge(expert, dtype, place, progress) for expert in experts if isinstance(expert, Merge)
+        }
+        progress(base.name)
         self._arrangement = arrange((base, *experts), output.layers) if output.layers else None
         out_dtype = output.dtype or dtype
         module = self._load_base(base, out_dtype)
@@ -67,16 +73,19 @@ class Materializer:
             self.out_P = torch.empty(self.layout.num_padded, dtype=self.out_P.dtype, pin_memory=self.out_P.is_cuda)
             for here, piece_P in self.resident.pieces():
                 self.out_P[here].copy_(piece_P)
-        self._checkpoints: tuple[Checkpoint | Adapter, ...] = (base, *experts)
+        self._made_of: tuple[Source, ...] = (base, *experts)
         if shared is None:
             self.sources = self._load(dtype, out_dtype, progress)
         else:
             self.base_P = base_of(shared, DTYPES[dtype]).to(self.out_P.device)
             self.hashes |= shared.hashes
             self.adopt(shared)
+        self._merged.clear()
         self._densified: Sources | None = None
         self._built: tuple[Operator, Recipe, Mapping[str, Tensor]] | None = None
-        self._paths: Paths | None = None
+        self._keeps_merge = place.keeps_merge
+        # At once, while the model is the base: checkpoints that no path can be laid through are found out now.
+        self._paths: Paths | None = self._open_paths() if place.keeps_merge else None
         self.module = self.resident.module
         self._directions: tuple[Operator, Any, Sources] | None = None  # of the operator and state of a descent
         self._states: dict[Operator, tuple[Mapping[str, Tensor], Any]] = {}
@@ -84,6 +93,7 @@ class Materializer:
     def build(self, operator: Operator, recipe: Recipe) -> None:
         """Overwrite the resident model with the recipe's merge, or lay a path; ``module`` is then its model.
 
+        A path through a merge takes the one that was built last.
         Raises: CandidateError if the merge is undefined or not finite; EvoMergeError if the views are broken;
         InputError if the recipe is a path and these are no checkpoints to lay one through.
         """
@@ -94,7 +104,11 @@ class Materializer:
         assert recipe.int8 == (self.residence == "int8")
         self.resident.check_views()
         if recipe.layers and self._arrangement is None:
-            self._built = None  # what is scaled lies where merges do
+            if self._keeps_merge:
+                assert self._built is not None
+                assert recipe.merges == [self._built[1]]
+            else:
+                self._built = None  # what is scaled lies where merges do
             self._paths = self._paths or self._open_paths()
             self.module = self._paths.build(path_of(recipe))
             return
@@ -155,7 +169,8 @@ class Materializer:
 
     def adopt(self, shared: Shared) -> None:
         """Read base and experts from shared memory; a copy of this process's own goes."""
-        adapters = [self._load_adapter(held) if isinstance(held, Adapter) else None for held in self._checkpoints[1:]]
+        self._paths = None  # they lie where this process has read the experts
+        adapters = [self._load_adapter(held) if isinstance(held, Adapter) else None for held in self._made_of[1:]]
         if self.base_P.device.type == "cpu":
             self.base_P = base_of(shared, self.base_P.dtype)
         int8 = self.residence == "int8"
@@ -242,13 +257,17 @@ class Materializer:
             raise InputError(
                 f"residence: {self.residence}: paths run on the experts' own tensors; expected residence: resident"
             )
-        checkpoints = [checkpoint for checkpoint in self._checkpoints if isinstance(checkpoint, Checkpoint)]
-        views = [self.layout.views(expert.buffer_P) for expert in self.sources.experts if isinstance(expert, Dense)]
-        return Paths(self.resident.module, checkpoints, views, self.out_P)
+        checkpoints = [held for held in self._made_of if isinstance(held, Checkpoint)]
+        buffers = [expert.buffer_P for expert in self.sources.experts if isinstance(expert, Dense)]
+        room_P = self.out_P
+        if self._keeps_merge:
+            checkpoints, buffers = [checkpoints[0], *checkpoints], [self.out_P, *buffers]
+            room_P = torch.empty_like(self.out_P)
+        return Paths(self.resident.module, checkpoints, [self.layout.views(buffer_P) for buffer_P in buffers], room_P)
 
     def _load(self, dtype: str, out_dtype: str, progress: Callable[[str], None]) -> Sources:
         """Read base and experts from their files."""
-        base, *experts = self._checkpoints
+        base, *experts = self._made_of
         assert isinstance(base, Checkpoint)
         self.base_P = self.out_P.clone()
         if out_dtype != dtype:
@@ -276,8 +295,18 @@ class Materializer:
         self.hashes[str(base.folder)] = tensors_hash(model)
         return self._arrangement.build(base, model, dtype)
 
-    def _load_dense(self, k: int, checkpoint: Checkpoint, dtype: str) -> Expert:
+    def _load_dense(self, k: int, expert: Checkpoint | Merge, dtype: str) -> Expert:
         """Load expert k's tensors, its vocabulary in the base's order and its layers arranged as the output's."""
+        named = self._merged[expert.name] if isinstance(expert, Merge) else self._read(expert, dtype)
+        if self._arrangement is not None:
+            named = self._arrangement.expert(k, named, self.layout.views(self.base_P))
+        buffer_P = self._flat(named)
+        self._require_finite(expert, buffer_P)
+        if isinstance(expert, Checkpoint):
+            self.hashes.setdefault(str(expert.folder), sha256(buffer_P))
+        return self._held(Dense(buffer_P))
+
+    def _read(self, checkpoint: Checkpoint, dtype: str) -> dict[str, Tensor]:
         model = load_model(checkpoint, dtype)
         named = merged_tensors(model)
         if checkpoint.alignment is not None:
@@ -286,11 +315,21 @@ class Materializer:
                 named[name] = checkpoint.alignment.apply(named[name], base[name].cpu())
         if self._arrangement is not None:
             self.hashes[str(checkpoint.folder)] = tensors_hash(model)
-            named = self._arrangement.expert(k, named, self.layout.views(self.base_P))
-        buffer_P = self._flat(named)
-        self._require_finite(checkpoint, buffer_P)
-        self.hashes.setdefault(str(checkpoint.folder), sha256(buffer_P))
-        return self._held(Dense(buffer_P))
+        return named
+
+    def _merge(self, merge: Merge, dtype: str, place: Place, progress: Callable[[str], None]) -> dict[str, Tensor]:
+        """Return the tensors of a merge, on the CPU; made on the device, where they are what they are."""
+        made = Materializer(
+            merge.base,
+            merge.experts,
+            dtype=dtype,
+            place=replace(place, factored=merge.operator.reads_factors),
+            progress=progress,
+        )
+        made.build(merge.operator, merge.recipe)
+        made.let_go()
+        self.hashes |= made.hashes
+        return {name: tensor.detach().cpu() for name, tensor in merged_tensors(made.module).items()}
 
     def _flat(self, named: Mapping[str, Tensor]) -> Tensor:
         """Return tensors in a buffer of their own dtype, where the residence has them; on the CPU if that is 8 bits."""
@@ -299,9 +338,9 @@ class Materializer:
         self.layout.flatten(named, buffer_P)
         return buffer_P
 
-    def _require_finite(self, checkpoint: Checkpoint, buffer_P: Tensor) -> None:
+    def _require_finite(self, source: Checkpoint | Merge, buffer_P: Tensor) -> None:
         if flawed := self.layout.first_non_finite(buffer_P):
-            raise CheckpointError(f"{checkpoint.name}: {flawed} holds a NaN or an infinity; the checkpoint is damaged")
+            raise CheckpointError(f"{source.name}: {flawed} holds a NaN or an infinity; the checkpoint is damaged")
 
 
 class _ReducedGradients:

@@ -1,8 +1,8 @@
 """Paths through the experts' layers: described as a recipe, and run on the experts' own memory.
 
 Nothing is merged: every block of a path's model is a copy of one of the resident model's blocks in which the parameters
-are an expert's. Only the matrices that write into the residual stream are made anew, where their gain is not 1, so that
-what is scored has the bits of what is exported.
+are an expert's, or a merge's that counts as one. Only the matrices that write into the residual stream are made anew,
+where their gain is not 1, so that what is scored has the bits of what is exported.
 
 Shape letters: K experts, L layers of a path, S tensors, P padded elements.
 """

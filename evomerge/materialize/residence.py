@@ -24,7 +24,7 @@ from evomerge.errors import InputError
 from evomerge.kernels.layout import BLOCK
 from evomerge.kernels.sources import Dense
 from evomerge.materialize.adapter import Adapter
-from evomerge.materialize.checkpoint import Checkpoint
+from evomerge.materialize.merge import Source
 from evomerge.materialize.spread import Room
 
 Residence = Literal["resident", "int8", "host"]
@@ -51,20 +51,23 @@ class Place:
 
     device: one, several over which the model is spread (``cuda:0,cuda:1``), or ``auto``: one GPU if that is enough,
     else all that this process sees. factored: adapters stay factors, since no operator needs their tensors whole.
+    keeps_merge: paths are laid through the merged model, which stays as it is beside what they scale.
     """
 
     device: str = "cpu"
     residence: AskedResidence = "auto"
     factored: bool = True
+    keeps_merge: bool = False
 
-    def needed_bytes(
-        self, num_elements: int, element_bytes: int, experts: Sequence[Checkpoint | Adapter]
-    ) -> dict[Residence, int]:
+    def needed_bytes(self, num_elements: int, element_bytes: int, experts: Sequence[Source]) -> dict[Residence, int]:
         """Return what each residence holds on the device; what operators prepare is not counted."""
         adapters = [expert for expert in experts if isinstance(expert, Adapter)]
         num_whole = len(experts) - (len(adapters) if self.factored else 0)
         factor_bytes = sum(adapter.size_bytes for adapter in adapters)
-        return device_bytes(num_elements * element_bytes, num_whole, element_bytes, factor_bytes)
+        needed = device_bytes(num_elements * element_bytes, num_whole, element_bytes, factor_bytes)
+        if self.keeps_merge:
+            needed["resident"] += num_elements * element_bytes
+        return needed
 
     def choose(self, needed_bytes: Mapping[Residence, int]) -> Settled:
         """Return where base and experts go, and the model. On one CPU all is resident, or int8 if that was asked for.

@@ -50,7 +50,7 @@ def model_card(run: Run, trial: Trial, written: Written) -> str:
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
         f"# {run.campaign.name}, trial {trial.number}",
-        f"{what} of {', '.join(recipe.experts)} by {how}, found by evomerge among {_compared(run)}.",
+        f"{what} of {_parts(recipe)} by {how}, found by evomerge among {_compared(run)}.",
         f"![{written.picture}]({PICTURE})",
         "## Scores",
         _table(run, trial),
@@ -65,6 +65,14 @@ def model_card(run: Run, trial: Trial, written: Written) -> str:
         _reproduction(run, trial, written),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _parts(recipe: Recipe) -> str:
+    """Name the experts; of one that is a merge itself, what it is made of."""
+    return ", ".join(
+        f"{name} ({_parts(held)} by {held.operator})" if isinstance(held, Recipe) else name
+        for name, held in recipe.experts.items()
+    )
 
 
 def _section(title: str, lines: Sequence[str]) -> list[str]:

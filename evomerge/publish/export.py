@@ -11,6 +11,7 @@ import numpy as np
 from evomerge.campaign.campaign import HUB_ID
 from evomerge.campaign.plan import Plan, choose_device, decisions, make_plan
 from evomerge.campaign.recipe_file import write_recipe
+from evomerge.campaign.spaces import operator_of
 from evomerge.errors import EvoMergeError, InputError
 from evomerge.evaluators.evaluator import ItemScores
 from evomerge.interop.read import read_any_recipe
@@ -20,6 +21,7 @@ from evomerge.materialize.adapter_write import adapted, merged_adapter, why_no_a
 from evomerge.materialize.checkpoint import open_checkpoint, read_json
 from evomerge.materialize.companions import choose_companions
 from evomerge.materialize.materializer import Materializer
+from evomerge.materialize.merge import Merge
 from evomerge.materialize.residence import Place
 from evomerge.materialize.resident import ResidentModel, load_model
 from evomerge.materialize.write import SHARD_SIZE, require_new, require_size, write_checkpoint
@@ -27,7 +29,7 @@ from evomerge.publish.card import PICTURE, Written, auto_class, model_card
 from evomerge.publish.card_metadata import Input, public_names
 from evomerge.publish.front_picture import draw_front
 from evomerge.records import Recipe, Split, Trial
-from evomerge.run.rebuild import rebuild, recipe_of
+from evomerge.run.rebuild import rebuild, recipe_of, sources_of
 from evomerge.run.run import Run
 from evomerge.scorer.scorer import objective_score
 
@@ -75,7 +77,7 @@ class Exported:
 
 
 @dataclass(frozen=True, slots=True)
-class Merge:
+class Merged:
     """What a person should know of a merge without a search.
 
     weights: SHA-256 of its tensors; decisions: about experts unlike the base; origin: whose tokenizer and its kin are;
@@ -115,7 +117,7 @@ def export_trial(run: Run, trial: Trial, out: Path, loading: Loading, form: Form
     plan = make_plan(run.campaign)
     companions = choose_companions(plan.base, plan.experts, form.tokenizer_from)
     recipe = recipe_of(run, trial, plan)
-    operator = plan.operators[recipe.operator]
+    operator = operator_of(recipe)
     reason = why_no_adapter(operator, plan.experts)
     if form.as_adapter and reason:
         raise InputError(f"--as-adapter: {reason}; leave the option out")
@@ -127,7 +129,7 @@ def export_trial(run: Run, trial: Trial, out: Path, loading: Loading, form: Form
     def add(folder: Path) -> None:
         companions.copy(folder)
         write_recipe(shown, folder / "recipe.yaml")
-        inexpressible = write_mergekit(shown, (plan.base, *plan.experts.values()), folder / "mergekit.yaml")
+        inexpressible = write_mergekit(shown, (plan.base, *sources_of(plan, recipe)), folder / "mergekit.yaml")
         if form.is_public:
             _hide_paths(folder, inputs)
         written = Written(
@@ -166,7 +168,11 @@ def _inputs(run: Run, plan: Plan) -> dict[str, Input]:
 def _public(recipe: Recipe, inputs: Mapping[str, Input]) -> Recipe:
     """Return a recipe that names its checkpoints as others may know them."""
     names = public_names(inputs)
-    return replace(recipe, base=names["base"], experts={name: names[name] for name in recipe.experts})
+    experts = {
+        name: _public(held, inputs) if isinstance(held, Recipe) else names[name]
+        for name, held in recipe.experts.items()
+    }
+    return replace(recipe, base=names["base"], experts=experts)
 
 
 def _hide_paths(folder: Path, inputs: Mapping[str, Input]) -> None:
@@ -192,12 +198,13 @@ def _hide_paths(folder: Path, inputs: Mapping[str, Input]) -> None:
             path.write_text(json.dumps(public, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def merge_recipe(path: Path, out: Path, device: str, loading: Loading, form: Form = CHECKPOINT) -> Merge:
+def merge_recipe(path: Path, out: Path, device: str, loading: Loading, form: Form = CHECKPOINT) -> Merged:
     """Build the model of a recipe file, ours or mergekit's, at ``out``. Raises: InputError."""
     require_new(out)
     require_size(form.shard_size)
     read = read_any_recipe(path)
-    experts = dict(zip(read.recipe.experts, read.experts, strict=True))
+    by_name = zip(read.recipe.experts, read.experts, strict=True)
+    experts = {name: expert for name, expert in by_name if not isinstance(expert, Merge)}
     companions = choose_companions(read.base, experts, form.tokenizer_from)
     notes = [*read.notes, *companions.notes]
     materializer = Materializer(
@@ -222,7 +229,7 @@ def merge_recipe(path: Path, out: Path, device: str, loading: Loading, form: For
 
     weights = write_checkpoint(materializer, out, add, shard_size=form.shard_size)
     decided = decisions(read.experts, read.recipe.dtype)
-    return Merge(weights, tuple(decided), companions.origin, tuple(notes))
+    return Merged(weights, tuple(decided), companions.origin, tuple(notes))
 
 
 def verify_export(run: Run, trial: Trial, folder: Path, loading: Loading) -> list[Verification]:

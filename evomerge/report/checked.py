@@ -115,9 +115,12 @@ def _summary(file: Path, report: CheckReport) -> Table:
         if starts := _starts(plan.space.dimensions):
             table.add_row("start", starts)
     table.add_row("search", chain(report.stages))
-    table.add_row(
-        "memory", f"{plan.size_bytes / 1e6:,.1f} MB for base, experts and the merged model; activations come on top"
+    parts = (
+        "base, experts, the merged model and room for paths"
+        if plan.place.keeps_merge
+        else "base, experts and the merged model"
     )
+    table.add_row("memory", f"{plan.size_bytes / 1e6:,.1f} MB for {parts}; activations come on top")
     table.add_row("merging", f"{_residence(report)}; {report.kernels}")
     if isinstance(plan.space, Choice):
         table.add_row(

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from evomerge.materialize.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from evomerge.publish.card import PICTURE
-from evomerge.publish.export import Exported, Merge, Verification
+from evomerge.publish.export import Exported, Merged, Verification
 from evomerge.records import Trial
 from evomerge.report.console import COMMAND
 from evomerge.report.tables import Shown
@@ -70,7 +70,7 @@ def pushed(address: str) -> Shown:
     return Shown(facts={"pushed": address}, people=[f"pushed   {address}"])
 
 
-def merged(out: Path, found: Merge) -> Shown:
+def merged(out: Path, found: Merged) -> Shown:
     """Return what of the recipe should be known, and what was written."""
     people = [
         *(f"decided  {decision}" for decision in found.decisions),

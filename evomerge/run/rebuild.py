@@ -1,13 +1,16 @@
 """A trial's model, in memory again: the bits that were scored."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from evomerge.campaign.course import Course
 from evomerge.campaign.plan import Plan, make_plan
+from evomerge.campaign.spaces import operator_of
 from evomerge.errors import EvoMergeError
 from evomerge.materialize.arrangement import Output
 from evomerge.materialize.materializer import Materializer
+from evomerge.materialize.merge import Merge, Source
 from evomerge.materialize.resident import load_processor
 from evomerge.records import Recipe, Trial
 from evomerge.run.run import Run, require_same_inputs
@@ -29,16 +32,32 @@ def rebuild(
     """
     materializer = Materializer(
         plan.base,
-        list(plan.experts.values()),
+        sources_of(plan, recipe),
         dtype=plan.dtype,
         output=Output(layers=recipe.layers),
-        place=plan.place,
+        place=replace(plan.place, keeps_merge=False),
         progress=loading,
     )
     require_same_inputs(run, materializer.hashes, plan.evaluator.digest)
-    materializer.build(plan.operators[recipe.operator], recipe)
+    materializer.build(operator_of(recipe), recipe)
     require_tested(run, trial, materializer.weights_hash())
     return materializer
+
+
+def sources_of(plan: Plan, recipe: Recipe) -> tuple[Source, ...]:
+    """Return what a recipe of the plan's merges."""
+    return tuple(
+        Merge(
+            name=f"expert {name}",
+            recipe=held,
+            operator=operator_of(held),
+            base=plan.base,
+            experts=sources_of(plan, held),
+        )
+        if isinstance(held, Recipe)
+        else plan.experts[name]
+        for name, held in recipe.experts.items()
+    )
 
 
 def recipe_of(run: Run, trial: Trial, plan: Plan) -> Recipe:

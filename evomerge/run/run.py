@@ -15,6 +15,7 @@ from evomerge.evidence.summary import Summarizer
 from evomerge.front.front import Front, front_hypervolume, front_of
 from evomerge.ledger.ledger import Ledger
 from evomerge.ledger.location import Location, find_place
+from evomerge.operators.passthrough import Passthrough
 from evomerge.records import Measurement, Objective, Split, Trial
 from evomerge.space.choice import chosen
 from evomerge.space.data_flow import layers_on
@@ -130,11 +131,24 @@ class Run:
 
     @property
     def has_choice(self) -> bool:
-        """Whether the operator was searched too."""
-        return len(self.campaign.operator_names) > 1
+        """Whether trials have several operators: it was searched too, or paths were laid after merging."""
+        return len(self.operator_names) > 1
+
+    @property
+    def operator_names(self) -> list[str]:
+        """Names of the operators that trials may have, paths of layers included."""
+        paths = [Passthrough.name] if self.campaign.lays_paths_through_merges else []
+        return list(dict.fromkeys([*self.campaign.operator_names, *paths]))
+
+    def data_flow_of(self, trial: Trial) -> DataFlowSection | None:
+        """Return the data-flow space of a trial's stage, if it has one."""
+        spaces = self.changes[trial.stage].space, self.campaign.space
+        return next((space for space in spaces if isinstance(space, DataFlowSection)), None)
 
     def operator_of(self, trial: Trial) -> str:
-        """Name of the operator that a trial chose."""
+        """Name of the operator that a trial chose; that of paths of layers."""
+        if self.data_flow_of(trial):
+            return Passthrough.name
         names = self.campaign.operator_names
         return names[chosen(trial.point, len(names))]
 
@@ -142,7 +156,7 @@ class Run:
         """How a trial is shown: by its number, and its operator where there was a choice."""
         return f"trial {trial.number}" + (f" by {self.operator_of(trial)}" if self.has_choice else "")
 
-    @property
+    @cached_property
     def changes(self) -> list[SpaceChanges]:
         """How the space of each stage that has begun differs from the campaign's."""
         return [SpaceChanges.model_validate(stage["changes"]) for stage in self._stages]
@@ -171,6 +185,8 @@ class Run:
             if stage.get("ancestor") is not None and SpaceChanges.model_validate(stage["changes"]) != SpaceChanges():
                 without = f", without {' and '.join(stage['left_out'])}" if stage["left_out"] else ""
                 start = f"started from trial {stage['ancestor']}"
+                if stage.get("merged") is not None:
+                    start += f", along paths through the layers of trial {stage['merged']} and the experts"
                 sentences.append(f"stage {number + 1} searched {len(stage['space'])} numbers and {start}{without}")
         return sentences
 
@@ -189,16 +205,16 @@ class Run:
         earlier one stands among them.
         """
         stage, point = self._stages[trial.stage], trial.point
-        if self.has_choice:
+        if "choice" in stage:
             stage = stage["choice"][self.operator_of(trial)]
             point = tuple(point[column] for column in stage["columns"])
         numbers = [
             (dimension, dimension["low"] + x * (dimension["high"] - dimension["low"]))
             for dimension, x in zip(stage["space"], point, strict=True)
         ]
-        if isinstance(self.campaign.space, DataFlowSection):
+        if flow := self.data_flow_of(trial):
             num_places = sum(dimension["is_binary"] for dimension in stage["space"])
-            on = layers_on(point[:num_places], self.campaign.space.max_layers).tolist()
+            on = layers_on(point[:num_places], flow.max_layers).tolist()
             switches = [(dimension, float(t in on)) for t, dimension in enumerate(stage["space"][:num_places])]
             scales = numbers[num_places:]
             return [*switches, *(scales[t] for t in on if scales)]

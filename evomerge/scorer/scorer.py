@@ -17,6 +17,7 @@ from evomerge.materialize.memory import fitting_memory, free_memory, lacks_memor
 from evomerge.materialize.sharing import Bytes, Shared, buffers_of
 from evomerge.operators.linear import TaskArithmetic
 from evomerge.operators.operator import Operator
+from evomerge.operators.passthrough import Passthrough
 from evomerge.records import (
     Candidate,
     Items,
@@ -53,14 +54,15 @@ class Scorer:
         sums = plan.measured_sums(self.materializer.sources)
         self.plan = plan = replace(plan, sums=sums).started()
         self._descender = Descender(plan, self.materializer)
-        self._operators: dict[str, Operator] = {TaskArithmetic.name: TaskArithmetic(), **plan.operators}
+        ours: list[Operator] = [TaskArithmetic(), Passthrough()]  # of reference models, and of paths
+        self._operators: dict[str, Operator] = {**{operator.name: operator for operator in ours}, **plan.operators}
         self._num_search_items = sum(len(splits["search"]) for splits in plan.splits.values())
         # Prepared before the first candidate: experts that do not suit an operator are a mistake of the user's.
         for start_D in plan.space.starts:
             recipe = plan.recipe(start_D)
             progress(f"and preparing {recipe.operator}; {self.materializer.residence}, {self.materializer.kernels}")
             with suppress(CandidateError):
-                self.materializer.build(self._operators[recipe.operator], recipe)
+                self._build(recipe)
         progress("and rehearsing the evaluation")
         self._rehearse()
         hashes, evaluator = self.materializer.hashes, plan.evaluator
@@ -120,7 +122,7 @@ class Scorer:
         with _failing("merge error"):
             if isinstance(subject, Candidate):
                 subject = self.plan.recipe(arrival.point if arrival else subject.point)
-            self.materializer.build(self._operators[subject.operator], subject)
+            self._build(subject)
         clock.lap("materialize")
         with _failing("evaluator error"):
             scores = self._evaluate(items, self.plan.evaluator.halved() if halved else self.plan.evaluator)
@@ -134,6 +136,12 @@ class Scorer:
             weights=weights,
             arrival=arrival,
         )
+
+    def _build(self, recipe: Recipe) -> None:
+        """Build a recipe; a path is laid through a merge that is there."""
+        for merge in recipe.merges:
+            self._build(merge)
+        self.materializer.build(self._operators[recipe.operator], recipe)
 
     def _evaluate(self, items: TaskItems, evaluator: Evaluator) -> dict[str, Score]:
         """Score the resident model; every task once, whatever the number of its metrics."""

@@ -2,14 +2,14 @@
 
 All layers of all experts, in the order of the file, stand in a row, several times over. A point says of each position
 whether its layer is on, and by how much what flows into it is scaled. The first expert leads: embeddings, last norm and
-head are its own, and the search starts at its own layers.
+head are its own, and the search starts at its own layers. Where weights have been merged before, the best merge leads.
 References: Akiba et al. 2024, arxiv.org/abs/2403.13187, section "merging in the data flow space"; one scale a position,
 which counts only where the layer is on, in place of their matrix of scales between all pairs of layers.
 
 Shape letters: D dimensions, T positions, L layers of a path.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,13 +40,23 @@ Path = tuple[PathLayer, ...]
 class DataFlow:
     """Point <-> path. Position t = (repeat * K + expert) * depth + layer has the coordinates t (on) and T + t (scale).
 
-    scale: the range of the scales, or one number for all of them, which is then no dimension.
+    scale: the range of the scales, or one number for all of them, which is then no dimension. left_out: experts that
+    have no layers in the row; the first is none of them. own_layers: the path of the first expert's, unscaled.
     """
 
     def __init__(
-        self, experts: Sequence[str], depth: int, *, repeats: int, max_layers: int | None, scale: Range | float
+        self,
+        experts: Sequence[str],
+        depth: int,
+        *,
+        repeats: int,
+        max_layers: int | None,
+        scale: Range | float,
+        left_out: Collection[str] = (),
     ) -> None:
-        places = [(e, layer, r) for r in range(repeats) for e in range(len(experts)) for layer in range(depth)]
+        row = [(e, layer) for e, name in enumerate(experts) if name not in left_out for layer in range(depth)]
+        places = [(e, layer, r) for r in range(repeats) for e, layer in row]
+        self.own_layers: Path = tuple(PathLayer(0, layer, 1.0) for layer in range(depth))
         self._places = [(e, layer) for e, layer, _ in places]
         self._max_layers = max_layers
         self._fixed_scale = None if isinstance(scale, Range) else scale
@@ -93,6 +103,26 @@ class DataFlow:
             PathLayer(expert, layer, gain)
             for (expert, layer), gain in zip(chosen, gains(scales_L).tolist(), strict=True)
         )
+
+    def nearest(self, path: Path) -> Floats:
+        """Return a point (D,) of a path: every layer at the first position where it can stand.
+
+        A layer that the row has no position for is left out, and a scale outside the range is moved to the bound.
+        """
+        point_D = self.starts[0]
+        point_D[: len(self._places)] = OFF
+        first, before = 0, 1.0
+        for step in path:
+            if (step.expert, step.layer) not in self._places[first:]:
+                continue
+            t = self._places.index((step.expert, step.layer), first)
+            point_D[t] = ON
+            if self._fixed_scale is None:
+                column = len(self._places) + t
+                scale = (before / step.gain - self._low_D[column]) / self._spans_D[column]
+                point_D[column] = min(max(scale, 0.0), 1.0)
+            first, before = t + 1, step.gain
+        return point_D
 
 
 def layers_on(on_T: Sequence[float] | Floats, max_layers: int | None) -> Items:

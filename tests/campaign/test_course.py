@@ -240,6 +240,58 @@ def test_of_several_operators_best_is_each_ones_own(make_course: Callable[..., t
     assert set(ties.facts()["choice"]) == {"ties", "dare_linear"}
 
 
+FLOW = {"space": {"kind": "data_flow", "repeats": 1}}
+
+
+def test_paths_are_laid_through_the_best_merge(make_course: Callable[..., tuple[Course, Plan]]) -> None:
+    """It leads; of the merges before, the space holds it alone, and of the paths those of the same merge."""
+    course, plan = make_course({}, FLOW, {"space": {"kind": "data_flow"}, "keep_experts": 2}, space={"groups": "model"})
+    trials = Trials()
+    for value, point in ((0.4, [0.1, 0.2, 0.3]), (0.6, [0.9, 0.8, 0.7]), (None, [0.5] * 3)):
+        trials.add(plan, 0, point, value)
+    first = course.leg(1, trials)
+    assert (first.merged, first.ancestor, first.plan.merged) == (1, 1, course.recipe(trials[1]))
+    assert [dimension.expert for dimension in first.plan.space.dimensions[:2]] == ["merged"] * 2
+    assert first.best is not None
+    assert first.best.point.tolist() == first.plan.space.starts[0].tolist()
+    assert [observation.index for observation in first.history] == [1]
+    recipe = first.plan.recipe(first.best.point)
+    assert list(recipe.experts) == ["merged", *plan.experts]
+    assert recipe.merges == [first.plan.merged]
+    point = first.best.point.copy()
+    point[3] = 1.0  # a layer of the first expert
+    trials.add(plan, 1, point, 0.7)
+    second = course.leg(2, trials)
+    assert (second.merged, second.ancestor, second.left_out) == (1, 3, ("rot90",))
+    assert [observation.index for observation in second.history] == [1, 0]
+    assert second.facts().items() >= {"merged": 1, "ancestor": 3, "left_out": ("rot90",)}.items()
+
+
+def test_paths_of_the_same_merge_are_told_to_a_wider_space(make_course: Callable[..., tuple[Course, Plan]]) -> None:
+    course, plan = make_course({}, FLOW, {"space": {"kind": "data_flow", "scale": {"low": 0.4, "high": 1.6}}})
+    trials, rng = Trials(), np.random.default_rng(0)
+    trials.add(plan, 0, rng.random(len(plan.space)), 0.5)
+    first = course.leg(1, trials)
+    for value in (0.4, 0.9):
+        trials.add(plan, 1, rng.random(len(first.plan.space)), value)
+    second = course.leg(2, trials)
+    assert second.ancestor == 2
+    assert len(second.history) == 3
+    for trial, observation in zip(trials[1:], second.history[1:], strict=True):
+        before, after = course.recipe(trial), second.plan.recipe(observation.point)
+        assert before.layers == after.layers
+        np.testing.assert_allclose(before.values["scale"], after.values["scale"])
+
+
+def test_without_a_success_paths_are_laid_through_the_merge_at_the_start(
+    make_course: Callable[..., tuple[Course, Plan]],
+) -> None:
+    course, plan = make_course({}, FLOW)
+    leg = course.leg(1, [])
+    assert leg.plan.merged == plan.recipe(plan.space.starts[0])
+    assert (leg.merged, leg.best, leg.history) == (None, None, ())
+
+
 def test_what_the_file_says_is_kept_as_a_stage_says_it(make_course: Callable[..., tuple[Course, Plan]]) -> None:
     """A stage's keys replace the campaign's, which stand for the stages that have none."""
     course, plan = make_course(

@@ -66,6 +66,49 @@ def test_names_of_groups_are_no_patterns_when_written(tmp_path: Path, sections: 
     assert read_recipe(tmp_path / "again.yaml").recipe == recipe
 
 
+@pytest.fixture
+def nested(sections: dict[str, Any]) -> dict[str, Any]:
+    """A merge of a merge and an expert."""
+    merge = {
+        "operator": {"name": "ties"},
+        "experts": dict(sections["experts"]),
+        "groups": "layer",
+        "coefficient": {"rot90": [0.2, 0.9], "parity": 0.6},
+        "density": 0.5,
+    }
+    experts = {"both": merge, "parity": sections["experts"]["parity"]}
+    return sections | {"experts": experts, "coefficient": {"both": 0.7, "parity": 0.2}}
+
+
+def test_a_merge_among_the_experts_is_made_first(
+    tmp_path: Path, sections: dict[str, Any], nested: dict[str, Any]
+) -> None:
+    """As two recipes would, one after the other; and so it is read back."""
+    recipe = read_recipe(write(tmp_path, nested)).recipe
+    at_once = merge_recipe(tmp_path / "recipe.yaml", tmp_path / "merged", "cpu", quiet)
+    assert read_recipe(tmp_path / "merged" / "recipe.yaml").recipe == recipe
+    merge_recipe(write(tmp_path, sections | nested["experts"]["both"]), tmp_path / "first", "cpu", quiet)
+    experts = nested["experts"] | {"both": str(tmp_path / "first")}
+    assert merge_recipe(write(tmp_path, nested | {"experts": experts}), tmp_path / "second", "cpu", quiet) == at_once
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"coefficient": {"rot90": 1}}, r"experts.both: coefficient: no number for expert parity"),
+        ({"base": "elsewhere"}, r"experts.both: base: unknown key"),
+        ({"densty": 1}, r"experts.both: densty: unknown key; did you mean 'density'\?"),
+        ({"experts": {"rot90": 3}}, r"experts.both: experts.rot90: .*found 3"),
+    ],
+)
+def test_mistakes_in_a_merge_among_the_experts_are_named(
+    tmp_path: Path, nested: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    nested["experts"]["both"] |= changes
+    with pytest.raises(InputError, match=message):
+        read_recipe(write(tmp_path, nested))
+
+
 def test_numbers_by_pattern_and_over_depth(tmp_path: Path, sections: dict[str, Any]) -> None:
     given = {
         "groups": "module",

@@ -17,9 +17,12 @@ from evomerge.errors import CandidateError, CheckpointError, InputError
 from evomerge.materialize.arrangement import Output
 from evomerge.materialize.checkpoint import open_checkpoint
 from evomerge.materialize.materializer import Materializer
+from evomerge.materialize.merge import Merge, Source
 from evomerge.materialize.paths import describe, path_depth, path_of
+from evomerge.materialize.residence import Place
 from evomerge.materialize.resident import quiet_transformers
 from evomerge.materialize.write import write_checkpoint
+from evomerge.operators.linear import TaskArithmetic
 from evomerge.operators.passthrough import Passthrough
 from evomerge.records import Recipe, TensorInfo
 from evomerge.space.data_flow import Path, PathLayer, gains
@@ -80,14 +83,24 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 @pytest.fixture(scope="module")
 def make(root: Folder) -> Make:
-    """(kind, dtype, layers of the output) -> a fresh materializer of a base and two experts, which are written once."""
+    """(kind, dtype, layers of the output) -> a fresh materializer of a base and two experts, which are written once.
 
-    def made(kind: str, dtype: str = "float32", layers: Any = None, **changes: Any) -> Materializer:
+    through: a merge of them whose layers paths have too: of the output as one more expert.
+    """
+
+    def made(
+        kind: str, dtype: str = "float32", layers: Any = None, through: Recipe | None = None, **changes: Any
+    ) -> Materializer:
         folder = root / "-".join(map(str, (kind, dtype, *changes.values())))
         if not folder.exists():
             write_family(folder, random_model(kind, **changes), dtype)
         base, *experts = [open_checkpoint(name, folder / name) for name in ("base", "one", "two")]
-        return Materializer(base, experts, dtype=dtype, output=Output(layers=layers))
+        sources: list[Source] = list(experts)
+        if through and layers:
+            merge = Merge(name="merge", recipe=through, operator=TaskArithmetic(), base=base, experts=tuple(experts))
+            sources.insert(0, merge)
+        place = Place(keeps_merge=bool(through and not layers))
+        return Materializer(base, sources, dtype=dtype, output=Output(layers=layers), place=place)
 
     return made
 
@@ -241,6 +254,71 @@ class TestRunning:
     def test_a_gain_that_overflows_is_the_candidates_failure(self, make: Make) -> None:
         with pytest.raises(CandidateError, match=r"model\.layers\.0\.\S+ times its gain of 1e\+39 is not finite"):
             run(make("llama"), (PathLayer(0, 0, 1e39),))
+
+
+class TestThroughAMerge:
+    """Paths through the layers of a merge, which leads, and of the experts of which it is made."""
+
+    @staticmethod
+    def merge(held: Materializer, coefficients: tuple[float, float] = (0.6, 0.3)) -> Recipe:
+        return Recipe(
+            operator="task_arithmetic", options={}, base="b", experts={"one": "1", "two": "2"}, dtype="float32",
+            groups={"model": tuple(tensor.name for tensor in held.layout.tensors)},
+            values={"coefficient": tuple((number,) for number in coefficients)},
+        )  # fmt: skip
+
+    @staticmethod
+    def lay(held: Materializer, merge: Recipe, path: Path) -> Recipe:
+        layers, groups, values = describe(held.layout.tensors, 3, path)
+        recipe = Recipe(
+            operator="passthrough", options={}, base="b", experts={"merged": merge, "one": "1", "two": "2"},
+            dtype="float32", groups=groups, layers=layers,
+            values={name: tuple(map(tuple, matrix.tolist())) for name, matrix in values.items()},
+        )  # fmt: skip
+        operator = TaskArithmetic()
+        held.build(operator, merge)
+        held.build(Passthrough(), recipe)
+        return recipe
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_what_runs_is_what_is_exported(self, make: Make, tmp_path: Folder, kind: str, dtype: str) -> None:
+        merge = self.merge(make(kind, dtype))
+        held = make(kind, dtype, through=merge)
+        path = tuple(replace(step, expert=2 * step.expert) for step in PATH)  # of the merge and of the second expert
+        recipe = self.lay(held, merge, path)
+        assert path_of(recipe) == path
+        logits = tiny.outputs(held.module)
+        out = make(kind, dtype, layers=recipe.layers, through=merge)
+        out.build(Passthrough(), recipe)
+        assert held.weights_hash() == out.weights_hash()
+        assert torch.equal(logits, tiny.outputs(out.module))
+        assert write_checkpoint(out, tmp_path / "out", lambda _: None) == held.weights_hash()
+        assert out.hashes == held.hashes
+
+    def test_its_own_layers_are_the_merge(self, make: Make) -> None:
+        """Also after a path that scaled some of them, and after another merge."""
+        merge = self.merge(make("tied"))
+        held = make("tied", through=merge)
+        held.build(TaskArithmetic(), merge)
+        logits, digest = tiny.outputs(held.module), held.weights_hash()
+        own = tuple(PathLayer(0, layer, 1.0) for layer in range(3))
+        for before in (tuple(replace(step, gain=0.7) for step in own), own):
+            self.lay(held, self.merge(held, (0.1, 0.9)), before)
+            self.lay(held, merge, before)
+            self.lay(held, merge, own)
+            assert held.weights_hash() == digest
+            assert torch.equal(tiny.outputs(held.module), logits)
+
+    def test_checkpoints_that_have_no_paths_are_found_out_at_once(self, tmp_path: Folder) -> None:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(transformers.Olmo2Config(**SIZES))
+        write_family(tmp_path, model.eval(), "float32")
+        base, *experts = [open_checkpoint(name, tmp_path / name) for name in ("base", "one", "two")]
+        with pytest.raises(CheckpointError, match=r"base: \w+ is not made for paths"):
+            Materializer(base, experts, dtype="float32", place=Place(keeps_merge=True))
+        with pytest.raises(InputError, match="residence: int8: paths run on the experts' own tensors"):
+            Materializer(base, experts, dtype="float32", place=Place(residence="int8", keeps_merge=True))
 
 
 def test_a_recipe_gives_the_path_back(make: Make) -> None:

@@ -76,6 +76,13 @@ def test_gains_undo_scales() -> None:
     np.testing.assert_allclose(stream / scales.prod(), embeddings + gains(scales) @ written)
 
 
+def test_experts_that_are_left_out_have_no_positions() -> None:
+    space = DataFlow(["a", "b", "c"], DEPTH, repeats=2, max_layers=None, scale=1.0, left_out=["b"])
+    assert {dimension.expert for dimension in space.dimensions} == {"a", "c"}
+    row = [(expert, layer) for expert in (0, 2) for layer in range(DEPTH)]
+    assert layers(space, [1.0] * len(space)) == row * 2
+
+
 coordinates = st.lists(st.floats(0, 1), min_size=24, max_size=24)
 
 
@@ -96,6 +103,27 @@ def test_a_larger_coordinate_never_takes_a_layer_out(at: list[float], t: int, hi
     before = (t, 0) in layers(space, at)
     raised = [*at[:t], max(at[t], higher), *at[t + 1 :]]
     assert not before or (t, 0) in layers(space, raised)
+
+
+@given(coordinates, st.booleans())
+def test_the_point_of_a_path_has_that_path(at: list[float], is_scaled: bool) -> None:
+    space = make() if is_scaled else make(scale=0.8)
+    path = space.path(at[: len(space)])
+    again = space.path(space.nearest(path))
+    assert [(step.expert, step.layer) for step in again] == [(step.expert, step.layer) for step in path]
+    np.testing.assert_allclose([step.gain for step in again], [step.gain for step in path], rtol=1e-9)
+
+
+def test_the_first_experts_own_layers_lie_at_the_start() -> None:
+    space = make()
+    assert space.nearest(space.own_layers).tolist() == space.starts[0].tolist()
+
+
+def test_what_a_space_has_no_position_for_is_left_out() -> None:
+    """One row holds no layer behind itself; scales are moved to the bounds."""
+    space = make(repeats=1)
+    path = (PathLayer(0, 1, 1 / 3.0), PathLayer(0, 0, 1.0), PathLayer(1, 2, 1.0))
+    assert space.path(space.nearest(path)) == (PathLayer(0, 1, 1 / 1.5), PathLayer(1, 2, 1 / 1.5 / 0.5))
 
 
 def test_beyond_the_bound_the_largest_stay_and_of_equal_ones_the_earlier() -> None:

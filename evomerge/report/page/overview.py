@@ -34,7 +34,7 @@ def overview(run: Run) -> dict[str, Any]:
         "budget": run.campaign.budget.evaluations,
         "cost": run.cost,
         "dimensions": run.dimensions,
-        "operators": list(run.campaign.operator_names),
+        "operators": run.operator_names,
         "experts": list(run.campaign.experts),
         "objectives": [_objective(objective) for objective in run.objectives],
         "use_of_test_items": use_of_test_items(run),
@@ -114,7 +114,7 @@ def _trials(run: Run) -> dict[str, Any]:
         "state": pack(_states(run)),
         "cost": pack(np.array([m.cost if m else np.nan for m in measurements], dtype=np.float32)),
         "seconds": pack(np.array([sum(m.seconds.values()) if m else np.nan for m in measurements], dtype=np.float32)),
-        "operator": pack([run.campaign.operator_names.index(run.operator_of(trial)) for trial in trials]),
+        "operator": pack([run.operator_names.index(run.operator_of(trial)) for trial in trials]),
         "values": [pack(_column(measurements, objective.name, "value")) for objective in run.objectives],
         "errors": [
             pack(_column(measurements, objective.name, "stderr").astype(np.float32)) for objective in run.objectives

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from evomerge.campaign.sections import DataFlowSection
 from evomerge.records import Floats, Objective, Trial, in_order
 from evomerge.report.page.arrays import pack
 from evomerge.run.run import Run
@@ -24,12 +23,18 @@ STEP = 0.01  # of a number's range, for slopes
 
 def surrogate(run: Run) -> dict[str, Any]:
     """Return the surrogates of the objectives that steer, or why there are none (``absent``)."""
-    if run.has_choice or isinstance(run.campaign.space, DataFlowSection):
-        what = "operators" if run.has_choice else "paths of layers"
-        return {"absent": f"Here {what} are searched, and a number does not mean the same in all of them."}
     scored = [trial for trial in in_order(run.trials) if trial.measurement and not trial.measurement.stopped]
     stages = Counter(trial.stage for trial in scored).most_common(1)
     told = [trial for trial in scored if trial.stage == stages[0][0]][-MAX_TRIALS:] if stages else []
+    what = (
+        "paths of layers"
+        if told and run.data_flow_of(told[0])
+        else "operators"
+        if len(run.campaign.operator_names) > 1
+        else None
+    )
+    if what:
+        return {"absent": f"Here {what} are searched, and a number does not mean the same in all of them."}
     if len(told) < FEWEST:
         return {"absent": f"A stage needs {FEWEST} scored trials for a surrogate; there are {len(told)}."}
     points_ND = np.array([trial.point for trial in told])

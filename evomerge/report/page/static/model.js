@@ -104,7 +104,10 @@ const Model = (() => {
       el("span", { class: "note" }, "experts down, groups across; the exact recipe is written by the export"),
     );
     const parameters = [...new Set(shown.map((cell) => cell.parameter))];
-    if (!shown.length) return fill(places.maps, empty("Nothing but the operator was searched."));
+    if (!shown.length) {
+      const why = cells.length ? "The two share no number." : "Nothing but the operator was searched.";
+      return fill(places.maps, empty(why));
+    }
     if (places.maps.dataset.parameters !== parameters.join()) {
       places.maps.dataset.parameters = parameters.join();
       fill(
