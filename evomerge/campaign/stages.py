@@ -6,7 +6,7 @@ from evomerge.campaign.assemble import proposer_type
 from evomerge.campaign.campaign import Campaign
 from evomerge.campaign.course import Course
 from evomerge.campaign.plan import Plan
-from evomerge.campaign.sections import SpaceChanges, StageSpaceSection
+from evomerge.campaign.sections import SpaceChanges
 from evomerge.errors import CampaignError
 from evomerge.proposers.adamerging import AdaMerging, AdaMergingOptions
 from evomerge.proposers.expert_merging import ExpertMergingOptions
@@ -18,8 +18,6 @@ from evomerge.records import Options
 from evomerge.space.groups import block_modules
 
 AUTO_LEGS = 6  # of a descent of one objective
-COARSE = SpaceChanges(space=StageSpaceSection(groups="model"))
-AUTO_COARSE = 20  # candidates in the coarse space
 AUTO_FRONT = 4  # candidates of the gradient front, beside one for each objective
 
 
@@ -124,8 +122,7 @@ def stage_cost(plan: Plan, stage: Stage) -> float:
 def _auto(campaign: Campaign, plan: Plan) -> list[Stage]:
     """Descend to a whole front where there are gradients, and go on with surrogates of what was scored.
 
-    Without gradients, begin in a coarse space: one number for the whole model in place of one a group. The first stage
-    is the same for every budget that it fits into, so that a larger budget only lengthens the search.
+    The first stage is the same for every budget that it fits into, so that a larger one only lengthens the search.
     """
     budget, stages = campaign.budget.evaluations, []
     num_steering = len(plan.steering)
@@ -143,28 +140,7 @@ def _auto(campaign: Campaign, plan: Plan) -> list[Stage]:
             )
         )
         budget -= num_evaluations
-    elif _is_coarser(campaign, plan):
-        num_evaluations = min(budget, AUTO_COARSE)
-        stages.append(
-            Stage(
-                proposer=Surrogate.name,
-                options=SurrogateOptions(),
-                num_evaluations=num_evaluations,
-                changes=COARSE,
-                reason="there are no gradients: find first how much of each expert there should be",
-            )
-        )
-        budget -= num_evaluations
     if budget:
         reason = f"{num_steering} objectives, {len(plan.space)} dimensions: model what was scored"
         stages.append(Stage(proposer=Surrogate.name, options=SurrogateOptions(), num_evaluations=budget, reason=reason))
     return stages
-
-
-def _is_coarser(campaign: Campaign, plan: Plan) -> bool:
-    """Whether one number for the whole model can stand for those of the groups, and there are fewer of them."""
-    try:
-        coarse = Course(campaign, plan, [COARSE]).leg(0, []).plan
-    except CampaignError:  # numbers over depth, or exceptions for single groups
-        return False
-    return len(coarse.space) < len(plan.space)

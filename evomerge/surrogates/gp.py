@@ -2,7 +2,8 @@
 
 Reference: Rasmussen and Williams 2006, chapters 2, 4.2 and 5.4. The lengths' prior grows with the square root of D, so
 that in many dimensions each hardly matters until the data say so (Hvarfner, Hellsten and Nardi 2024,
-arxiv.org/abs/2402.02229); its spread is narrower here, because a search has tens of points, not hundreds.
+arxiv.org/abs/2402.02229). A search has tens of points, not hundreds, which tell one length well and D of them badly: so
+the prior lets all lengths differ from what is typical by one factor, and each by much less of its own.
 Shape letters: N points with values, D dimensions, P points asked about.
 """
 
@@ -16,8 +17,9 @@ from evomerge.records import Floats
 ROOT5 = 5**0.5
 JITTER = 1e-6  # of the signal's variance
 TYPICAL_LENGTH = 1.5  # in one dimension; times the square root of D
-TYPICAL_NOISE = 0.05  # in standard deviations of the values
-SPREAD = 1.0  # of the logarithms of lengths, signal and noise about what is typical
+TYPICAL_NOISE = 0.01  # in standard deviations of the values
+SPREAD = 1.0  # of the logarithms of signal, noise and the factor that all lengths share about what is typical
+OWN_SPREAD = 0.3  # of the logarithm of what a length has beyond that factor
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,16 +121,27 @@ def _loss(logs: Floats, values_N: Floats, points_ND: Floats, variances_N: Floats
     except np.linalg.LinAlgError:
         return 1e10, np.zeros_like(logs)
     weights_N = _solve(factor_NN, values_N)
-    deviations = (logs - typical) / SPREAD
-    loss = values_N @ weights_N / 2 + np.log(np.diag(factor_NN)).sum() + deviations @ deviations / 2
+    deviations = logs - typical
+    pulls = _pulls(deviations)
+    loss = values_N @ weights_N / 2 + np.log(np.diag(factor_NN)).sum() + deviations @ pulls / 2
     pull_NN = np.outer(weights_N, weights_N) - _solve(factor_NN, np.eye(len(values_N)))
     slope_NN = pull_NN * (5 / 3 * signal_variance) * (1 + ROOT5 * distance_NN) * decay_NN
     # sum_ab slope_ab (x_a - x_b)^2 = 2 (sum_a x_a^2 slope_a. - x' slope x), in each dimension
     by_length_D = (slope_NN.sum(axis=1) @ scaled_ND**2) - (scaled_ND * (slope_NN @ scaled_ND)).sum(axis=0)
     by_signal = (pull_NN * kernel_NN).sum() + JITTER * signal_variance * np.trace(pull_NN)
     by_noise = np.exp(2 * logs[-1]) * np.trace(pull_NN)
-    gradient = -np.concatenate([by_length_D, [by_signal, by_noise]]) + deviations / SPREAD
+    gradient = -np.concatenate([by_length_D, [by_signal, by_noise]]) + pulls
     return float(loss), gradient
+
+
+def _pulls(deviations: Floats) -> Floats:
+    """Return the prior's precision times deviations of logs, (D + 2,).
+
+    The covariance of the lengths' is OWN_SPREAD^2 I + SPREAD^2 11', whose inverse is that of Sherman and Morrison.
+    """
+    own_D = deviations[:-2]
+    shared = SPREAD**2 * own_D.sum() / (OWN_SPREAD**2 + SPREAD**2 * len(own_D))
+    return np.concatenate([(own_D - shared) / OWN_SPREAD**2, deviations[-2:] / SPREAD**2])
 
 
 def _standard(values_N: Floats) -> tuple[float, float]:

@@ -290,12 +290,3 @@ def test_stages_with_spaces_of_their_own_are_other_searchers(digits4: FamilySumm
 def test_labels_are_pushed_apart_and_keep_their_order() -> None:
     assert _apart([0.5, 0.0, 0.51], 0.1) == pytest.approx([0.455, 0.0, 0.555])
     assert _apart([0.0, 0.0, 0.0], 1.0) == pytest.approx([-1, 0, 1])
-
-
-def test_auto_goes_from_coarse_to_fine_on_an_analytic_problem() -> None:
-    """All numbers of an expert are equal in the first stage; the second begins near its best and moves each alone."""
-    problem = ANALYTIC["concave"]
-    (task,) = make_tasks(problem, read_searchers("auto"), [0], 22)
-    trace = run(problem.open(0), task.stages, 0, 22, lambda cost: None)
-    assert [step.stage for step in trace.steps] == [0] * 20 + [1] * 2
-    assert all(step.search for step in trace.steps)

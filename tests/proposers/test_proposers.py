@@ -1,4 +1,5 @@
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from evomerge.proposers.nsga2 import Nsga2
 from evomerge.proposers.proposer import Problem
 from evomerge.proposers.random import Random
 from evomerge.proposers.sobol import Sobol
-from evomerge.proposers.surrogate import Surrogate, SurrogateOptions
+from evomerge.proposers.surrogate import APART_RADIUS, Surrogate, SurrogateOptions
 from evomerge.proposers.tpe import Tpe
 from evomerge.records import Arrival, Candidate, Observation, Slopes
 
@@ -217,6 +218,25 @@ class TestSurrogate(ProposerContract):
             proposer.tell(Observation(index=index, point=point, values_M=point[:1], margins_C=0.3 - point[:1]))
         assert np.mean(np.array(told[-15:]) <= 0.3) > 0.5
         assert max(x for x in told if x <= 0.3) > 0.25
+
+    def test_the_numbers_of_an_expert_begin_equal_and_leave_each_other_by_small_steps(self) -> None:
+        """Two experts with four numbers each; the second number of each is wanted far above the others."""
+        (first, second), groups = box(0.3, 2), ("a", "b", "c", "d")
+        dimensions = tuple(replace(of_expert, group=group) for of_expert in (first, second) for group in groups)
+        wanted = np.tile([0.2, 0.9, 0.2, 0.2], 2)
+        proposer = Surrogate(Problem(dimensions=dimensions, num_objectives=1, seed=(2, 0)), SurrogateOptions())
+        told: list[np.ndarray] = []
+        for index in range(50):
+            (candidate,) = proposer.ask(1, [])
+            point = np.array(candidate.point)
+            apart = [(p.reshape(2, 4) - p.reshape(2, 4).mean(axis=1, keepdims=True)).ravel() for p in (*told, point)]
+            steps = [np.abs(apart[-1] - earlier).max() for earlier in apart[:-1]]
+            assert np.ptp(point.reshape(2, 4), axis=1).max() == 0 if index < 10 else min(steps) < 2 * APART_RADIUS
+            told.append(point)
+            proposer.tell(Observation(index=index, point=point, values_M=-((point - wanted) ** 2).mean(keepdims=True)))
+        away = [float(((point - wanted) ** 2).mean()) for point in told]
+        assert min(away[:10]) > 0.09
+        assert min(away) < 0.001
 
     def test_slopes_of_an_earlier_descent_are_made_use_of(self) -> None:
         """In 24 dimensions, five proposals after four candidates; with the gradients at eight points, and without."""

@@ -59,6 +59,17 @@ def test_a_dimension_that_does_not_matter_gets_a_greater_length() -> None:
     assert lengths[1] < 0.5 * min(lengths[0], lengths[2])
 
 
+def test_few_points_tell_the_one_length_that_dimensions_share() -> None:
+    """A function that is rough in all of twelve dimensions, and one that is smooth in all, each told at 30 points."""
+    rng = np.random.default_rng(8)
+    points = rng.random((30, 12))
+    smooth, rough = (
+        fit(points, np.sin(frequency * points).sum(axis=1), np.zeros(30)).logs[:12] for frequency in (1.0, 9.0)
+    )
+    assert smooth.min() > rough.max()
+    assert max(np.ptp(smooth), np.ptp(rough)) < 1.0
+
+
 def test_few_points_in_many_dimensions_predict_better_than_their_mean() -> None:
     rng = np.random.default_rng(3)
     slope = rng.normal(size=64)
