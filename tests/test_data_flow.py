@@ -21,7 +21,7 @@ from evomerge.errors import CampaignError, CheckpointError, InputError
 from evomerge.families.family import FamilySummary
 from evomerge.materialize.checkpoint import open_checkpoint
 from evomerge.materialize.resident import load_model
-from evomerge.publish.export import export_trial, merge_recipe, verify_export
+from evomerge.publish.export import Form, export_trial, merge_recipe, verify_export
 from evomerge.records import Candidate, Measurement, Trial
 from evomerge.report.front import print_front
 from evomerge.report.html import write_report
@@ -266,13 +266,17 @@ class TestPathsThroughMerges:
         assert rows
         assert all(row.rescored == row.recorded for row in rows)
         assert read_recipe(out / "recipe.yaml").recipe == recipes[number]
-        digest = merge_recipe(out / "recipe.yaml", tmp_path / "again", "cpu", quiet)
+        digest = merge_recipe(out / "recipe.yaml", tmp_path / "again", "cpu", quiet).weights
         card = (out / "README.md").read_text()
         assert digest in card
         if tested := mixed.tested.get(f"trial:{number}"):
             assert digest == tested.weights
         assert "A merge of merged (python, sort by task_arithmetic), python, sort by passthrough in" in card
         assert "mergekit cannot make this merge: one of its experts is a merge itself" in card
+        export_trial(mixed, mixed.trials[number], tmp_path / "public", quiet, Form(is_public=True))
+        handed_on = (tmp_path / "public" / "recipe.yaml").read_text()
+        assert "experts: python: python sort: sort" in " ".join(handed_on.split())
+        assert not any(place in handed_on for place in (mixed.campaign.base, *mixed.campaign.experts.values()))
         assert not (out / "mergekit.yaml").exists()
 
     def test_a_merge_is_exported_as_without_paths(self, mixed: Run, tmp_path: Path) -> None:
