@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,13 @@ from rich.table import Table
 
 from evomerge.campaign.campaign import BudgetSection, Campaign, StageSection, read_campaign
 from evomerge.campaign.plan import Findings, Plan, make_plan
+from evomerge.driver.watcher import Unwatched
 from evomerge.families.family import make
 from evomerge.ledger.location import locate
 from evomerge.records import Candidate, Measurement, Recipe, Score, Split, TaskItems
 from evomerge.report.console import Loading
 from evomerge.report.progress import SearchProgress
+from evomerge.run.run import open_run
 from evomerge.run.search import search
 from evomerge.run.times import times_of
 from evomerge.scorer import pools
@@ -231,6 +233,16 @@ def _peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
+class UntilTested(Unwatched):
+    """Ends a run once its candidates are scored: the test items take long, and are no part of the search."""
+
+    def phase(self, title: str, total: int, done: int) -> None:
+        """Stop before the last one."""
+        del total, done
+        if title == "test items":
+            raise KeyboardInterrupt
+
+
 def efficiency(family: str, rounds: int) -> Table:
     """Return candidates a second of Ray workers relative to independent processes, by turns on the same machine."""
     num_evaluations = EVALUATIONS[family]
@@ -294,7 +306,9 @@ def _on_ray(family: str, count: int) -> tuple[float, float]:
         update={"workers": RayOptions(kind="ray", address="local", count=count)}
     )
     with tempfile.TemporaryDirectory() as folder:
-        times = times_of(search(campaign, Path(folder) / "run").trials)
+        with suppress(KeyboardInterrupt):
+            search(campaign, Path(folder) / "run", watcher=UntilTested())
+        times = times_of(open_run(Path(folder) / "run").trials)
     return num_evaluations / times.search_s, times.utilisation
 
 
@@ -308,16 +322,15 @@ def main() -> None:
     wanted = given.what or PARTS
     if unknown := [part for part in wanted if part not in PARTS]:
         parser.error(f"unknown part {unknown[0]!r}; known: {', '.join(PARTS)}")
-    tables = []
+    console = Console(width=110)
     if "efficiency" in wanted:
-        tables += [efficiency(family, given.rounds) for family in EVALUATIONS]
+        for family in EVALUATIONS:
+            console.print(efficiency(family, given.rounds))
     if "throughput" in wanted:
-        tables.append(throughput())
+        console.print(throughput())
     if "trials" in wanted:
         with tempfile.TemporaryDirectory() as folder:
-            tables.append(long_record(given.trials, Path(folder) / "run"))
-    for table in tables:
-        Console(width=110).print(table)
+            console.print(long_record(given.trials, Path(folder) / "run"))
 
 
 if __name__ == "__main__":
