@@ -143,7 +143,7 @@ def test_a_driver_killed_and_started_again(campaign: Campaign, cluster: Any, und
     folder = tmp_path / "ray"
     (tmp_path / "campaign.json").write_text(on(campaign, cluster).model_dump_json())
     program = (
-        "import sys; from pathlib import Path; from evomerge.campaign.campaign import Campaign; from evomerge.run.run import search; "
+        "import sys; from pathlib import Path; from evomerge.campaign.campaign import Campaign; from evomerge.run.search import search; "
         "search(Campaign.model_validate_json(Path(sys.argv[1]).read_text(), strict=False), sys.argv[2])"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "campaign.json"), str(folder)]
