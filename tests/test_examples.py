@@ -150,7 +150,7 @@ def slurm(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         with (tmp_path / "log").open("w") as log:
             command = ["bash", str(SCRIPT), *map(str, words)]
             process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=log, text=True, start_new_session=True
+                command, cwd=tmp_path, env=environment, stdout=log, stderr=log, text=True, start_new_session=True
             )
         started.append(process)
         return process
