@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -12,6 +13,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from evomerge.errors import CampaignError, in_one_line
 from evomerge.records import Options
+
+AGAIN_S = 5.0  # until a cluster that refused is asked once more
 
 
 class RayOptions(Options):
@@ -111,7 +114,11 @@ def _connect(options: RayOptions) -> tuple[Any, bool]:
                     return ray, True
             if options.address in {None, "local"}:
                 asked["include_dashboard"] = False
-            ray.init(options.address or "local", **asked)
+            try:
+                ray.init(options.address or "local", **asked)
+            except ConnectionAbortedError:  # a head that has just started cannot always serve its first client
+                time.sleep(AGAIN_S)
+                ray.init(options.address or "local", **asked)
         except Exception as error:  # Ray raises a dozen unrelated classes
             raise CampaignError(
                 f"workers.address: no Ray cluster at {options.address or 'this machine'} ({in_one_line(error)}); start "
