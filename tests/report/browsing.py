@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import sync_playwright
 
 CHROMIUM = Path("/usr/bin/chromium")
 ROOT = Path(__file__).parents[2]
@@ -18,10 +19,9 @@ ROOT = Path(__file__).parents[2]
 @contextmanager
 def chromium() -> Iterator[Any]:
     """Start the browser; skip where there is none."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[dev]'")
     if not CHROMIUM.exists():
         pytest.skip(f"needs {CHROMIUM}: make test-browser installs it, or says how")
-    with playwright.sync_playwright() as started:
+    with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from browsing import chromium, evomerge, served, visit
+from playwright.sync_api import expect
 from typer.testing import CliRunner
 
 from benchmarks.page import EXPERTS, write_run
@@ -61,6 +62,14 @@ def picked(page: Any) -> int:
     return int(re.findall(r"Picked trial (\d+)", page.locator("#picked").text_content())[0])
 
 
+def expect_picked(page: Any, number: int) -> None:
+    expect(page.locator("#picked")).to_contain_text(re.compile(rf"Picked trial {number}\b"))
+
+
+def expect_view(page: Any, name: str) -> None:
+    expect(page.get_by_role("tab", name=name, exact=True)).to_have_attribute("aria-selected", "true")
+
+
 def test_the_rules_of_picking_are_the_same(browser: Any, report: str) -> None:
     rng = np.random.default_rng(0)
     fronts = [rng.normal(size=(rng.integers(1, 30), rng.integers(1, 7))) for _ in range(200)]
@@ -107,19 +116,19 @@ def test_arrays_are_read_as_they_were_written(browser: Any, report: str) -> None
 
 def test_sliders_and_bounds_pick_what_the_command_would(browser: Any, report: str, made_up: Run) -> None:
     with visit(browser, report) as page:
-        assert picked(page) == made_up.pick(at_knee=True).number
+        expect_picked(page, made_up.pick(at_knee=True).number)
         drag(page, "code", 4)
         drag(page, "chat", 0.5)
         preference = {"code": 4.0, "chat": 0.5}
-        assert picked(page) == made_up.pick(preference=preference).number
+        expect_picked(page, made_up.pick(preference=preference).number)
         values = {t.number: t.measurement.scores["maths"].value for t in made_up.front if t.measurement}
         floor = sorted(values.values())[-3]
         page.get_by_label("maths at least", exact=True).fill(str(floor))
-        assert picked(page) == made_up.pick(preference=preference, minimum={"maths": floor}).number
+        expect_picked(page, made_up.pick(preference=preference, minimum={"maths": floor}).number)
         page.get_by_label("maths at least", exact=True).fill("2")
-        assert "No model of the front keeps these bounds" in page.locator("#picked").text_content()
+        expect(page.locator("#picked")).to_contain_text("No model of the front keeps these bounds")
         page.get_by_role("button", name="Reset weights and bounds").click()
-        assert picked(page) == made_up.pick(at_knee=True).number
+        expect_picked(page, made_up.pick(at_knee=True).number)
 
 
 def test_the_copied_command_exports_the_picked_model(
@@ -162,8 +171,8 @@ def test_it_keeps_up_with_a_campaign_and_keeps_what_was_chosen(
             page.get_by_role("tab", name="Run").click()
             seen = trials.text_content()
             trials.filter(has_not_text=re.compile(f"^{seen}$")).wait_for()
-            assert page.get_by_label(f"weight of {name}", exact=True).input_value() == "3.5"
-            assert page.get_by_role("tab", name="Run").get_attribute("aria-selected") == "true"
+            expect(page.get_by_label(f"weight of {name}", exact=True)).to_have_value("3.5")
+            expect_view(page, "Run")
             driver.terminate()
             driver.wait()
             page.wait_for_selector("#state.is-stopped")
@@ -179,7 +188,7 @@ def test_elsewhere_it_asks_for_the_token(browser: Any, small_run: Path) -> None:
         stranger.close()
         with visit(browser, f"{here}?token={token}") as page:
             assert "token" not in page.url
-            assert page.locator("h1").text_content() == open_run(small_run).campaign.name
+            expect(page.locator("h1")).to_have_text(open_run(small_run).campaign.name)
 
 
 def test_what_a_run_says_is_never_markup(browser: Any, made_up: Run, tmp_path: Path) -> None:
@@ -198,7 +207,7 @@ def test_what_a_run_says_is_never_markup(browser: Any, made_up: Run, tmp_path: P
             page.locator(f"#tab-{view}").click()
             page.wait_for_selector(f"#view-{view} .card")
             page.locator(f"#view-{view} tbody, #view-{view} .main-svg").first.wait_for(state="attached")
-        assert page.locator("h1").text_content() == EVIL
+        expect(page.locator("h1")).to_have_text(EVIL)
         assert page.locator("body img").count() == 0
 
 
@@ -212,9 +221,9 @@ def test_every_view_fits_and_draws(browser: Any, report: str, theme: str, width:
             if view != "run":
                 page.locator(f"#view-{view} .main-svg").first.wait_for(state="attached")
             assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert page.evaluate("document.documentElement.dataset.theme") == theme
+        expect(page.locator("html")).to_have_attribute("data-theme", theme)
         page.locator("#theme").click()
-        assert page.evaluate("document.documentElement.dataset.theme") != theme
+        expect(page.locator("html")).not_to_have_attribute("data-theme", theme)
 
 
 def test_the_keyboard_reaches_everything(browser: Any, report: str, made_up: Run) -> None:
@@ -222,7 +231,7 @@ def test_the_keyboard_reaches_everything(browser: Any, report: str, made_up: Run
         page.locator("#tab-front").focus()
         for _ in range(3):
             page.keyboard.press("ArrowRight")
-        assert page.evaluate("document.activeElement.id") == "tab-run"
+        expect(page.locator("#tab-run")).to_be_focused()
         page.locator(".trials").focus()
         page.locator(".trials").evaluate(  # three at once: faster than any of them is drawn
             """(rows) => { for (let i = 0; i < 3; i++)
@@ -230,7 +239,7 @@ def test_the_keyboard_reaches_everything(browser: Any, report: str, made_up: Run
         )
         page.keyboard.press("ArrowDown")
         page.keyboard.press("ArrowUp")
-        assert picked(page) == made_up.pick(at_knee=True).number + 3
+        expect_picked(page, made_up.pick(at_knee=True).number + 3)
         page.get_by_role("button", name="maths", exact=True).focus()
         page.keyboard.press("Enter")
         best = max((t for t in made_up.trials if t.measurement), key=lambda t: t.measurement.scores["maths"].value)  # type: ignore[union-attr]
@@ -248,9 +257,9 @@ def test_an_address_shows_what_was_chosen(browser: Any, report: str) -> None:
         page.wait_for_url(re.compile("versus=expert"))
         address = page.url
     with visit(browser, address) as page:
-        assert picked(page) == number
-        assert page.get_by_role("tab", name="Model").get_attribute("aria-selected") == "true"
-        assert page.get_by_label("Compare with").input_value() == "expert:law"
+        expect_picked(page, number)
+        expect_view(page, "Model")
+        expect(page.get_by_label("Compare with")).to_have_value("expert:law")
         page.get_by_text("Wrong to right").wait_for()
 
 
@@ -279,7 +288,7 @@ def test_any_scored_trial_is_compared_as_the_command_does(
         for wrong, why in (("49", "There is no scored trial 49."), (str(ours), "This one is picked already.")):
             field.fill(wrong)
             field.blur()
-            assert field.evaluate("(field) => field.validationMessage") == why
+            expect(field).to_have_js_property("validationMessage", why)
         field.fill(str(theirs))
         field.press("Enter")
         page.get_by_text("Wrong to right").wait_for()
@@ -415,26 +424,30 @@ def test_a_slider_that_is_dragged_writes_few_addresses(browser: Any, report: str
             """(slider) => { for (let i = 0; i < 300; i++) {
                 slider.value = i / 60; slider.dispatchEvent(new Event("input", { bubbles: true })); } }"""
         )
-        assert picked(page) == made_up.pick(preference={"law": 5.0}).number
+        expect_picked(page, made_up.pick(preference={"law": 5.0}).number)
         page.wait_for_url(re.compile("weights=1%2C1%2C1%2C5"))
         assert page.evaluate("window.numWritten") < 10
 
 
 def test_history_goes_back_through_the_views(browser: Any, report: str, made_up: Run) -> None:
     with visit(browser, report) as page:
-        selected = lambda: page.locator("[role='tab'][aria-selected='true']").text_content()  # noqa: E731
         drag(page, "law", 5)
         number = picked(page)
         page.get_by_role("tab", name="Model").click()
         page.get_by_role("tab", name="Run").click()
         for there in ("Model", "Front"):
             page.go_back()
-            assert (picked(page), selected()) == (number, there)
+            expect_view(page, there)
+            expect_picked(page, number)
         page.go_forward()
-        assert (picked(page), selected()) == (number, "Model")
+        expect_view(page, "Model")
+        expect_picked(page, number)
         page.locator(".skip").focus()
         page.keyboard.press("Enter")
-        assert (picked(page), selected(), page.evaluate("document.activeElement.id")) == (number, "Model", "main")
+        expect(page.locator("#main")).to_be_focused()
+        expect_view(page, "Model")
+        expect_picked(page, number)
         page.evaluate("location.hash = 'view=run&rule=knee&weights=1,1,1,2'")  # as if typed
-        assert (picked(page), selected()) == (made_up.pick(at_knee=True).number, "Run")
-        assert page.get_by_label("weight of law", exact=True).input_value() == "2"
+        expect_view(page, "Run")
+        expect_picked(page, made_up.pick(at_knee=True).number)
+        expect(page.get_by_label("weight of law", exact=True)).to_have_value("2")
