@@ -14,6 +14,7 @@ from test_ray_pool import Actor, echo, point, wait_for
 from evomerge.campaign.campaign import Campaign
 from evomerge.records import Measurement, Trial
 from evomerge.run.search import search
+from evomerge.workers import ray_cluster
 from evomerge.workers.inline import InlineOptions
 from evomerge.workers.ray_cluster import RayOptions
 from evomerge.workers.ray_pool import RayPool
@@ -34,6 +35,25 @@ def test_a_search_from_outside_the_cluster(
     assert not ray.is_initialized()
     alone = search(campaign.model_copy(update={"workers": InlineOptions()}), tmp_path / "inline")
     assert [values(trial) for trial in run.trials] == [values(trial) for trial in alone.trials]
+
+
+def test_a_head_that_refuses_once_is_asked_again(ray_head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head refuses by chance, in its first seconds alone; so the refusal is made up, and the second try is real."""
+    refusals = [ConnectionAbortedError("Starting Ray client server failed")]
+    connect = ray.init
+
+    def refusing(*words: Any, **options: Any) -> Any:
+        if refusals:
+            raise refusals.pop()
+        return connect(*words, **options)
+
+    monkeypatch.setattr(ray, "init", refusing)
+    monkeypatch.setattr(ray_cluster, "AGAIN_S", 0.0)
+    with RayPool(echo, RayOptions(kind="ray", address=ray_head.client, count=1)) as pool:
+        pool.submit(0, point(0.5), "search")
+        assert [result.key for result in pool.results()] == [0]
+    assert not refusals
+    assert not ray.is_initialized()
 
 
 def values(trial: Trial) -> dict[str, float]:
