@@ -4,6 +4,7 @@ digits4                 four objectives, one coefficient an expert and layer
 digits4:2               the first two objectives alone; all experts stay
 digits4:model           one coefficient an expert (or: layer, module, tensor)
 digits4:2:model         both
+text:small              text with a smaller model and short passages: a twelfth of the time, for long comparisons
 """
 
 from collections.abc import Mapping
@@ -19,11 +20,13 @@ from evomerge.campaign.references import reference_recipes
 from evomerge.campaign.sections import BudgetSection, SpaceSection
 from evomerge.errors import CampaignError
 from evomerge.families.family import make
+from evomerge.families.recipes import TextRecipe
 from evomerge.front.front import maximized, worst_of_inputs
 from evomerge.records import Floats
 
 FOLDER = Path(".cache/families")
 GROUPS = ("model", "layer", "module", "tensor")
+SMALL = {"text": TextRecipe(hidden=64, layers=3, mlp=128, item_characters=60)}
 
 
 class FamilyProblem:
@@ -37,7 +40,11 @@ class FamilyProblem:
     def __init__(self, name: str) -> None:
         self.name = name
         family, *variants = name.split(":")
-        self._summary = make(family, FOLDER / family)
+        if variants[:1] == ["small"] and family in SMALL:
+            del variants[0]
+            self._summary = make(family, FOLDER / f"{family}-small", recipe=SMALL[family])
+        else:
+            self._summary = make(family, FOLDER / family)
         self._campaign = read_campaign(self._summary.campaign)
         for variant in variants:
             self._campaign = _varied(self._campaign, variant)
