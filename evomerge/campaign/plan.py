@@ -6,7 +6,7 @@ starts that the experts decide (before that, the operators' defaults stand in th
 Shape letters: K experts, G groups, S tensors.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -15,26 +15,25 @@ import torch
 
 from evomerge.campaign.assemble import EVALUATORS
 from evomerge.campaign.campaign import Campaign
-from evomerge.campaign.sections import MERGED, DataFlowSection, ObjectiveSection
+from evomerge.campaign.objectives import aggregate_of, make_objectives
+from evomerge.campaign.sections import MERGED, DataFlowSection
 from evomerge.campaign.spaces import make_choice, make_data_flow, make_space
-from evomerge.errors import CampaignError, did_you_mean
+from evomerge.errors import CampaignError
 from evomerge.evaluators.evaluator import Evaluator
 from evomerge.evaluators.several import SeveralEvaluators
-from evomerge.evidence.scores import Aggregate, grouped
+from evomerge.evidence.scores import grouped
 from evomerge.fidelity.race import RaceOptions
 from evomerge.kernels.sources import Sources
-from evomerge.materialize.adapter import Adapter, open_expert
-from evomerge.materialize.arrangement import arrange
-from evomerge.materialize.checkpoint import Checkpoint, fit_to_base, open_checkpoint
+from evomerge.materialize.adapter import Adapter
+from evomerge.materialize.checkpoint import Checkpoint
+from evomerge.materialize.inputs import open_checkpoints
 from evomerge.materialize.merge import Merge, Source
 from evomerge.materialize.paths import describe, path_of
-from evomerge.materialize.residence import AUTO, Place, Residence
-from evomerge.materialize.resident import empty_model, tensor_index, tied_names
-from evomerge.materialize.vocabulary import vocabulary_tensors
+from evomerge.materialize.residence import Place, Residence, choose_device
 from evomerge.operators.linear import TaskArithmetic
 from evomerge.operators.operator import Operator
 from evomerge.operators.passthrough import Passthrough
-from evomerge.records import Floats, Layers, Objective, Recipe, Split, TensorIndex
+from evomerge.records import Floats, Objective, Recipe, Split, TensorIndex
 from evomerge.space.choice import Choice
 from evomerge.space.data_flow import DataFlow, Path
 from evomerge.space.groups import Groups, make_groups
@@ -240,7 +239,7 @@ def make_plan(campaign: Campaign) -> Plan:
     base, experts, tensors = open_checkpoints(campaign.base, campaign.experts)
     groups, operators, space = make_space(campaign, base, experts, tensors)
     evaluator = _make_evaluator(campaign, base)
-    objectives = _objectives(campaign, evaluator)
+    objectives = make_objectives(campaign, evaluator)
     aggregated = next((objective for objective in objectives if aggregate_of(objective, evaluator)), None)
     if campaign.fidelity and aggregated:
         raise CampaignError(
@@ -287,76 +286,6 @@ def with_space(plan: Plan, campaign: Campaign, merges: Sequence[Recipe], left_ou
     return replace(plan, groups=groups, space=space).started()
 
 
-def open_checkpoints(
-    base: str, experts: Mapping[str, str]
-) -> tuple[Checkpoint, dict[str, Checkpoint | Adapter], TensorIndex]:
-    """Open base and experts and compare their tensors; return them with the list of what is merged."""
-    opened = open_checkpoint("base", base)
-    model = empty_model(opened)
-    others = {name: open_expert(f"expert {name}", location, model) for name, location in experts.items()}
-    tied, vocabulary = tied_names(model), vocabulary_tensors(model)
-    fitted = {
-        name: expert if isinstance(expert, Adapter) else fit_to_base(opened, expert, tied, vocabulary)
-        for name, expert in others.items()
-    }
-    return opened, fitted, tensor_index(model)
-
-
-def open_sources(
-    base: str, experts: Mapping[str, str | Merge], layers: Layers | None
-) -> tuple[Checkpoint, dict[str, Source], TensorIndex]:
-    """Open what a recipe merges, as ``open_checkpoints`` does: merges too, and layers of other numbers."""
-    locations = {name: held for name, held in experts.items() if isinstance(held, str)}
-    if layers is None:
-        opened, found, tensors = open_checkpoints(base, locations)
-    else:
-        opened = open_checkpoint("base", base)
-        model = empty_model(opened)
-        found = {name: open_expert(f"expert {name}", location, model) for name, location in locations.items()}
-    sources = {name: held if isinstance(held, Merge) else found[name] for name, held in experts.items()}
-    return opened, sources, arrange((opened, *sources.values()), layers).tensors if layers else tensors
-
-
-def decisions(experts: Iterable[Source], dtype: str) -> list[str]:
-    """Say what was decided about experts that are not in every respect like the base; a person should know."""
-    found = []
-    exact = {dtype, *(("bfloat16", "float16") if dtype == "float32" else ())}
-    for expert in experts:
-        if isinstance(expert, Merge):
-            found += decisions(expert.experts, dtype)
-            continue
-        if isinstance(expert, Adapter):
-            continue
-        if expert.alignment is not None:
-            found.append(f"{expert.name}: another vocabulary, aligned by token: {expert.alignment.decision}")
-        if rounded := sorted(expert.dtypes - exact):
-            found.append(f"{expert.name}: its {' and '.join(rounded)} tensors are rounded to {dtype}")
-    return found
-
-
-def choose_device(asked: str) -> str:
-    """Return the device to merge and score on, as ``Place`` has it: what was asked for, or GPUs where there are some.
-
-    Raises: CampaignError for a device that is not there, and for several that are not GPUs, each its own.
-    """
-    if asked == AUTO:
-        return "cpu" if not torch.cuda.is_available() else AUTO if torch.cuda.device_count() > 1 else "cuda"
-    found = []
-    for device in asked.split(","):
-        try:
-            found.append(torch.empty(1, device=device.strip()).device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise CampaignError(f"device: {asked!r} cannot be used here ({reason}); try auto or cpu") from error
-    # The CPU may be named twice: that shows without any GPU what a spread model does.
-    if len({device.type for device in found}) > 1 or (found[0].type == "cuda" and len(set(found)) < len(found)):
-        raise CampaignError(
-            f"device: expected auto, one device, or different GPUs to spread the model over (cuda:0,cuda:1), found "
-            f"{asked!r}"
-        )
-    return ",".join(map(str, found))
-
-
 def _make_evaluator(campaign: Campaign, base: Checkpoint) -> Evaluator:
     made = {
         section.where: EVALUATORS[section.kind].make(section.options, section.wanted, base.folder)
@@ -365,68 +294,3 @@ def _make_evaluator(campaign: Campaign, base: Checkpoint) -> Evaluator:
     if len(made) == 1:
         return next(iter(made.values()))
     return SeveralEvaluators({task: made[section.where] for section in campaign.evaluators for task in section.wanted})
-
-
-def _objectives(campaign: Campaign, evaluator: Evaluator) -> tuple[Objective, ...]:
-    measured = {
-        section.name: _measured(section, f"objectives[{number}]", evaluator)
-        for number, section in enumerate(campaign.objectives)
-        if section.task
-    }
-    summaries = {
-        section.name: _summary(section, f"objectives[{number}]", measured)
-        for number, section in enumerate(campaign.objectives)
-        if not section.task
-    }
-    parts = {part for summary in summaries.values() for part in summary.parts}
-    objectives = {**measured, **summaries}
-    return tuple(replace(objectives[section.name], steers=section.name not in parts) for section in campaign.objectives)
-
-
-def aggregate_of(objective: Objective, evaluator: Evaluator) -> Aggregate | None:
-    """Return how items make the score of an objective, if that is no mean."""
-    return None if objective.summary else evaluator.metrics(objective.task)[objective.metric].aggregate
-
-
-def _measured(section: ObjectiveSection, where: str, evaluator: Evaluator) -> Objective:
-    assert section.task is not None
-    assert section.metric is not None
-    metrics = evaluator.metrics(section.task)
-    if section.metric not in metrics:
-        known = did_you_mean(section.metric, metrics)
-        raise CampaignError(f"{where}.metric: task {section.task} has no {section.metric!r}{known}")
-    better = metrics[section.metric].direction
-    direction = section.direction or better
-    if direction is None:
-        raise CampaignError(
-            f"{where}.direction: {section.metric} does not say which way is better; give direction: max or min"
-        )
-    if better and direction != better:
-        raise CampaignError(
-            f"{where}.direction: {section.metric} is better {'larger' if direction == 'min' else 'smaller'}; leave the "
-            "direction out"
-        )
-    return Objective(
-        name=section.name,
-        task=section.task,
-        metric=section.metric,
-        direction=direction,
-        floor=section.floor,
-        ceiling=section.ceiling,
-    )
-
-
-def _summary(section: ObjectiveSection, where: str, measured: Mapping[str, Objective]) -> Objective:
-    directions = {measured[part].direction for part in section.parts}
-    if len(directions) > 1:
-        found = ", ".join(f"{part} ({measured[part].direction})" for part in section.parts)
-        raise CampaignError(f"{where}: expected objectives that are all better larger or all smaller, found {found}")
-    return Objective(
-        name=section.name,
-        direction=directions.pop(),
-        floor=section.floor,
-        ceiling=section.ceiling,
-        summary="mean" if section.mean else "worst",
-        parts=tuple(section.parts),
-        normalized_by=section.normalized_by,
-    )

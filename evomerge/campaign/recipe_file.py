@@ -34,11 +34,12 @@ import yaml
 from pydantic import Field
 
 from evomerge.campaign.campaign import locate
-from evomerge.campaign.plan import make_recipe, open_sources
+from evomerge.campaign.plan import make_recipe
 from evomerge.campaign.spaces import fixed_number, make_operator, operator_of
 from evomerge.errors import CampaignError, did_you_mean
 from evomerge.materialize.arrangement import Output, rows_of
 from evomerge.materialize.checkpoint import Checkpoint
+from evomerge.materialize.inputs import open_sources
 from evomerge.materialize.merge import Merge, Source
 from evomerge.operators.operator import Operator
 from evomerge.records import Floats, Layers, Options, ParameterSpec, Recipe, TensorIndex

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from evomerge.campaign.assemble import look_up
-from evomerge.campaign.plan import make_recipe, open_sources
+from evomerge.campaign.plan import make_recipe
 from evomerge.campaign.recipe_file import ReadRecipe, read_recipe
 from evomerge.campaign.spaces import make_operator
 from evomerge.errors import CampaignError, did_you_mean
@@ -29,6 +29,7 @@ from evomerge.interop.document import (
 from evomerge.interop.methods import METHODS, Method, Number
 from evomerge.materialize.arrangement import num_layers
 from evomerge.materialize.checkpoint import open_checkpoint
+from evomerge.materialize.inputs import open_sources
 from evomerge.operators.operator import Operator
 from evomerge.records import Floats, Layers, ParameterSpec, TensorIndex
 from evomerge.space.choice import COEFFICIENT

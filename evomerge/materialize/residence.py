@@ -20,7 +20,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from evomerge.errors import InputError
+from evomerge.errors import CampaignError, InputError
 from evomerge.kernels.layout import BLOCK
 from evomerge.kernels.sources import Dense
 from evomerge.materialize.adapter import Adapter
@@ -104,6 +104,29 @@ class Place:
 
 
 ON_THE_CPU = Place()
+
+
+def choose_device(asked: str) -> str:
+    """Return the device to merge and score on, as ``Place`` has it: what was asked for, or GPUs where there are some.
+
+    Raises: CampaignError for a device that is not there, and for several that are not GPUs, each its own.
+    """
+    if asked == AUTO:
+        return "cpu" if not torch.cuda.is_available() else AUTO if torch.cuda.device_count() > 1 else "cuda"
+    found = []
+    for device in asked.split(","):
+        try:
+            found.append(torch.empty(1, device=device.strip()).device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise CampaignError(f"device: {asked!r} cannot be used here ({reason}); try auto or cpu") from error
+    # The CPU may be named twice: that shows without any GPU what a spread model does.
+    if len({device.type for device in found}) > 1 or (found[0].type == "cuda" and len(set(found)) < len(found)):
+        raise CampaignError(
+            f"device: expected auto, one device, or different GPUs to spread the model over (cuda:0,cuda:1), found "
+            f"{asked!r}"
+        )
+    return ",".join(map(str, found))
 
 
 def device_bytes(model_bytes: int, num_experts: int, element_bytes: int, factor_bytes: int = 0) -> dict[Residence, int]:

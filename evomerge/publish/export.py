@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from evomerge.campaign.campaign import HUB_ID
-from evomerge.campaign.plan import Plan, choose_device, decisions, make_plan
+from evomerge.campaign.plan import Plan, make_plan
 from evomerge.campaign.recipe_file import write_recipe
 from evomerge.campaign.spaces import operator_of
 from evomerge.errors import EvoMergeError, InputError
@@ -20,9 +20,10 @@ from evomerge.materialize.adapter import CONFIG as ADAPTER_CONFIG
 from evomerge.materialize.adapter_write import adapted, merged_adapter, why_no_adapter, write_adapter
 from evomerge.materialize.checkpoint import open_checkpoint, read_json
 from evomerge.materialize.companions import choose_companions
+from evomerge.materialize.inputs import decisions
 from evomerge.materialize.materializer import Materializer
 from evomerge.materialize.merge import Merge
-from evomerge.materialize.residence import Place
+from evomerge.materialize.residence import Place, choose_device
 from evomerge.materialize.resident import ResidentModel, load_model
 from evomerge.materialize.write import SHARD_SIZE, require_new, require_size, write_checkpoint
 from evomerge.publish.card import PICTURE, Written, auto_class, model_card

@@ -8,11 +8,11 @@ from typing import Any
 from rich.console import RenderableType
 from rich.table import Table
 
-from evomerge.campaign.plan import decisions
 from evomerge.campaign.sections import SpaceChanges
 from evomerge.campaign.stages import Stage
 from evomerge.check import CheckReport
 from evomerge.materialize.guard import GuardReport
+from evomerge.materialize.inputs import decisions
 from evomerge.report.console import COMMAND, duration, some
 from evomerge.report.progress import chain
 from evomerge.report.tables import Row, Shown

@@ -7,7 +7,7 @@ from typing import Any
 
 from evomerge.campaign.campaign import Campaign
 from evomerge.campaign.course import Course
-from evomerge.campaign.plan import Findings, Plan, decisions, make_plan
+from evomerge.campaign.plan import Findings, Plan, make_plan
 from evomerge.campaign.stages import make_stages
 from evomerge.driver.draining import Draining
 from evomerge.driver.driver import Driver
@@ -17,6 +17,7 @@ from evomerge.errors import RunError
 from evomerge.evidence.summary import all_sources
 from evomerge.ledger.ledger import Ledger
 from evomerge.ledger.location import Location, locate
+from evomerge.materialize.inputs import decisions
 from evomerge.records import digest
 from evomerge.run.run import Run, open_run, require_same_inputs, run_of
 from evomerge.run.tracking import Tracking

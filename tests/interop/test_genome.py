@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 from evomerge.campaign.campaign import read_campaign
-from evomerge.campaign.plan import open_checkpoints
 from evomerge.campaign.recipe_file import read_recipe
 from evomerge.errors import CampaignError, InputError
 from evomerge.interop.convert import convert
 from evomerge.interop.genome import read_genome
 from evomerge.interop.read import read_mergekit
+from evomerge.materialize.inputs import open_checkpoints
 from evomerge.space.groups import make_groups
 
 Write = Callable[..., Path]

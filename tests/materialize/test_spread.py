@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
-from evomerge.campaign.plan import choose_device
 from evomerge.campaign.recipe_file import write_recipe
 from evomerge.errors import CampaignError, EvoMergeError, InputError
 from evomerge.evaluators.layouts import TokenSequence
@@ -29,7 +28,7 @@ from evomerge.evaluators.sequences import logprobs
 from evomerge.kernels.layout import Layout
 from evomerge.materialize.materializer import Materializer, sha256, tensors_hash
 from evomerge.materialize.paths import _replace, describe
-from evomerge.materialize.residence import Place
+from evomerge.materialize.residence import Place, choose_device
 from evomerge.materialize.resident import ResidentModel, merged_tensors, tensor_index
 from evomerge.materialize.spread import Room, Share, divide, settle, spread
 from evomerge.operators.passthrough import Passthrough

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from evomerge.campaign.plan import decisions, open_checkpoints
 from evomerge.errors import CheckpointError
+from evomerge.materialize.inputs import decisions, open_checkpoints
 from evomerge.materialize.vocabulary import Vocabulary, align, read_vocabulary, vocabulary_tensors
 from evomerge.publish.export import merge_recipe
 
