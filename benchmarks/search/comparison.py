@@ -5,13 +5,14 @@ Everything is of the test values of the front (or of the trial) that was chosen 
 Shape letters: S seeds, G costs, M objectives, F points of the true front.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from benchmarks.search.trace import Trace
+from evomerge.front.improvement import improvement_over
 from evomerge.front.pareto import hypervolume
 from evomerge.records import Floats
 
@@ -35,7 +36,8 @@ class Difference:
 class Comparison:
     """All searchers on one problem; the mappings are by searcher.
 
-    costs_G are full-evaluation equivalents; volumes hypervolumes (S, G); means the best mean of objectives (S, G);
+    costs_G are full-evaluation equivalents; volumes hypervolumes (S, G); hindsight the same of as many models as the
+    focus has by then, if they were chosen from all searchers' trials; means the best mean of objectives (S, G);
     distances the mean distance from the true front's points to the nearest found one (IGD), (S, G), empty where that
     front is not known, and ceiling its hypervolume; propose_s and propose_share seconds of proposing a candidate, and
     its share of proposing and scoring.
@@ -47,6 +49,7 @@ class Comparison:
     reference: ReferenceName
     costs_G: Floats
     volumes: Mapping[str, Floats]
+    hindsight: Floats
     means: Mapping[str, Floats]
     distances: Mapping[str, Floats]
     ceiling: float | None
@@ -66,7 +69,7 @@ class Comparison:
     @property
     def focus(self) -> str:
         """The searcher that the others are compared with: auto, else the first."""
-        return "auto" if "auto" in self.volumes else self.searchers[0]
+        return _focus(self.volumes)
 
     def place(self, cost: float) -> int:
         """Return the place of a cost in costs_G."""
@@ -122,6 +125,7 @@ def compare(
     all_steps = {name: [step for trace in runs for step in trace.steps] for name, runs in traces.items()}
     propose_s = {name: [step.propose_s for step in steps] for name, steps in all_steps.items()}
     score_s = {name: [step.score_s for step in steps] for name, steps in all_steps.items()}
+    seeds = list(zip(traces[_focus(traces)], zip(*traces.values(), strict=False), strict=False))
 
     return Comparison(
         problem=problem,
@@ -133,6 +137,7 @@ def compare(
             name: np.array([_curve(trace, costs_G, _volume(reference_point(trace, reference))) for trace in runs])
             for name, runs in traces.items()
         },
+        hindsight=np.array([_hindsight(one, all_, costs_G, reference_point(one, reference)) for one, all_ in seeds]),
         means={name: np.array([_curve(trace, costs_G, _best_mean) for trace in runs]) for name, runs in traces.items()},
         distances={}
         if front_FM is None
@@ -158,6 +163,26 @@ def reference_point(trace: Trace, reference: ReferenceName) -> Floats:
             return models["base"]
         case "worst":
             return np.asarray(np.min(list(models.values()), axis=0))
+
+
+def _focus(searchers: Collection[str]) -> str:
+    return "auto" if "auto" in searchers else next(iter(searchers))
+
+
+def _hindsight(one: Trace, traces: Sequence[Trace], costs_G: Floats, reference_M: Floats) -> Floats:
+    """Return the hypervolume of as many models as one trace has at each cost, chosen from all traces' trials, (G,).
+
+    Each is the one that adds most, on search values, to those before it.
+    """
+    able = [(trace, [n for n in trace.scored(costs_G[-1]) if trace.steps[n].test]) for trace in traces]
+    searched_NM = np.concatenate([trace.searched(trials) for trace, trials in able])
+    tested_NM = np.concatenate([trace.tested(trials) for trace, trials in able])
+    front, order = improvement_over(searched_NM[:0], reference_M), list[int]()
+    counts = [len(one.scored(cost)) for cost in costs_G]
+    for _ in range(min(counts[-1], len(searched_NM))):
+        order.append(int(front.gains(searched_NM).argmax()))
+        front = front.with_point(searched_NM[order[-1]])
+    return np.array([hypervolume(tested_NM[order[:count]], reference_M) for count in counts])
 
 
 Quality = Callable[[Trace, list[int]], float]

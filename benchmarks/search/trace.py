@@ -54,9 +54,13 @@ class Trace:
         """Cost so far at the end of each trial, (N,), in full-evaluation equivalents."""
         return np.cumsum([step.cost for step in self.steps])
 
+    def scored(self, cost: float) -> list[int]:
+        """Return the trials that have scores once that much is spent."""
+        return [n for n, step in enumerate(self.steps) if step.search and self.costs[n] <= cost + TOLERANCE]
+
     def front(self, cost: float) -> list[int]:
         """Return the trials that are on the front of the search values once that much is spent."""
-        scored = [n for n, step in enumerate(self.steps) if step.search and self.costs[n] <= cost + TOLERANCE]
+        scored = self.scored(cost)
         return [scored[place] for place in np.flatnonzero(non_dominated(self.searched(scored)))] if scored else []
 
     def searched(self, trials: Sequence[int]) -> Floats:

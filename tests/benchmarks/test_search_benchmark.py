@@ -154,6 +154,17 @@ def test_curves_wins_and_intervals_agree_with_numbers_made_by_hand() -> None:
     assert found.propose_share["bad"] == pytest.approx(0.25)
 
 
+def test_hindsight_takes_the_best_of_all_searchers_trials_and_no_more_than_the_focus_has() -> None:
+    steps = [
+        Step(stage=0, cost=cost, search=search, test=test, propose_s=0, score_s=1)
+        for cost, search, test in ((2, None, None), (1, (0.1, 0.1), (0.2, 0.1)), (1, (0.45, 0.9), (0.3, 0.5)))
+    ]
+    focus, other = Trace(steps, {"base": (0.0, 0.0)}), trace([0.5, 0.2, 0.1, 0.3], cost=1)
+    found = compare("x", 2, {"auto": [focus], "other": [other]}, "zero", 4, None)
+    assert found.costs_G.tolist() == [1, 2, 3, 4]
+    np.testing.assert_allclose(found.hindsight, [[0, 0, 0.15, 0.25]])  # first what is best on search values
+
+
 def test_who_ends_alike_wins_half_and_is_there_when_it_gets_there() -> None:
     found = of(one=[trace([0.5] * 3)], other=[trace([0.5] * 3)])
     assert (found.wins("one", "other"), found.wins("other", "one")) == (0.5, 0.5)
