@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 from postgres_server import NoServerError, served
 from ray_head import Head, started
 from silent_watcher import Silent
@@ -28,6 +29,9 @@ from evomerge import cli
 from evomerge.campaign.campaign import Campaign, read_campaign
 from evomerge.families.family import FamilySummary, make
 
+# No test may fail because the machine is busy.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its interpreter runs kernels on the CPU

@@ -49,7 +49,7 @@ def seen(prefix: Tokens, batch: Batch, row: int, width: int) -> list[tuple[int, 
     return before + list(zip(positions[row, :width].tolist(), tokens, strict=True))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sequences=sequence_lists(), share=st.booleans(), limit=st.integers(1, 6))
 def test_each_scored_token_is_predicted_from_all_before_it(
     sequences: tuple[TokenSequence, ...], share: bool, limit: int

@@ -90,7 +90,7 @@ def test_shared_beginnings_change_nothing(kind: str) -> None:
             assert greedy.tolist() == exact
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(seed=st.integers(0, 10**6), num_prefix=st.integers(0, 15), batch_size=st.integers(1, 9))
 def test_any_items_score_as_one_by_one(seed: int, num_prefix: int, batch_size: int) -> None:
     model = LLAMA

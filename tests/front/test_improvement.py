@@ -17,7 +17,7 @@ REFERENCE = -0.1
     seed=st.integers(0, 10**6),
     levels=st.sampled_from([2, 5, 1000]),  # few levels: equal coordinates and equal points
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_volume_and_gains_are_moocores(num_objectives: int, num_points: int, seed: int, levels: int) -> None:
     rng = np.random.default_rng(seed)
     points, asked = (
@@ -32,7 +32,7 @@ def test_volume_and_gains_are_moocores(num_objectives: int, num_points: int, see
 
 
 @given(num_objectives=st.integers(1, 5), seed=st.integers(0, 10**6))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_one_more_point_is_as_if_it_had_been_there(num_objectives: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     points, more, asked = (rng.random((number, num_objectives)) - 0.1 for number in (6, 3, 8))

@@ -150,7 +150,7 @@ def test_what_mergekit_cannot_express_is_said(
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_filters_tell_any_tensors_apart(write: Write, data: st.DataObject) -> None:
     """Numbers at random over groups, few of them, so that they repeat in odd patterns."""
     ours = read_recipe(

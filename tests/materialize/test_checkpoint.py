@@ -177,7 +177,7 @@ almost_header = st.dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=40) | (json_like | almost_header).map(lambda header: json.dumps(header).encode()))
 def test_whatever_the_file_holds_the_error_is_ours(folder: Path, content: bytes) -> None:
     """A file of random bytes or of a nearly right header is refused, or read if it happens to be right."""

@@ -27,9 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ODD_SIZES = (1, 1023, 1024, 1025, 7)
 SEVERAL_CHUNKS = (3, CHUNK_BLOCKS * BLOCK + 1500, 5)
 # An inherited property runs in every class that inherits it, on examples of its own: nothing is shared or replayed.
-inherited = settings(
-    max_examples=20, deadline=None, database=None, suppress_health_check=[HealthCheck.differing_executors]
-)
+inherited = settings(max_examples=20, database=None, suppress_health_check=[HealthCheck.differing_executors])
 HALF_STEP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of a rounding, relative
 
 

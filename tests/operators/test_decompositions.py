@@ -10,7 +10,7 @@ from evomerge.operators.decompositions import polar, svd
 
 
 @given(rows=st.integers(1, 40), columns=st.integers(1, 40), rank=st.integers(0, 12), seed=st.integers(0, 2**31))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_product_has_the_rank_of_its_factors(rows: int, columns: int, rank: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     left = torch.linalg.qr(torch.randn(rows, rank, generator=generator)).Q

@@ -56,7 +56,7 @@ class TestTaskArithmetic(DifferentiableContract):
         return decided(merged, magnitude)
 
     @given(num_experts=st.integers(1, 4), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 10**6))
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     def test_zero_coefficients_give_the_base_exactly(self, num_experts: int, dtype: torch.dtype, seed: int) -> None:
         base, *experts = any_checkpoints(num_experts, dtype, seed)
         zeros = torch.zeros(num_experts, len(SIZES), dtype=torch.float64)
@@ -69,7 +69,7 @@ class TestTaskArithmetic(DifferentiableContract):
         seed=st.integers(0, 10**6),
         which=st.integers(0, 3),
     )
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     def test_one_expert_at_1_gives_that_expert_exactly(
         self, num_experts: int, dtype: torch.dtype, seed: int, which: int
     ) -> None:
@@ -119,7 +119,7 @@ class TestLinearNormalized(LinearTwin):
     normalized = True
 
     @given(factor=st.floats(0.01, 100))
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=20)
     def test_only_the_ratio_of_the_coefficients_matters(self, factor: float) -> None:
         coefficients = torch.tensor([[0.2], [0.5], [0.1]], dtype=torch.float64)
         weights, scaled = (self.make().weights({"coefficient": c}, None) for c in (coefficients, factor * coefficients))

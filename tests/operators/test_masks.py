@@ -71,7 +71,7 @@ def test_a_small_table_counts_and_sums_exactly(numbers: list[float], data: st.Da
 
 
 @given(st.integers(1, 3000), st.floats(0, 1), st.integers(0, 2**31))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_exactly_the_largest_are_kept_where_none_tie(size: int, density: float, seed: int) -> None:
     vector = normal(size, seed)
     chosen, asked = kept(vector, density), max(1, int(density * size))
@@ -188,7 +188,6 @@ def test_a_large_sum_of_what_is_drawn_is_right_within_its_error(low: float) -> N
 
 
 @given(st.text(max_size=8), st.integers(0, 2**31 - 1), st.integers(1, 2500))
-@settings(deadline=None)
 def test_draws_are_the_hash_of_their_definition(name: str, seed: int, size: int) -> None:
     """Were they others, a campaign would not find its own masks again."""
     problem = Problem(

@@ -10,7 +10,7 @@ floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
 @given(rows=st.integers(1, 3).flatmap(lambda num: st.lists(st.lists(floats, min_size=num, max_size=num), min_size=1)))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_every_rank_of_any_floats(rows: list[list[float]]) -> None:
     numbers = torch.tensor(rows).T
     found = order_statistics(lambda: numbers.split(7, dim=1), range(numbers.shape[1]))

@@ -28,7 +28,7 @@ class TestGrid(ProposerContract):
         assert proposer.ask(1, []) == []
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(levels=st.integers(2, 7), num_dimensions=st.integers(1, 4), seed=st.integers(0, 2**31))
 def test_every_combination_comes_once(levels: int, num_dimensions: int, seed: int) -> None:
     points = points_of(levels, num_dimensions, levels**num_dimensions + 1, seed)

@@ -65,7 +65,7 @@ def quadratic(num_dimensions: int, num_points: int, seed: int, noise: float = 0.
     return points_ND, value(points_ND), gradients_ND, asked_PD, value(asked_PD)
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(st.integers(1, 5), st.integers(2, 5), st.integers(0, 2**31 - 1))
 def test_the_split_into_span_and_rest_is_exact(num_dimensions: int, num_points: int, seed: int) -> None:
     points_ND, losses_N, gradients_ND, asked_PD, _ = quadratic(num_dimensions, num_points, seed)
