@@ -356,6 +356,45 @@ def test_of_three_objectives_colour_says_the_third(browser: Any, tmp_path: Path,
         assert np.ptp(lightness_N) > 100
 
 
+def pixels(page: Any) -> dict[str, list[float]]:
+    """Where in the window each subject of the front's first panel or axis is, alone or in a crowd."""
+    found: dict[str, list[float]] = page.evaluate(
+        """() => { const plot = document.querySelector("#front-plot"), at = plot.getBoundingClientRect();
+            const { xaxis, yaxis } = plot._fullLayout, found = {};
+            for (const trace of plot._fullData.filter((trace) => trace.xaxis === "x" && trace.hoverinfo !== "skip"))
+                trace.customdata?.forEach((subject, i) => { if (subject) found[subject] ??= [
+                    at.left + xaxis._offset + xaxis.d2p(trace.x[i]), at.top + yaxis._offset + yaxis.d2p(trace.y[i])]; });
+            return found; }"""
+    )
+    return found
+
+
+@pytest.mark.parametrize(("drawn_as", "group"), [("pairs", "dominated"), ("pairs", "front"), ("parallel", "front")])
+def test_each_of_a_crowd_can_be_pointed_at(browser: Any, report: str, made_up: Run, drawn_as: str, group: str) -> None:
+    """Of a kind with more points than are drawn one by one: thousands in truth, a few here."""
+    number_of = {"dominated": dominated(made_up), "front": [trial.number for trial in made_up.front]}
+    with visit(browser, f"{report}#view=run&as={drawn_as}") as page:
+        page.evaluate("Plots.MAX_DRAWN = 5")
+        page.get_by_role("tab", name="Front").click()
+        plot = page.locator("#front-plot")
+        expect(plot.locator(".imagelayer image, .shapelayer path")).to_have_count(6 if drawn_as == "pairs" else 2)
+        assert plot.locator("path.point").count() < 100  # they are one image a panel, or one shape
+        places = pixels(page)
+        pixels_N2 = np.array([*places.values()])
+        gaps = {n: np.sort(np.hypot(*(pixels_N2 - places[f"trial:{n}"]).T))[1] for n in number_of[group]}
+        number = max(gaps, key=lambda n: gaps[n])
+        x, y = places[f"trial:{number}"]
+        page.mouse.move(x + 2, y - 2)
+        expect(plot.locator(".hovertext")).to_contain_text(f"trial {number}")
+        page.mouse.click(x + 2, y - 2)
+        expect_picked(page, number)
+        grid_G2 = np.random.default_rng(0).uniform(pixels_N2.min(axis=0), pixels_N2.max(axis=0) + 1, (1000, 2))
+        distances_G = np.hypot(*(grid_G2[:, None] - pixels_N2).transpose(2, 0, 1)).min(axis=1)
+        assert distances_G.max() > 15
+        page.mouse.move(*grid_G2[distances_G.argmax()])
+        expect(plot.locator(".hovertext")).to_have_count(0)
+
+
 def test_of_other_numbers_of_objectives_the_front_has_one_colour(browser: Any, tmp_path: Path) -> None:
     _, address = reports(tmp_path, 2)
     with visit(browser, address) as page:

@@ -6,7 +6,6 @@ const Parallel = (() => {
   const { referenceLabel, labelOf, hoverText, splitOf, rangesOf, description } = Models;
   const MAX_FAINT = 400; // dominated models that are drawn
   const MAX_MARKED = 120; // models of the front with markers on their lines
-  const MAX_TOUCHED = 400; // models of the front whose lines can be pointed at; more become one shape
   const DASHES = { base: "dot", uniform: "dash", scalar: "dashdot", expert: "longdash" };
 
   // Where a subject's line goes, from objective to objective; null if it is not scored.
@@ -48,7 +47,7 @@ const Parallel = (() => {
     const shape = { type: "path", path: paths.join(""), line: { color, width }, opacity, layer: "below" };
     return {
       shapes: view.hidden.has(name) ? [] : [shape],
-      traces: [{ name, type: "scatter", mode: "lines", x: [null], y: [null], line: { color, width: 2 } }],
+      traces: [{ name, legendgroup: name, type: "scatter", mode: "lines", x: [null], y: [null], line: { color, width: 2 } }],
     };
   }
 
@@ -87,8 +86,11 @@ const Parallel = (() => {
     const members = view.run.front.map((trial) => `trial:${trial}`);
     const style = { color: Plots.colours().front, width: 1.3 };
     const opacity = members.length > 60 ? 0.35 : 0.75;
-    if (members.length > MAX_TOUCHED)
-      return bundle(view, "front", members, { ...style, opacity: 0.2 }, view.state.split);
+    if (members.length * view.run.steering.length > Plots.MAX_DRAWN) {
+      const { shapes, traces } = bundle(view, "front", members, { ...style, opacity: 0.2 }, view.state.split);
+      const touched = { mode: "none", legendgroup: "front", showlegend: false }; // nothing is drawn: where lines bend
+      return { shapes, traces: [...traces, traceOf(view, "front, touched", members, style, touched)] };
+    }
     const mode = members.length > MAX_MARKED ? "lines" : "lines+markers";
     return { shapes: [], traces: [traceOf(view, "front", members, style, { opacity, mode })] };
   }
