@@ -442,6 +442,14 @@ def test_a_trial_without_test_scores_has_its_ring_where_its_point_is(browser: An
     assert [ring["x"][0], ring["y"][0]] == [made_up.searched[f"trial:{number}"].scores[name].value for name in names]
 
 
+def test_what_is_picked_and_compared_stands_above_the_table_of_models(browser: Any, report: str, made_up: Run) -> None:
+    ours, theirs = dominated(made_up)[3:5]  # the table has no other rows of these
+    with visit(browser, f"{report}#rule=trial&trial={ours}&versus=trial:{theirs}") as page:
+        rows = page.locator(".models tbody tr")
+        for place, subject in enumerate((f"trial:{ours}", f"trial:{theirs}", "base")):
+            expect(rows.nth(place)).to_have_attribute("data-subject", subject)
+
+
 def test_no_picture_can_be_sent_to_a_host(browser: Any, report: str) -> None:
     """Plotly brings a button that uploads a picture's data."""
     with visit(browser, report) as page:

@@ -85,7 +85,7 @@ const Parallel = (() => {
   function front(view) {
     const members = view.run.front.map((trial) => `trial:${trial}`);
     const style = { color: Plots.colours().front, width: 1.3 };
-    const opacity = members.length > 60 ? 0.35 : 0.75;
+    const opacity = members.length > 30 ? 0.5 : 0.75;
     if (members.length * view.run.steering.length > Plots.MAX_DRAWN) {
       const { shapes, traces } = bundle(view, "front", members, { ...style, opacity: 0.2 }, view.state.split);
       const touched = { mode: "none", legendgroup: "front", showlegend: false }; // nothing is drawn: where lines bend
@@ -97,10 +97,11 @@ const Parallel = (() => {
 
   // What the ends of each axis stand for, in the user's sign.
   function ends({ run, ranges }) {
-    const font = { size: 11, color: Plots.colours().muted };
+    const { muted, panel } = Plots.colours();
+    const font = { size: 11, color: muted };
     return run.steering.flatMap((m, x) => {
       const [worst, best] = run.objectives[m].sign > 0 ? ranges[m] : [...ranges[m]].reverse();
-      const at = { x, showarrow: false, xref: "x", yref: "y", font };
+      const at = { x, showarrow: false, xref: "x", yref: "y", font, bgcolor: panel };
       return [
         { ...at, y: 1.05, text: number(best) },
         { ...at, y: -0.05, text: number(worst) },
@@ -126,7 +127,7 @@ const Parallel = (() => {
       legend: { orientation: "h", y: -0.1, yanchor: "top" },
       xaxis: Plots.axis("", {
         tickvals: run.steering.map((_, i) => i),
-        ticktext: run.steering.map((m) => Plots.plain(Plots.titled(run.objectives[m]))),
+        ticktext: run.steering.map((m) => Plots.plain(Plots.titled(run.objectives[m])).replace(" (", "<br>(")),
         range: [-0.3, run.steering.length - 0.7],
         ticks: "",
         gridcolor: muted,

@@ -81,7 +81,7 @@ const Picker = (() => {
         "legend",
         {},
         objective.name,
-        el("small", {}, ` ${objective.sign > 0 ? "higher" : "lower"} is better`, parts.ranges[m]),
+        el("small", {}, ` ${objective.sign > 0 ? "higher" : "lower"} is better `, parts.ranges[m]),
       ),
       objective.steers ? slider(run, m, state, change) : null,
       el("div", { class: "bounds" }, bound(run, m, "least", state, change), bound(run, m, "most", state, change)),
@@ -169,7 +169,8 @@ const Picker = (() => {
     parts.note.textContent = EXPLAINED[state.rule];
     parts.ranges.forEach((range, m) => {
       const values = run.front.map((member) => run.values[m][member]);
-      range.textContent = values.length ? ` · ${number(Math.min(...values))} to ${number(Math.max(...values))}` : "";
+      const ends = () => `${number(Math.min(...values))} to ${number(Math.max(...values))}`;
+      fill(range, values.length ? ["· ", el("span", { class: "range" }, ends())] : null);
     });
     if (trial === null) {
       const why = whyNone(run, state);
