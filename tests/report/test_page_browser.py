@@ -211,6 +211,23 @@ def test_what_a_run_says_is_never_markup(browser: Any, made_up: Run, tmp_path: P
         assert page.locator("body img").count() == 0
 
 
+def overlapping(page: Any, view: str) -> list[str]:
+    """Texts below an axis, or in the cells of a row, that cover the next one; slanted ones may."""
+    found: list[str] = page.evaluate(
+        """(view) => [...document.querySelectorAll(`#view-${view} .xaxislayer-above, #view-${view} .hm`)]
+            .flatMap((layer) => {
+                const texts = [...layer.querySelectorAll("text")];
+                const level = texts.filter((text) => !text.getAttribute("transform")?.includes("rotate(-"));
+                const boxes = level.map((text) => [text.textContent, text.getBoundingClientRect()]);
+                boxes.sort(([, a], [, b]) => Math.round(a.top - b.top) || a.left - b.left);
+                return boxes.filter(([, box], i) => i + 1 < boxes.length && Math.abs(boxes[i + 1][1].top - box.top) < 3
+                    && box.right > boxes[i + 1][1].left + 1).map(([text]) => text);
+            })""",
+        view,
+    )
+    return found
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [800, 1440])
 def test_every_view_fits_and_draws(browser: Any, report: str, theme: str, width: int) -> None:
@@ -220,7 +237,10 @@ def test_every_view_fits_and_draws(browser: Any, report: str, theme: str, width:
             page.locator(f"#view-{view} .card").first.wait_for()
             if view != "run":
                 page.locator(f"#view-{view} .main-svg").first.wait_for(state="attached")
+            if view == "surrogate":  # its pictures are drawn one after the other
+                expect(page.locator("#view-surrogate .hm image")).to_have_count(4)
             assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert overlapping(page, view) == []
         expect(page.locator("html")).to_have_attribute("data-theme", theme)
         page.locator("#theme").click()
         expect(page.locator("html")).not_to_have_attribute("data-theme", theme)
@@ -415,6 +435,20 @@ def test_parallel_axes_hold_all_that_is_drawn(browser: Any, report: str) -> None
                 name === 'expert law' && visible === true && Math.max(...y) <= 1)"""
         )
         assert 0 <= min(heights()) <= max(heights()) <= 1
+
+
+def test_every_axis_of_a_narrow_window_has_its_name(browser: Any, made_up: Run, tmp_path: Path) -> None:
+    parts = {name: part_json(made_up, name) for name in PARTS}
+    overview = json.loads(parts["overview"])
+    overview["objectives"] = [{**o, "name": f"{o['name']}_of_school", "sign": -1} for o in overview["objectives"]]
+    path = tmp_path / "lower.html"
+    path.write_text(one_document({**parts, "overview": json.dumps(overview)}))
+    with visit(browser, f"{path.as_uri()}#as=parallel", viewport={"width": 800, "height": 900}) as page:
+        names = page.locator("#front-plot .xtick text")
+        expect(names).to_have_count(4)
+        for name in names.all():
+            expect(name).to_be_visible()
+            expect(name).to_contain_text("_of_school(lower is better)")
 
 
 def test_what_the_legend_hides_stays_hidden_and_nothing_else(browser: Any, report: str) -> None:

@@ -129,6 +129,7 @@ const Parallel = (() => {
         tickvals: run.steering.map((_, i) => i),
         ticktext: run.steering.map((m) => Plots.plain(Plots.titled(run.objectives[m])).replace(" (", "<br>(")),
         range: [-0.3, run.steering.length - 0.7],
+        ticklabeloverflow: "allow", // rather cut off than none
         ticks: "",
         gridcolor: muted,
         tickfont: { size: 12, color: text },
