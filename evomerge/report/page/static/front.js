@@ -57,7 +57,8 @@ const Front = (() => {
   function modelsTable(view) {
     const { run, state, chosen, choose, change, intervals } = view;
     const shown = state.every ? run.front : run.front.slice(0, MAX_ROWS);
-    const above = [chosen, Data.trialOf(state.versus)].filter((trial) => trial !== null); // they may be far down, or not on the front
+    // What is picked and compared: it may be far down, or not on the front.
+    const above = [chosen, Data.trialOf(state.versus)].filter((trial) => trial !== null);
     const row = (subject) => {
       const trial = Data.trialOf(subject);
       const cells = run.objectives.map((_, m) => {

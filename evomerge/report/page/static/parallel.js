@@ -47,7 +47,9 @@ const Parallel = (() => {
     const shape = { type: "path", path: paths.join(""), line: { color, width }, opacity, layer: "below" };
     return {
       shapes: view.hidden.has(name) ? [] : [shape],
-      traces: [{ name, legendgroup: name, type: "scatter", mode: "lines", x: [null], y: [null], line: { color, width: 2 } }],
+      traces: [
+        { name, legendgroup: name, type: "scatter", mode: "lines", x: [null], y: [null], line: { color, width: 2 } },
+      ],
     };
   }
 

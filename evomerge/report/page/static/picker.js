@@ -155,7 +155,8 @@ const Picker = (() => {
   // What is picked becomes the model to compare with: the next one that is picked stands beside it.
   function compareButton(state, change, trial) {
     const subject = `trial:${trial}`;
-    if (state.versus === subject) return el("p", { class: "note" }, "The next model that you pick is compared with it.");
+    if (state.versus === subject)
+      return el("p", { class: "note" }, "The next model that you pick is compared with it.");
     const attributes = { type: "button", class: "quiet", onclick: () => change({ versus: subject }) };
     return el("button", { ...attributes, "data-key": "compare" }, "Compare others with it");
   }
