@@ -9,6 +9,7 @@ Shape letters: K models, M objectives, R resamples, S sources.
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,9 +85,11 @@ def resampled(
     items = [np.stack([maximized_items(one, objective) for one in measurements]) for objective in objectives]
     scores = [[objective.sign * one.scores[objective.name].value for objective in objectives] for one in measurements]
     values_KM, sums_MKS = np.array(scores), contributions(items, [sources[objective.name] for objective in objectives])
-    drawn = [
-        function(values_KM + moved_MK.T)
+    moved = (
+        moved_MK
         for counts_RS in resampled_counts(sums_MKS.shape[2], NUM_RESAMPLES)
         for moved_MK in np.moveaxis(sums_MKS @ counts_RS.T, 2, 0)
-    ]
+    )
+    with ThreadPoolExecutor() as pool:  # a hypervolume is found in C, which lets others run meanwhile
+        drawn = list(pool.map(lambda moved_MK: function(values_KM + moved_MK.T), moved))
     return Resampled(value=function(values_KM), drawn_R=np.array(drawn), num_sources=sums_MKS.shape[2])

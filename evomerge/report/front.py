@@ -8,14 +8,26 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from evomerge.errors import RunError
+from evomerge.evidence.functions import Estimate
 from evomerge.records import Objective, Trial
 from evomerge.report.console import COMMAND, say
 from evomerge.report.plot import front_plot
-from evomerge.report.tables import Column, Row, Shown, make_table, show, signed, with_error
+from evomerge.report.tables import (
+    Column,
+    Row,
+    Shown,
+    estimate_cells,
+    estimated,
+    make_table,
+    show,
+    signed,
+    with_error,
+)
 from evomerge.run.claims import claims, use_of_test_items
 from evomerge.run.frames import model_rows
 from evomerge.run.run import Run
 from evomerge.run.times import times_of
+from evomerge.run.volume import front_volume
 
 NUM_ROWS = 12
 
@@ -43,17 +55,18 @@ def front(run: Run, *, everything: bool = False) -> Shown:
     )
     picture = front_plot(run, knee)
     sentences = [*run.lineage, *claims(run)]
+    volume = front_volume(run)
     facts = {
         "run": run.location,
         "campaign": run.campaign.name,
         "objectives": [_described(objective) for objective in run.objectives],
-        "hypervolume": run.hypervolume(),
+        **estimate_cells("hypervolume", volume),
         "knee": knee,
         "test_touches": run.ledger.num_test_touches(),
         "sentences": sentences,
     }
     people: list[RenderableType] = [picture, ""] if picture else []
-    people += [table, *_notes(run, sentences, num_hidden=len(rows) - len(shown))]
+    people += [table, *_notes(run, volume, sentences, num_hidden=len(rows) - len(shown))]
     return Shown(tables={"models": rows}, facts=facts, people=people)
 
 
@@ -137,13 +150,18 @@ def _described(objective: Objective) -> Row:
     return {key: getattr(objective, key) for key in ("name", "measure", "direction", "steers", "floor", "ceiling")}
 
 
-def _notes(run: Run, sentences: Sequence[str], *, num_hidden: int) -> list[RenderableType]:
+def _notes(run: Run, volume: Estimate, sentences: Sequence[str], *, num_hidden: int) -> list[RenderableType]:
     notes: list[RenderableType] = []
     if not run.front:
         notes.append("no candidate has succeeded and kept every floor and ceiling: loosen them, or raise the budget")
     if num_hidden:
         notes.append(f"{num_hidden} more on the front: {COMMAND} front {run.location.quoted} --all")
-    notes.append(f"hypervolume {run.hypervolume():.4g} above the base, on search items; by those the table is sorted")
+    notes.append(
+        Text(
+            f"hypervolume {estimated(volume)} above the base, on search items, by which the table is sorted; noise "
+            "makes it larger, and its interval is lower by that much"
+        )
+    )
     notes += [Text(f"· {sentence}") for sentence in sentences]
     if run.tested and run.has_one_metric:
         notes.append(f"over scalar: paired difference of the mean to {run.best_scalar}, the best single coefficient")

@@ -7,10 +7,9 @@ from rich.table import Table
 from rich.text import Text
 
 from evomerge.errors import RunError
-from evomerge.evidence.functions import Estimate
 from evomerge.evidence.pairs import Pair
 from evomerge.records import Measurement, Objective
-from evomerge.report.tables import Column, Row, Shown, make_table, signed, with_error
+from evomerge.report.tables import Column, Row, Shown, estimate_cells, make_table, signed, with_error
 from evomerge.run.comparison import ModelComparison, RunComparison, compare_models, compare_runs, subject_of
 from evomerge.run.rescore import Rescored
 from evomerge.run.run import Run, open_run
@@ -105,13 +104,13 @@ def run_comparison(compared: RunComparison) -> Shown:
             **{
                 key: value
                 for name, of_both in volumes.items()
-                for key, value in _estimate_cells(name, of_both.sides[i] if of_both else None).items()
+                for key, value in estimate_cells(name, of_both.sides[i] if of_both else None).items()
             },
         }
         for i, side in enumerate(compared.sides)
     ]
     differences = [
-        {"of": name, **_estimate_cells("difference", of_both.difference), "verdict": of_both.difference.verdict}
+        {"of": name, **estimate_cells("difference", of_both.difference), "verdict": of_both.difference.verdict}
         for name, of_both in volumes.items()
         if of_both
     ]
@@ -145,14 +144,6 @@ def run_comparison(compared: RunComparison) -> Shown:
         facts=facts,
         people=[table, _volume_table(compared), *map(Text, notes)],
     )
-
-
-def _estimate_cells(name: str, estimate: Estimate | None) -> dict[str, float | None]:
-    """Return a number with its error and interval as cells of a row; None of none."""
-    value, stderr, (low, high) = (
-        (estimate.value, estimate.stderr, estimate.interval) if estimate else (None, None, (None, None))
-    )
-    return {name: value, f"{name}_stderr": stderr, f"{name}_low": low, f"{name}_high": high}
 
 
 def _volume_table(compared: RunComparison) -> Table:

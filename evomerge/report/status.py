@@ -10,7 +10,7 @@ from rich.text import Text
 from evomerge.records import Trial
 from evomerge.report.console import COMMAND, duration
 from evomerge.report.runs import iso, row_of
-from evomerge.report.tables import Column, Row, Shown, make_table
+from evomerge.report.tables import Column, Row, Shown, estimate_cells, estimated, make_table
 from evomerge.run.status import RunStatus
 
 MAX_REASON = 70  # characters of a failure's reason
@@ -28,6 +28,7 @@ def status(found: Sequence[RunStatus]) -> Shown:
 def _row(of_run: RunStatus) -> dict[str, Any]:
     return {
         **row_of(of_run.summary),
+        **estimate_cells("hypervolume", of_run.volume),
         "begun": iso(of_run.begun),
         "stage": of_run.stage,
         "counts": of_run.counts,
@@ -67,7 +68,7 @@ def _lines(of_run: RunStatus, row: Row) -> list[RenderableType]:
     else:
         best = ", ".join(f"{name} {value:.4g}" for name, value in of_run.best.items())
         front = f"; {summary.num_on_front} models on the front" if len(run.steering) > 1 else ""
-        volume = "" if summary.hypervolume is None else f", hypervolume {summary.hypervolume:.4g} above the base"
+        volume = "" if of_run.volume is None else f", hypervolume {estimated(of_run.volume)} above the base"
         lines.append(Text(f"found    best {best}{front}{volume} (search items)"))
     lines.append(f"time     {_timing(of_run)}")
     for number, (reason, count) in enumerate(of_run.failure_reasons.items()):

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
@@ -19,6 +19,9 @@ from rich.table import Table
 
 from evomerge.errors import InputError
 from evomerge.report.console import console, say
+
+if TYPE_CHECKING:
+    from evomerge.evidence.functions import Estimate  # it would load numpy
 
 Row = Mapping[str, Any]
 
@@ -116,6 +119,20 @@ def with_error(value: float | None, stderr: float | None) -> str:
 def signed(value: float, stderr: float) -> str:
     """A difference with its standard error; what rounds to 0 has no minus sign."""
     return f"{value:+z.3f} ±{short(stderr)}"
+
+
+def estimate_cells(name: str, estimate: "Estimate | None") -> dict[str, float | None]:
+    """A number with its error and interval as cells of a row; None of none."""
+    value, stderr, (low, high) = (
+        (estimate.value, estimate.stderr, estimate.interval) if estimate else (None, None, (None, None))
+    )
+    return {name: value, f"{name}_stderr": stderr, f"{name}_low": low, f"{name}_high": high}
+
+
+def estimated(estimate: "Estimate") -> str:
+    """A number of any size with its standard error and interval."""
+    low, high = estimate.interval
+    return f"{estimate.value:.4g} ±{estimate.stderr:.2g} (95 % {low:.3g} to {high:.3g})"
 
 
 def short(error: float) -> str:

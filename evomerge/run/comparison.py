@@ -4,17 +4,18 @@ Shape letters: N trials, M objectives.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
 from evomerge.errors import RunError, did_you_mean
-from evomerge.evidence.functions import NUM_RESAMPLES, Estimate, Resampled, resampled
+from evomerge.evidence.functions import Estimate, Resampled
 from evomerge.evidence.pairs import Pair, paired
 from evomerge.front.front import front_of, maximized, worst_of_inputs
-from evomerge.front.pareto import hypervolume
 from evomerge.records import Floats, Measurement, Objective, Split, Trial, in_order
 from evomerge.run.run import Run
+from evomerge.run.volume import above_0, resampled_volume
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,12 +145,14 @@ def compare_runs(one: Run, other: Run) -> RunComparison:
         reference_M = np.min([worst_of_inputs(run.searched, objectives) for run in runs], axis=0)
     has_same_items = one.facts["items"] == other.facts["items"] and one.facts["sources"] == other.facts["sources"]
 
+    @cache  # all that the cheaper run has found is also what it has found at equal cost
+    def drawn(side: int, split: Split, numbers: tuple[int, ...]) -> Resampled:
+        return resampled_volume(runs[side], split, numbers, objectives, reference_M)
+
     def volumes(split: Split, trials: Sequence[Sequence[Trial]]) -> Volumes:
-        drawn = [
-            _hypervolume(run, split, of_run, objectives, reference_M) for run, of_run in zip(runs, trials, strict=True)
-        ]
-        difference = drawn[0].less(drawn[1], is_paired=has_same_items)
-        return Volumes(sides=(_above_0(drawn[0].estimate), _above_0(drawn[1].estimate)), difference=difference)
+        ours, theirs = (drawn(i, split, tuple(trial.number for trial in trials[i])) for i in (0, 1))
+        difference = ours.less(theirs, is_paired=has_same_items)
+        return Volumes(sides=(above_0(ours.estimate), above_0(theirs.estimate)), difference=difference)
 
     is_tested = all(_is_tested(run, trials) for run, trials in zip(runs, finished, strict=True))
     sides = [
@@ -198,25 +201,6 @@ def _values(trials: Sequence[Trial], objectives: Sequence[Objective]) -> Floats:
 def _is_tested(run: Run, trials: Sequence[Trial]) -> bool:
     """Whether there is a front, and all of it has test values."""
     return bool(trials) and all(f"trial:{trial.number}" in run.tested for trial in trials)
-
-
-def _hypervolume(
-    run: Run, split: Split, trials: Sequence[Trial], objectives: Sequence[Objective], reference_M: Floats
-) -> Resampled:
-    """Return the hypervolume of some trials on a split's items; of none it is 0, whatever the items."""
-    sources = run.sources(split)
-    if not trials:
-        num_sources = len({str(source) for objective in objectives for source in sources[objective.name]})
-        return Resampled(value=0.0, drawn_R=np.zeros(NUM_RESAMPLES), num_sources=num_sources)
-    measured = run.tested if split == "test" else run.searched
-    members = [measured[f"trial:{trial.number}"] for trial in trials]
-    return resampled(lambda values_KM: hypervolume(values_KM, reference_M), members, objectives, sources)
-
-
-def _above_0(estimate: Estimate) -> Estimate:
-    """Return an estimate of a hypervolume without what none can be."""
-    low, high = estimate.interval
-    return replace(estimate, interval=(max(0.0, low), max(0.0, high)))
 
 
 def _coverage(ours_NM: Floats, theirs_NM: Floats) -> float:

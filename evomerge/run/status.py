@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from evomerge.errors import RunError
+from evomerge.evidence.functions import Estimate
 from evomerge.ledger.location import Location
 from evomerge.records import Trial, TrialState, in_order
 from evomerge.run.run import Run, open_run
 from evomerge.run.runs import RunSummary, run_locations, summary_of
+from evomerge.run.volume import front_volume
 
 NUM_FOR_RATE = 30  # results that say how fast the run goes
 NUM_LATEST = 6
@@ -34,6 +36,11 @@ class RunStatus:
     def failure_reasons(self) -> dict[str, int]:
         """Reason -> how many trials failed for it, the most frequent first."""
         return dict(Counter(trial.failure for trial in self.run.trials if trial.failure).most_common())
+
+    @cached_property
+    def volume(self) -> Estimate | None:
+        """The summary's hypervolume with its error; None where that has none."""
+        return None if self.summary.hypervolume is None else front_volume(self.run)
 
     @property
     def stage(self) -> int | None:

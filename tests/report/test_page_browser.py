@@ -211,6 +211,23 @@ def test_what_a_run_says_is_never_markup(browser: Any, made_up: Run, tmp_path: P
         assert page.locator("body img").count() == 0
 
 
+def overlapping(page: Any, view: str) -> list[str]:
+    """Texts below an axis, or in the cells of a row, that cover the next one; slanted ones may."""
+    found: list[str] = page.evaluate(
+        """(view) => [...document.querySelectorAll(`#view-${view} .xaxislayer-above, #view-${view} .hm`)]
+            .flatMap((layer) => {
+                const texts = [...layer.querySelectorAll("text")];
+                const level = texts.filter((text) => !text.getAttribute("transform")?.includes("rotate(-"));
+                const boxes = level.map((text) => [text.textContent, text.getBoundingClientRect()]);
+                boxes.sort(([, a], [, b]) => Math.round(a.top - b.top) || a.left - b.left);
+                return boxes.filter(([, box], i) => i + 1 < boxes.length && Math.abs(boxes[i + 1][1].top - box.top) < 3
+                    && box.right > boxes[i + 1][1].left + 1).map(([text]) => text);
+            })""",
+        view,
+    )
+    return found
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [800, 1440])
 def test_every_view_fits_and_draws(browser: Any, report: str, theme: str, width: int) -> None:
@@ -220,7 +237,10 @@ def test_every_view_fits_and_draws(browser: Any, report: str, theme: str, width:
             page.locator(f"#view-{view} .card").first.wait_for()
             if view != "run":
                 page.locator(f"#view-{view} .main-svg").first.wait_for(state="attached")
+            if view == "surrogate":  # its pictures are drawn one after the other
+                expect(page.locator("#view-surrogate .hm image")).to_have_count(4)
             assert page.evaluate("document.documentElement.scrollWidth") <= width
+            assert overlapping(page, view) == []
         expect(page.locator("html")).to_have_attribute("data-theme", theme)
         page.locator("#theme").click()
         expect(page.locator("html")).not_to_have_attribute("data-theme", theme)
@@ -356,6 +376,45 @@ def test_of_three_objectives_colour_says_the_third(browser: Any, tmp_path: Path,
         assert np.ptp(lightness_N) > 100
 
 
+def pixels(page: Any) -> dict[str, list[float]]:
+    """Where in the window each subject of the front's first panel or axis is, alone or in a crowd."""
+    found: dict[str, list[float]] = page.evaluate(
+        """() => { const plot = document.querySelector("#front-plot"), at = plot.getBoundingClientRect();
+            const { xaxis, yaxis } = plot._fullLayout, found = {};
+            for (const trace of plot._fullData.filter((trace) => trace.xaxis === "x" && trace.hoverinfo !== "skip"))
+                trace.customdata?.forEach((subject, i) => { if (subject) found[subject] ??= [
+                    at.left + xaxis._offset + xaxis.d2p(trace.x[i]), at.top + yaxis._offset + yaxis.d2p(trace.y[i])]; });
+            return found; }"""
+    )
+    return found
+
+
+@pytest.mark.parametrize(("drawn_as", "group"), [("pairs", "dominated"), ("pairs", "front"), ("parallel", "front")])
+def test_each_of_a_crowd_can_be_pointed_at(browser: Any, report: str, made_up: Run, drawn_as: str, group: str) -> None:
+    """Of a kind with more points than are drawn one by one: thousands in truth, a few here."""
+    number_of = {"dominated": dominated(made_up), "front": [trial.number for trial in made_up.front]}
+    with visit(browser, f"{report}#view=run&as={drawn_as}") as page:
+        page.evaluate("Plots.MAX_DRAWN = 5")
+        page.get_by_role("tab", name="Front").click()
+        plot = page.locator("#front-plot")
+        expect(plot.locator(".imagelayer image, .shapelayer path")).to_have_count(6 if drawn_as == "pairs" else 2)
+        assert plot.locator("path.point").count() < 100  # they are one image a panel, or one shape
+        places = pixels(page)
+        pixels_N2 = np.array([*places.values()])
+        gaps = {n: np.sort(np.hypot(*(pixels_N2 - places[f"trial:{n}"]).T))[1] for n in number_of[group]}
+        number = max(gaps, key=lambda n: gaps[n])
+        x, y = places[f"trial:{number}"]
+        page.mouse.move(x + 2, y - 2)
+        expect(plot.locator(".hovertext")).to_contain_text(f"trial {number}")
+        page.mouse.click(x + 2, y - 2)
+        expect_picked(page, number)
+        grid_G2 = np.random.default_rng(0).uniform(pixels_N2.min(axis=0), pixels_N2.max(axis=0) + 1, (1000, 2))
+        distances_G = np.hypot(*(grid_G2[:, None] - pixels_N2).transpose(2, 0, 1)).min(axis=1)
+        assert distances_G.max() > 15
+        page.mouse.move(*grid_G2[distances_G.argmax()])
+        expect(plot.locator(".hovertext")).to_have_count(0)
+
+
 def test_of_other_numbers_of_objectives_the_front_has_one_colour(browser: Any, tmp_path: Path) -> None:
     _, address = reports(tmp_path, 2)
     with visit(browser, address) as page:
@@ -376,6 +435,20 @@ def test_parallel_axes_hold_all_that_is_drawn(browser: Any, report: str) -> None
                 name === 'expert law' && visible === true && Math.max(...y) <= 1)"""
         )
         assert 0 <= min(heights()) <= max(heights()) <= 1
+
+
+def test_every_axis_of_a_narrow_window_has_its_name(browser: Any, made_up: Run, tmp_path: Path) -> None:
+    parts = {name: part_json(made_up, name) for name in PARTS}
+    overview = json.loads(parts["overview"])
+    overview["objectives"] = [{**o, "name": f"{o['name']}_of_school", "sign": -1} for o in overview["objectives"]]
+    path = tmp_path / "lower.html"
+    path.write_text(one_document({**parts, "overview": json.dumps(overview)}))
+    with visit(browser, f"{path.as_uri()}#as=parallel", viewport={"width": 800, "height": 900}) as page:
+        names = page.locator("#front-plot .xtick text")
+        expect(names).to_have_count(4)
+        for name in names.all():
+            expect(name).to_be_visible()
+            expect(name).to_contain_text("_of_school(lower is better)")
 
 
 def test_what_the_legend_hides_stays_hidden_and_nothing_else(browser: Any, report: str) -> None:
@@ -401,6 +474,14 @@ def test_a_trial_without_test_scores_has_its_ring_where_its_point_is(browser: An
     with visit(browser, f"{report}#as=pairs&split=test&rule=trial&trial={number}") as page:
         ring = next(trace for trace in traces(page) if trace["name"] == "picked")
     assert [ring["x"][0], ring["y"][0]] == [made_up.searched[f"trial:{number}"].scores[name].value for name in names]
+
+
+def test_what_is_picked_and_compared_stands_above_the_table_of_models(browser: Any, report: str, made_up: Run) -> None:
+    ours, theirs = dominated(made_up)[3:5]  # the table has no other rows of these
+    with visit(browser, f"{report}#rule=trial&trial={ours}&versus=trial:{theirs}") as page:
+        rows = page.locator(".models tbody tr")
+        for place, subject in enumerate((f"trial:{ours}", f"trial:{theirs}", "base")):
+            expect(rows.nth(place)).to_have_attribute("data-subject", subject)
 
 
 def test_no_picture_can_be_sent_to_a_host(browser: Any, report: str) -> None:

@@ -22,6 +22,7 @@ from evomerge.report.page.overview import STATES, overview, reference_models
 from evomerge.report.page.parts import PARTS, part_json, trial_items_json
 from evomerge.report.page.surrogate import surrogate
 from evomerge.run.run import Run, open_run
+from evomerge.run.volume import front_volume
 from evomerge.splits import split_items
 
 
@@ -75,6 +76,11 @@ def test_intervals_are_those_of_the_items(made_up: Run) -> None:
         items_KN = np.stack([measured[subject].scores[name].items for subject in found["subjects"]])
         expected = score_intervals(items_KN.astype(np.float64), made_up.sources(split)[name])  # type: ignore[arg-type]
         np.testing.assert_allclose(unpacked(found["ends"][1]).reshape(-1, 2), expected, rtol=1e-6)
+
+
+def test_the_hypervolume_has_its_error_and_its_interval(made_up: Run) -> None:
+    found = front_volume(made_up)
+    assert unpacked(evidence(made_up)["hypervolume"]).tolist() == [found.value, found.stderr, *found.interval]
 
 
 def test_items_of_references_and_of_as_many_trials_as_have_room(made_up: Run) -> None:

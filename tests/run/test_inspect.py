@@ -110,6 +110,21 @@ def test_front_rows_hold_whole_numbers_in_the_users_sign(run: Run) -> None:
     assert float(base["test/turned"]) == run.tested["base"].scores["turned"].value
 
 
+def test_the_hypervolume_stands_with_its_error_as_when_runs_are_compared(run: Run) -> None:
+    expected = compare_runs(run, run).hypervolume.sides[0]
+    low, high = expected.interval
+    cells = {"": expected.value, "_stderr": expected.stderr, "_low": low, "_high": high}
+    (status,) = as_json("status", run.location)["runs"]
+    for shown in (as_json("front", run.location), status):
+        assert {end: shown[f"hypervolume{end}"] for end in cells} == cells
+    assert expected.value == run.hypervolume()
+    assert 0 <= low < high
+    for command in ("front", "status"):
+        text = " ".join(invoke(command, run.location).split())
+        said = f"hypervolume {expected.value:.4g} ±{expected.stderr:.2g} (95 % {low:.3g} to {high:.3g}) above the base"
+        assert said in text
+
+
 def test_the_plot_shows_the_front_beside_what_was_there(run: Run) -> None:
     text = invoke("front", run.location)
     picture = text[: text.index("models on the front")]

@@ -21,6 +21,7 @@ from evomerge.report.page.arrays import Packed, pack, pack_bits
 from evomerge.report.page.overview import reference_models
 from evomerge.run.claims import claims
 from evomerge.run.run import Run
+from evomerge.run.volume import front_volume
 from evomerge.splits import split_items
 
 MAX_INTERVALS = 400  # models
@@ -29,8 +30,17 @@ SPLITS: tuple[Split, ...] = ("search", "test")
 
 
 def evidence(run: Run) -> dict[str, Any]:
-    """Return the claims, and split -> objective by objective the 95 % intervals of references and members (S, 2)."""
-    return {"claims": claims(run), "intervals": {split: _intervals(run, split) for split in SPLITS}}
+    """Return what the items say of the front and the references.
+
+    intervals: split -> objective by objective the 95 % intervals of references and members (S, 2); hypervolume: the
+    front's with its error and the ends of its interval (4,), None without the base.
+    """
+    volume = front_volume(run) if "base" in run.searched else None
+    return {
+        "claims": claims(run),
+        "intervals": {split: _intervals(run, split) for split in SPLITS},
+        "hypervolume": volume and pack([volume.value, volume.stderr, *volume.interval]),
+    }
 
 
 def items(run: Run, most_bytes: int) -> dict[str, Any]:

@@ -42,6 +42,11 @@ const Dom = (() => {
     return shown.replace("-", MINUS);
   }
 
+  // A number of any size, by the digits that count.
+  function significant(value) {
+    return Number.isFinite(value) ? String(Number(value.toPrecision(3))).replace(/-/g, MINUS) : number(value);
+  }
+
   function signed(value, digits = 3) {
     return (value > 0 ? "+" : "") + number(value, digits);
   }
@@ -54,7 +59,7 @@ const Dom = (() => {
     if (Number.isNaN(value)) return "–";
     if (value >= 5400) return `${(value / 3600).toFixed(1)} h`;
     if (value >= 90) return `${(value / 60).toFixed(1)} min`;
-    return `${value.toPrecision(2)} s`;
+    return value > 0 && value < 0.1 ? `${(1000 * value).toPrecision(2)} ms` : `${value.toPrecision(2)} s`;
   }
 
   // Buttons of which one is pressed: [[value, text], ...].
@@ -122,5 +127,5 @@ const Dom = (() => {
 
   const empty = (text) => el("p", { class: "empty" }, text);
 
-  return { el, fill, refill, number, signed, count, seconds, choice, select, card, command, empty };
+  return { el, fill, refill, number, significant, signed, count, seconds, choice, select, card, command, empty };
 })();

@@ -2,17 +2,29 @@
 
 // The view of the front: its picture by the number of objectives, hypervolume over cost, claims, and its models.
 const Front = (() => {
-  const { el, fill, number, choice, card } = Dom;
+  const { el, fill, number, significant, choice, card } = Dom;
   const MAX_ROWS = 100; // of the table of models, until more are asked for
   let places = null;
 
-  function drawCurve(place, run) {
+  // Where the curve ends, and how sure that is; a live run may have grown since it was estimated.
+  function volumeNote(volume) {
+    if (!volume) return null;
+    const [value, error, low, high] = Array.from(volume, significant);
+    return el(
+      "p",
+      { class: "note" },
+      `${value} ±${error} on search items, 95 % ${low} to ${high}: noise makes it larger, and the interval is lower by that much.`,
+    );
+  }
+
+  function drawCurve(place, { run, volume: estimate }) {
     const { cost, volume } = run.curve ?? { cost: [], volume: [] };
     if (!volume.at(-1)) {
       const isZero = "It is 0: no trial within the bounds is better than the base in every objective.";
       return fill(place, Dom.empty(run.curve ? isZero : "Nothing is scored yet."));
     }
-    if (!place.querySelector(".plot")) fill(place, el("div", { class: "plot" }));
+    if (!place.querySelector(".plot")) fill(place, el("div", { class: "plot" }), el("div"));
+    fill(place.lastChild, volumeNote(estimate));
     const trace = {
       type: "scatter",
       mode: "lines",
@@ -23,7 +35,7 @@ const Front = (() => {
     };
     return Plots.draw(
       place.firstChild,
-      `hypervolume rises to ${number(volume.at(-1), 4)} at a cost of ${number(cost.at(-1), 1)}`,
+      `hypervolume rises to ${significant(volume.at(-1))} at a cost of ${number(cost.at(-1), 1)}`,
       [trace],
       {
         height: 250,
@@ -44,7 +56,9 @@ const Front = (() => {
 
   function modelsTable(view) {
     const { run, state, chosen, choose, change, intervals } = view;
-    const shown = state.every ? run.front : run.front.filter((trial, place_) => place_ < MAX_ROWS || trial === chosen);
+    const shown = state.every ? run.front : run.front.slice(0, MAX_ROWS);
+    // What is picked and compared: it may be far down, or not on the front.
+    const above = [chosen, Data.trialOf(state.versus)].filter((trial) => trial !== null);
     const row = (subject) => {
       const trial = Data.trialOf(subject);
       const cells = run.objectives.map((_, m) => {
@@ -84,6 +98,7 @@ const Front = (() => {
         el(
           "tbody",
           {},
+          above.map((trial) => row(`trial:${trial}`)),
           run.references.map(row),
           shown.map((trial) => row(`trial:${trial}`)),
         ),
@@ -159,7 +174,7 @@ const Front = (() => {
           ? Parallel.drawParallel
           : Scatter.drawPairs;
     await drawing(places.plot, view);
-    await drawCurve(places.curve, run);
+    await drawCurve(places.curve, view);
     fill(places.claims, claimsList(run, view.claims ?? []));
     fill(places.table, modelsTable(view));
   }

@@ -209,7 +209,12 @@ const Page = (() => {
       Data.source
         .part(name)
         .then((part) => {
-          if (name === "evidence") Object.assign(known, { claims: part.claims, intervals: Models.intervalsOf(part) });
+          if (name === "evidence")
+            Object.assign(known, {
+              claims: part.claims,
+              intervals: Models.intervalsOf(part),
+              volume: part.hypervolume && Data.unpack(part.hypervolume),
+            });
           else if (name.startsWith("items")) known.table.take(part);
           else known[name] = part;
           schedule();
@@ -237,7 +242,7 @@ const Page = (() => {
       ["searched", `${run.dimensions} dimensions`],
       ["trials", `${finished.toLocaleString("en")} of ${run.budget.toLocaleString("en")}`],
       ["front", count(run.front.length, "model")],
-      ["cost", `${Math.round(run.cost).toLocaleString("en")} equivalents`],
+      ["cost", `${Math.round(run.cost).toLocaleString("en")} full evaluations`],
       ...["failed", "stopped"]
         .map((name) => [name, run.inState(name).length])
         .filter(([, many]) => many)

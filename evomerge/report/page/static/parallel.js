@@ -6,7 +6,6 @@ const Parallel = (() => {
   const { referenceLabel, labelOf, hoverText, splitOf, rangesOf, description } = Models;
   const MAX_FAINT = 400; // dominated models that are drawn
   const MAX_MARKED = 120; // models of the front with markers on their lines
-  const MAX_TOUCHED = 400; // models of the front whose lines can be pointed at; more become one shape
   const DASHES = { base: "dot", uniform: "dash", scalar: "dashdot", expert: "longdash" };
 
   // Where a subject's line goes, from objective to objective; null if it is not scored.
@@ -48,7 +47,9 @@ const Parallel = (() => {
     const shape = { type: "path", path: paths.join(""), line: { color, width }, opacity, layer: "below" };
     return {
       shapes: view.hidden.has(name) ? [] : [shape],
-      traces: [{ name, type: "scatter", mode: "lines", x: [null], y: [null], line: { color, width: 2 } }],
+      traces: [
+        { name, legendgroup: name, type: "scatter", mode: "lines", x: [null], y: [null], line: { color, width: 2 } },
+      ],
     };
   }
 
@@ -86,19 +87,23 @@ const Parallel = (() => {
   function front(view) {
     const members = view.run.front.map((trial) => `trial:${trial}`);
     const style = { color: Plots.colours().front, width: 1.3 };
-    const opacity = members.length > 60 ? 0.35 : 0.75;
-    if (members.length > MAX_TOUCHED)
-      return bundle(view, "front", members, { ...style, opacity: 0.2 }, view.state.split);
+    const opacity = members.length > 30 ? 0.5 : 0.75;
+    if (members.length * view.run.steering.length > Plots.MAX_DRAWN) {
+      const { shapes, traces } = bundle(view, "front", members, { ...style, opacity: 0.2 }, view.state.split);
+      const touched = { mode: "none", legendgroup: "front", showlegend: false }; // nothing is drawn: where lines bend
+      return { shapes, traces: [...traces, traceOf(view, "front, touched", members, style, touched)] };
+    }
     const mode = members.length > MAX_MARKED ? "lines" : "lines+markers";
     return { shapes: [], traces: [traceOf(view, "front", members, style, { opacity, mode })] };
   }
 
   // What the ends of each axis stand for, in the user's sign.
   function ends({ run, ranges }) {
-    const font = { size: 11, color: Plots.colours().muted };
+    const { muted, panel } = Plots.colours();
+    const font = { size: 11, color: muted };
     return run.steering.flatMap((m, x) => {
       const [worst, best] = run.objectives[m].sign > 0 ? ranges[m] : [...ranges[m]].reverse();
-      const at = { x, showarrow: false, xref: "x", yref: "y", font };
+      const at = { x, showarrow: false, xref: "x", yref: "y", font, bgcolor: panel };
       return [
         { ...at, y: 1.05, text: number(best) },
         { ...at, y: -0.05, text: number(worst) },
@@ -124,8 +129,9 @@ const Parallel = (() => {
       legend: { orientation: "h", y: -0.1, yanchor: "top" },
       xaxis: Plots.axis("", {
         tickvals: run.steering.map((_, i) => i),
-        ticktext: run.steering.map((m) => Plots.plain(Plots.titled(run.objectives[m]))),
+        ticktext: run.steering.map((m) => Plots.plain(Plots.titled(run.objectives[m])).replace(" (", "<br>(")),
         range: [-0.3, run.steering.length - 0.7],
+        ticklabeloverflow: "allow", // rather cut off than none
         ticks: "",
         gridcolor: muted,
         tickfont: { size: 12, color: text },

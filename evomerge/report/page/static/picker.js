@@ -81,7 +81,7 @@ const Picker = (() => {
         "legend",
         {},
         objective.name,
-        el("small", {}, ` ${objective.sign > 0 ? "higher" : "lower"} is better`, parts.ranges[m]),
+        el("small", {}, ` ${objective.sign > 0 ? "higher" : "lower"} is better `, parts.ranges[m]),
       ),
       objective.steers ? slider(run, m, state, change) : null,
       el("div", { class: "bounds" }, bound(run, m, "least", state, change), bound(run, m, "most", state, change)),
@@ -155,7 +155,8 @@ const Picker = (() => {
   // What is picked becomes the model to compare with: the next one that is picked stands beside it.
   function compareButton(state, change, trial) {
     const subject = `trial:${trial}`;
-    if (state.versus === subject) return el("p", { class: "note" }, "The next model that you pick is compared with it.");
+    if (state.versus === subject)
+      return el("p", { class: "note" }, "The next model that you pick is compared with it.");
     const attributes = { type: "button", class: "quiet", onclick: () => change({ versus: subject }) };
     return el("button", { ...attributes, "data-key": "compare" }, "Compare others with it");
   }
@@ -169,7 +170,8 @@ const Picker = (() => {
     parts.note.textContent = EXPLAINED[state.rule];
     parts.ranges.forEach((range, m) => {
       const values = run.front.map((member) => run.values[m][member]);
-      range.textContent = values.length ? ` · ${number(Math.min(...values))} to ${number(Math.max(...values))}` : "";
+      const ends = () => `${number(Math.min(...values))} to ${number(Math.max(...values))}`;
+      fill(range, values.length ? ["· ", el("span", { class: "range" }, ends())] : null);
     });
     if (trial === null) {
       const why = whyNone(run, state);

@@ -2,6 +2,7 @@
 
 // What all pictures share: colours of the theme, how Plotly draws, faint points of any number, heat maps.
 const Plots = (() => {
+  const LETTER = 6.5; // pixels of one in small print, about
   const MAX_DRAWN = 1500; // points of a kind that are drawn one by one; more become an image
 
   function colours() {
@@ -133,7 +134,10 @@ const Plots = (() => {
     const matrix = rows.map(() => columns.map(() => null));
     for (const { row, column, number } of cells) matrix[rows.indexOf(row)][columns.indexOf(column)] = number;
     const limit = Math.max(1e-9, ...cells.map((cell) => Math.abs(cell.number)));
-    const isSmall = rows.length * columns.length <= 240 && columns.length <= 24;
+    const longest = (texts) => LETTER * Math.max(...texts.map((text) => text.length));
+    const width = (place.clientWidth - longest(rows) - 80) / columns.length; // of a cell, beside names and bar
+    const isRoomy = width > longest(cells.map((cell) => cell.number.toFixed(digits))) + 4;
+    const isSlanted = width < longest(columns) + 4;
     const trace = {
       type: "heatmap",
       z: matrix,
@@ -153,22 +157,21 @@ const Plots = (() => {
             [0, middle],
             [1, high],
           ],
-      texttemplate: isSmall ? `%{z:.${digits}f}` : undefined,
+      texttemplate: isRoomy && cells.length <= 240 ? `%{z:.${digits}f}` : undefined,
       textfont: { size: 11 },
       hovertemplate: "%{y}, %{x}: %{z:.4f}<extra></extra>",
       showscale: true,
       colorbar: { thickness: 8, outlinewidth: 0, tickfont: { size: 10.5 }, len: 1, nticks: 5 },
     };
-    const isWide = columns.length > 24;
     return draw(place, description, [trace], {
-      height: 62 + 30 * rows.length + (columns.some((name) => name.length > 12) ? 60 : 0),
+      height: 62 + 30 * rows.length + (isSlanted ? 0.7 * longest(columns) : 0),
       margin: { l: 10, r: 10, t: 8, b: 10 },
       xaxis: axis("", {
         showgrid: false,
         ticks: "",
         type: "category",
-        tickangle: columns.length > 12 ? -45 : 0,
-        nticks: isWide ? 24 : undefined,
+        tickangle: isSlanted ? -45 : 0,
+        nticks: columns.length > 24 ? 24 : undefined,
       }),
       yaxis: axis("", { showgrid: false, ticks: "", type: "category", autorange: "reversed" }),
     });

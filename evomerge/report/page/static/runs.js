@@ -2,17 +2,23 @@
 
 // The list of runs of a folder or a database, each with a page of its own.
 const Runs = (() => {
-  const { el, fill, number, card, empty } = Dom;
-  const COLUMNS = ["run", "campaign", "state", "trials", "front", "best", "hypervolume", "last written"];
+  const { el, fill, number, significant, card, empty } = Dom;
+  const TEXTS = new Set(["run", "campaign", "state"]);
 
-  function row(run) {
+  // What is said of runs; what none of them has is left out.
+  function columnsOf(runs) {
+    const any = (name) => runs.some((run) => !run.problem && run[name] !== null);
+    return ["run", "campaign", "state", "trials", "front", ...["best", "hypervolume"].filter(any), "last written"];
+  }
+
+  function row(run, columns) {
     const link = el("a", { href: `/run/${encodeURIComponent(run.run)}/` }, run.run);
     if (run.problem)
       return el(
         "tr",
         {},
         el("th", { scope: "row" }, run.run),
-        el("td", { class: "text problem", colspan: String(COLUMNS.length - 1) }, run.problem),
+        el("td", { class: "text problem", colspan: String(columns.length - 1) }, run.problem),
       );
     return el(
       "tr",
@@ -22,9 +28,11 @@ const Runs = (() => {
       el("td", { class: "text" }, el("span", { class: `state is-${run.state}`, title: run.holder ?? "" }, run.state)),
       el("td", {}, `${run.num_finished} of ${run.num_evaluations}`),
       el("td", {}, String(run.num_on_front)),
-      el("td", {}, run.best === null ? "" : number(run.best, 4)),
-      el("td", {}, run.hypervolume === null ? "" : number(run.hypervolume, 4)),
-      el("td", {}, new Date(1000 * run.written).toLocaleString()),
+      columns.includes("best") ? el("td", {}, run.best === null ? "" : number(run.best, 4)) : null,
+      columns.includes("hypervolume")
+        ? el("td", {}, run.hypervolume === null ? "" : significant(run.hypervolume))
+        : null,
+      el("td", {}, new Date(1000 * run.written).toLocaleString([], { dateStyle: "medium", timeStyle: "short" })),
     );
   }
 
@@ -35,7 +43,7 @@ const Runs = (() => {
     document.getElementById("name").textContent = `Runs in ${where}`;
     document.title = `${where}: evomerge`;
     if (!runs.length) return fill(place, empty("No runs here yet; runs start with evomerge search."));
-    const texts = new Set(["run", "campaign", "state"]);
+    const columns = columnsOf(runs);
     fill(
       place,
       card(
@@ -52,10 +60,14 @@ const Runs = (() => {
               el(
                 "tr",
                 {},
-                COLUMNS.map((name) => el("th", { scope: "col", class: texts.has(name) ? "text" : null }, name)),
+                columns.map((name) => el("th", { scope: "col", class: TEXTS.has(name) ? "text" : null }, name)),
               ),
             ),
-            el("tbody", {}, runs.map(row)),
+            el(
+              "tbody",
+              {},
+              runs.map((run) => row(run, columns)),
+            ),
           ),
         ),
       ),

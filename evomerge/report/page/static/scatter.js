@@ -60,19 +60,32 @@ const Scatter = (() => {
     };
     if (state.versus) ring(`compared: ${labelOf(run, state.versus)}`, state.versus, colours.versus, 15, 2.5);
     if (chosen !== null) ring("picked", `trial:${chosen}`, colours.chosen, 16, 3);
-    return found;
+    return found.map((group) => ({ ...group, ...told(view, group) }));
   }
 
-  // Points that come into an image, and what stands for them in the legend.
-  function crowdOf(common, values) {
-    const trace = common.showlegend ? { ...common, x: [null], y: [null] } : null;
-    return { crowd: { name: common.name, values, marker: common.marker }, trace };
+  // Which of a group's subjects are drawn, their scores' split, and what pointing at them says: the same in all panels.
+  function told({ run, state, intervals }, group) {
+    if (group.faint) {
+      const labels = group.trials.map((trial) => Plots.plain(run.label(trial)));
+      return { held: group.trials.map((trial) => `trial:${trial}`), hover: labels };
+    }
+    const split = group.split ?? state.split;
+    const held = group.subjects.filter((subject) => run.score(subject, run.steering[0], split));
+    return { split, held, hover: group.ring ? [] : held.map((subject) => hoverText(run, subject, split, intervals)) };
   }
 
-  // One trace of a group over two objectives, and a crowd where its points are too many to be drawn one by one.
+  // A trace of too many points to draw one by one: an image shows them, and the one that is left stands for them in the
+  // legend. The trace still knows where each is, and which is the nearest to a pointer.
+  function crowded(trace) {
+    const { name, x, y, marker } = trace;
+    return { trace: { ...trace, marker: { ...marker, maxdisplayed: 1 } }, crowd: { name, values: [x, y], marker } };
+  }
+
+  // The trace of a group over two objectives, and its crowd if it is one.
   function pairTrace(view, group, [x, y], axes, isFirst) {
-    const { run, state, intervals } = view;
-    const split = group.faint ? "search" : (group.split ?? state.split);
+    const { run, numPanels } = view;
+    const { held } = group;
+    if (!held.length) return {};
     const common = {
       name: group.name,
       legendgroup: group.name,
@@ -82,50 +95,32 @@ const Scatter = (() => {
       mode: "markers",
       type: "scatter",
       marker: group.marker,
+      customdata: held,
     };
     if (group.faint) {
-      const xs = group.trials.map((trial) => run.values[x][trial]);
-      const ys = group.trials.map((trial) => run.values[y][trial]);
-      if (!xs.length) return {};
-      if (xs.length > Plots.MAX_DRAWN) return crowdOf(common, [xs, ys]);
-      const customdata = group.trials.map((trial) => `trial:${trial}`);
-      return {
-        trace: {
-          ...common,
-          x: xs,
-          y: ys,
-          customdata,
-          text: group.trials.map((trial) => Plots.plain(run.label(trial))),
-          hovertemplate: "%{text}<br>%{x:.3f}, %{y:.3f}<extra></extra>",
-        },
-      };
+      const [xs, ys] = [x, y].map((m) => group.trials.map((trial) => run.values[m][trial]));
+      const hover = { text: group.hover, hovertemplate: "%{text}<br>%{x:.3f}, %{y:.3f}<extra></extra>" };
+      const trace = { ...common, x: xs, y: ys, ...hover };
+      return held.length > Plots.MAX_DRAWN ? crowded(trace) : { trace };
     }
-    const held = group.subjects.filter((subject) => run.score(subject, x, split));
-    if (!held.length) return {};
     const third = Shades.thirdOf(run, [x, y]);
     if (group.name === "front" && third !== null) {
       const look = { size: group.marker.size + 1, line: { color: Plots.colours().muted, width: 1 } };
       common.marker = { ...group.marker, ...look, color: Shades.coloursOf(view, held, third) };
     }
-    const scores = (m) => held.map((subject) => run.score(subject, m, split));
-    if (held.length * view.numPanels > 2 * Plots.MAX_DRAWN) {
-      return crowdOf(
-        common,
-        [x, y].map((m) => scores(m).map((score) => score.value)),
-      );
-    }
+    const scores = (m) => held.map((subject) => run.score(subject, m, group.split));
     const trace = {
       ...common,
       x: scores(x).map((score) => score.value),
       y: scores(y).map((score) => score.value),
-      customdata: held,
       text: group.named ? held.map((subject) => Plots.plain(subject.split(":")[1])) : undefined,
       textposition: "top center",
       textfont: { size: 10.5, color: Plots.colours().muted },
-      hovertext: held.map((subject) => hoverText(run, subject, split, intervals)),
+      hovertext: group.hover,
       hoverinfo: group.ring ? "skip" : "text",
       mode: group.named && run.steering.length === 2 ? "markers+text" : "markers",
     };
+    if (held.length * numPanels > 2 * Plots.MAX_DRAWN) return crowded(trace);
     if (group.bars && run.steering.length === 2 && held.length <= MAX_BARS) {
       const bar = (m) => ({
         array: scores(m).map((score) => score.error),
@@ -146,7 +141,9 @@ const Scatter = (() => {
     const numPanels = (size * (size + 1)) / 2;
     const ranges = rangesOf(run, state.split);
     const isShaded = names.length === 3; // with a bar of colours above each panel
+    const parts = groups(view);
     const layout = {
+      hoverdistance: 8, // pixels
       images: [],
       annotations: [],
       height: { 1: 480, 2: 700 }[size] ?? Math.min(230 * size + 40, 860),
@@ -183,7 +180,7 @@ const Scatter = (() => {
           nticks: size > 2 ? 5 : 8,
           matches: column === 0 ? undefined : axisOf(row, 0, "y"),
         });
-        const drawn = groups(view).map((group) => pairTrace({ ...view, numPanels }, group, [x, y], axes, number === 1));
+        const drawn = parts.map((group) => pairTrace({ ...view, numPanels }, group, [x, y], axes, number === 1));
         traces.push(...drawn.map(({ trace }) => trace).filter(Boolean));
         const crowds = drawn.map(({ crowd }) => crowd).filter((crowd) => crowd && !hidden.has(crowd.name));
         if (crowds.length) layout.images.push(Plots.pointsImage(crowds, [ranges[x], ranges[y]], axes));

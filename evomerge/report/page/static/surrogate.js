@@ -37,7 +37,7 @@ const SurrogateView = (() => {
     const held = measured.filter((value, i) => Math.abs(value - predicted[i]) <= 1.96 * deviations[i]).length;
     const rho = rankCorrelation(measured, predicted);
     const range = Plots.rangeOf([...measured, ...predicted]);
-    const summary = `rank correlation ${number(rho, 2)}; ${held} of ${measured.length} within 95 % of what was predicted`;
+    const summary = `rank correlation ${number(rho, 2)}; ${held} of ${measured.length} within 95\u00a0% of what was predicted`;
     const plot = el("div", { class: "plot" });
     fill(place, el("h3", {}, run.objectives[m].name), plot, el("p", { class: "note" }, summary));
     return Plots.draw(
@@ -64,7 +64,7 @@ const SurrogateView = (() => {
         },
       ],
       {
-        height: 290,
+        height: 260,
         showlegend: false,
         xaxis: Plots.axis("predicted without it", { range }),
         yaxis: Plots.axis("measured", { range }),
@@ -139,10 +139,10 @@ const SurrogateView = (() => {
     if (place.part === part && place.theme === view.theme) return undefined; // it has not changed
     [place.part, place.theme] = [part, view.theme];
     const trials = Data.unpack(part.trials);
-    const [known, slopes] = [0, 1].map(() =>
+    const [known, slopes] = ["grid", "two"].map((columns) =>
       el(
         "div",
-        { class: "grid" },
+        { class: columns },
         run.steering.map(() => el("div")),
       ),
     ); // all, so that each has its width
