@@ -37,12 +37,13 @@ from evomerge.surrogates.objective import Logs, Told, model_objective
 from evomerge.surrogates.slopes import SlopeProcess, fit_slopes
 
 POPULATION, NUM_GENERATIONS = 60, 12
+NUM_LAST = 2  # generations whose children may be proposed
 NUM_DRAWS = 16
 TRUST_RADIUS = 0.15  # of the box, in each dimension
 APART_RADIUS = 0.05  # the same for what a number moves beyond all of its expert, without gradients
 MUTATION = 0.08
 TOGETHER = 0.5  # share of mutations that move all numbers of an expert by the same
-REFIT_GROWTH = 1.2  # of the number of candidates before all lengths are fitted anew
+REFIT_GROWTH = 1.3  # of the number of candidates before all lengths are fitted anew
 STARTUP_SPREAD = 0.2  # of the first candidates, in units of the box
 OWN_ERROR = 0.5  # share of a standard error that is a candidate's own
 MAX_SLOPES = 24  # parts of descents, evenly from all
@@ -302,7 +303,7 @@ def _evolve(
         along_P1 = rng.uniform(-0.2, 1.2, (POPULATION, 1))
         children_PD = parents_PD[first] + along_P1 * (parents_PD[second] - parents_PD[first])
         children_PD = moves.trusted(children_PD + moves.mutations(POPULATION, rng), elite_ND)
-        if generation >= NUM_GENERATIONS - 4:
+        if generation >= NUM_GENERATIONS - NUM_LAST:
             last.append(children_PD)
         parents_PD = np.vstack([parents_PD, children_PD])
         values_PM = np.vstack([values_PM, models.mean(children_PD)])
@@ -331,13 +332,15 @@ def _best(values_NM: Floats, violation_N: Floats, number: int) -> Items:
 
 def _spread(values_NM: Floats, number: int) -> Items:
     """Return rows that are far from each other: the best in the first objective, then always the farthest."""
+    from scipy.spatial.distance import cdist
+
     scaled_NM = values_NM / np.ptp(values_NM, axis=0).clip(min=1e-12)
+    away_NN = cdist(scaled_NM, scaled_NM, "sqeuclidean")
     chosen = [int(scaled_NM[:, 0].argmax())]
-    nearest_N = np.full(len(scaled_NM), np.inf)
+    nearest_N = away_NN[chosen[0]].copy()
     while len(chosen) < number:
-        away_NM = scaled_NM - scaled_NM[chosen[-1]]
-        np.minimum(nearest_N, np.einsum("nm,nm->n", away_NM, away_NM), out=nearest_N)
         chosen.append(int(nearest_N.argmax()))
+        np.minimum(nearest_N, away_NN[chosen[-1]], out=nearest_N)
     return np.array(chosen)
 
 

@@ -36,18 +36,19 @@ class GaussianProcess:
     logs: Floats
     _mean: float = field(init=False)
     _scale: float = field(init=False)
+    _scaled_ND: Floats = field(init=False)
     _factor_NN: Floats = field(init=False)
     _weights_N: Floats = field(init=False)
 
     def __post_init__(self) -> None:
         mean, scale = _standard(self.values_N)
-        covariance_NN = _noisy(
-            _kernel(self.logs, self.points_ND, self.points_ND), self.logs, self.variances_N / scale**2
-        )
-        factor_NN: Floats = np.linalg.cholesky(covariance_NN).astype(np.float64)
+        scaled_ND = self._scaled(self.points_ND)
+        kernel_NN = _matern(_distance(scaled_ND, scaled_ND)) * np.exp(2 * self.logs[-2])
+        factor_NN = _factor(_noisy(kernel_NN, self.logs, self.variances_N / scale**2))
         for name, value in {
             "_mean": mean,
             "_scale": scale,
+            "_scaled_ND": scaled_ND,
             "_factor_NN": factor_NN,
             "_weights_N": _solve(factor_NN, (self.values_N - mean) / scale),
         }.items():
@@ -55,27 +56,35 @@ class GaussianProcess:
 
     def mean(self, points_PD: Floats) -> Floats:
         """Return the expected values, (P,)."""
-        expected_P: Floats = self._mean + self._scale * (
-            _kernel(self.logs, points_PD, self.points_ND) @ self._weights_N
-        )
-        return expected_P
+        return self._mean_of(self._kernel(points_PD))
 
     def predict(self, points_PD: Floats) -> tuple[Floats, Floats]:
         """Return the expected values and the variances of the process, without noise, (P,) each."""
         from scipy.linalg import solve_triangular
 
-        cross_PN = _kernel(self.logs, points_PD, self.points_ND)
-        mean_P = self._mean + self._scale * (cross_PN @ self._weights_N)
-        explained_NP = solve_triangular(self._factor_NN, cross_PN.T, lower=True, check_finite=False)
-        variance_P = np.exp(2 * self.logs[-2]) - (explained_NP**2).sum(axis=0)
-        return mean_P, self._scale**2 * variance_P.clip(min=1e-12)
+        kernel_PN = self._kernel(points_PD)
+        signal_variance = np.exp(2 * self.logs[-2])
+        explained_NP = solve_triangular(self._factor_NN, kernel_PN.T, lower=True, check_finite=False)
+        share_P = signal_variance - signal_variance**2 * np.einsum("np,np->p", explained_NP, explained_NP)
+        return self._mean_of(kernel_PN), self._scale**2 * share_P.clip(min=1e-12)
+
+    def _mean_of(self, kernel_PN: Floats) -> Floats:
+        mean_P: Floats = self._mean + self._scale * np.exp(2 * self.logs[-2]) * (kernel_PN @ self._weights_N)
+        return mean_P
+
+    def _scaled(self, points_PD: Floats) -> Floats:
+        return np.asarray(points_PD * (ROOT5 / np.exp(self.logs[:-2])))
+
+    def _kernel(self, points_PD: Floats) -> Floats:
+        """Return the correlations with the points, (P, N)."""
+        return _matern(_distance(self._scaled(points_PD), self._scaled_ND))
 
     def left_out(self) -> tuple[Floats, Floats]:
         """Return what all other points say of each point's value, (N,): means and variances, noise included.
 
         The lengths stay those of the fit to all points. Reference: Rasmussen and Williams 2006, 5.4.2.
         """
-        precision_N = np.diag(_solve(self._factor_NN, np.eye(len(self.values_N))))
+        precision_N = np.diag(_inverse(self._factor_NN))
         return self.values_N - self._scale * self._weights_N / precision_N, self._scale**2 / precision_N
 
 
@@ -84,7 +93,8 @@ def fit(
 ) -> GaussianProcess:
     """Fit the lengths, the signal and the noise beyond ``variances_N`` (0 where a value is exact).
 
-    start: the logs of an earlier fit, from which a few steps are enough.
+    start: the logs of an earlier fit, from which a few steps are enough. The logs found are rounded, as a search that
+    is resumed knows them from its record.
     """
     from scipy.optimize import minimize
 
@@ -99,8 +109,7 @@ def fit(
         bounds=[(log - 4 * SPREAD, log + 4 * SPREAD) for log in typical],
         options={"maxiter": num_steps},
     )
-    logs: Floats = found.x
-    return GaussianProcess(points_ND, values_N, variances_N, logs)
+    return GaussianProcess(points_ND, values_N, variances_N, found.x.round(6))
 
 
 def typical_logs(num_dimensions: int) -> Floats:
@@ -111,24 +120,24 @@ def typical_logs(num_dimensions: int) -> Floats:
 
 def _loss(logs: Floats, values_N: Floats, points_ND: Floats, variances_N: Floats, typical: Floats) -> tuple[float, Any]:
     """Return minus the log of the posterior and its gradient, in closed form."""
-    lengths_D, signal_variance = np.exp(logs[:-2]), np.exp(2 * logs[-2])
-    scaled_ND = points_ND / lengths_D
+    signal_variance = np.exp(2 * logs[-2])
+    scaled_ND = points_ND * (ROOT5 / np.exp(logs[:-2]))
     distance_NN = _distance(scaled_ND, scaled_ND)
-    decay_NN = np.exp(-ROOT5 * distance_NN)
-    kernel_NN = signal_variance * (1 + ROOT5 * distance_NN + 5 / 3 * distance_NN**2) * decay_NN
+    decay_NN = np.exp(-distance_NN)
+    kernel_NN = signal_variance * (1 + distance_NN + distance_NN**2 / 3) * decay_NN
     try:
-        factor_NN: Floats = np.linalg.cholesky(_noisy(kernel_NN, logs, variances_N)).astype(np.float64)
+        factor_NN = _factor(_noisy(kernel_NN, logs, variances_N))
     except np.linalg.LinAlgError:
         return 1e10, np.zeros_like(logs)
     weights_N = _solve(factor_NN, values_N)
     deviations = logs - typical
     pulls = _pulls(deviations)
     loss = values_N @ weights_N / 2 + np.log(np.diag(factor_NN)).sum() + deviations @ pulls / 2
-    pull_NN = np.outer(weights_N, weights_N) - _solve(factor_NN, np.eye(len(values_N)))
-    slope_NN = pull_NN * (5 / 3 * signal_variance) * (1 + ROOT5 * distance_NN) * decay_NN
+    pull_NN = np.outer(weights_N, weights_N) - _inverse(factor_NN)
+    slope_NN = pull_NN * (signal_variance / 3) * (1 + distance_NN) * decay_NN
     # sum_ab slope_ab (x_a - x_b)^2 = 2 (sum_a x_a^2 slope_a. - x' slope x), in each dimension
     by_length_D = (slope_NN.sum(axis=1) @ scaled_ND**2) - (scaled_ND * (slope_NN @ scaled_ND)).sum(axis=0)
-    by_signal = (pull_NN * kernel_NN).sum() + JITTER * signal_variance * np.trace(pull_NN)
+    by_signal = np.vdot(pull_NN, kernel_NN) + JITTER * signal_variance * np.trace(pull_NN)
     by_noise = np.exp(2 * logs[-1]) * np.trace(pull_NN)
     gradient = -np.concatenate([by_length_D, [by_signal, by_noise]]) + pulls
     return float(loss), gradient
@@ -154,16 +163,26 @@ def _noisy(kernel_NN: Floats, logs: Floats, variances_N: Floats) -> Floats:
     return kernel_NN + np.diag(variances_N + np.exp(2 * logs[-1]) + JITTER * np.exp(2 * logs[-2]))
 
 
-def _kernel(logs: Floats, points_PD: Floats, points_ND: Floats) -> Floats:
-    lengths_D = np.exp(logs[:-2])
-    distance_PN = _distance(points_PD / lengths_D, points_ND / lengths_D)
-    decay_PN = np.exp(2 * logs[-2] - ROOT5 * distance_PN)
-    return np.asarray((1 + ROOT5 * distance_PN + 5 / 3 * distance_PN**2) * decay_PN)
+def _matern(distance_PN: Floats) -> Floats:
+    """Return the correlations at distances in units of length / sqrt(5), which are overwritten."""
+    kernel_PN = distance_PN**2
+    kernel_PN /= 3
+    kernel_PN += distance_PN
+    kernel_PN += 1
+    kernel_PN *= np.exp(np.negative(distance_PN, out=distance_PN), out=distance_PN)
+    return kernel_PN
 
 
 def _distance(first_PD: Floats, second_ND: Floats) -> Floats:
-    squared_PN = (first_PD**2).sum(axis=1)[:, None] + (second_ND**2).sum(axis=1) - 2 * first_PD @ second_ND.T
-    return np.asarray(np.sqrt(squared_PN.clip(min=0.0)))
+    squared_PN = first_PD @ (-2 * second_ND.T)
+    squared_PN += np.einsum("pd,pd->p", first_PD, first_PD)[:, None]
+    squared_PN += np.einsum("nd,nd->n", second_ND, second_ND)
+    np.maximum(squared_PN, 0.0, out=squared_PN)
+    return np.asarray(np.sqrt(squared_PN, out=squared_PN))
+
+
+def _factor(covariance_NN: Floats) -> Floats:
+    return np.asarray(np.linalg.cholesky(covariance_NN), dtype=np.float64)
 
 
 def _solve(factor_NN: Floats, right: Floats) -> Floats:
@@ -171,3 +190,11 @@ def _solve(factor_NN: Floats, right: Floats) -> Floats:
 
     solved: Floats = cho_solve((factor_NN, True), right, check_finite=False)
     return solved
+
+
+def _inverse(factor_NN: Floats) -> Floats:
+    """Return the inverse of the matrix with this lower factor: a third of what solving for each column takes."""
+    from scipy.linalg.lapack import dpotri
+
+    lower_NN: Floats = dpotri(factor_NN, lower=True)[0]
+    return np.tril(lower_NN) + np.tril(lower_NN, -1).T
