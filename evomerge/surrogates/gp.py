@@ -4,7 +4,8 @@
 
 u and v are x and y about the mean of the points told, in units of their root mean square distance from it.
 Near its best, a smooth objective is a quadratic, which few points with errors tell, where a process of lengths alone
-has to learn it place by place. How much of a quadratic there is, the data say.
+has to learn it place by place. How much of a quadratic there is, the data say; while they are fewer than its unknowns
+they cannot, and the second kernel is left out: on fronts that sag it would lead astray (measured).
 Reference: Rasmussen and Williams 2006, chapters 2, 4.2 and 5.4. The lengths' prior grows with the square root of D, so
 that in many dimensions each hardly matters until the data say so (Hvarfner, Hellsten and Nardi 2024,
 arxiv.org/abs/2402.02229). A search has tens of points, not hundreds, which tell one length well and D of them badly: so
@@ -183,6 +184,8 @@ def _covariance(logs: Floats, matern: Floats, bowl: Floats) -> Floats:
 
 def _bowl(points_PD: Floats, told_ND: Floats) -> Floats:
     """Return the kernel of slopes and curvatures around the mean of the points told, (P, N)."""
+    if _is_undetermined(told_ND):
+        return np.zeros((len(points_PD), len(told_ND)))
     middle_D = told_ND.mean(axis=0)
     away_ND = told_ND - middle_D
     return _quadratic((points_PD - middle_D) @ away_ND.T, away_ND)
@@ -190,8 +193,16 @@ def _bowl(points_PD: Floats, told_ND: Floats) -> Floats:
 
 def _own_bowl(points_PD: Floats, told_ND: Floats) -> Floats:
     """Return its value of each point with itself, (P,)."""
+    if _is_undetermined(told_ND):
+        return np.zeros(len(points_PD))
     middle_D = told_ND.mean(axis=0)
     return _quadratic(((points_PD - middle_D) ** 2).sum(axis=1), told_ND - middle_D)
+
+
+def _is_undetermined(told_ND: Floats) -> bool:
+    """Whether there are fewer points than a quadratic has unknowns."""
+    num_points, num_dimensions = told_ND.shape
+    return num_points < (num_dimensions + 1) * (num_dimensions + 2) // 2
 
 
 def _quadratic(products: Floats, away_ND: Floats) -> Floats:

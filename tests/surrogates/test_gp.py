@@ -23,8 +23,8 @@ def covariance(first: np.ndarray, second: np.ndarray, logs: np.ndarray, told: np
 
 def test_mean_and_variance_are_the_textbooks() -> None:
     rng = np.random.default_rng(0)
-    points, asked, values = rng.random((6, 3)), rng.random((4, 3)), rng.normal(5, 2, 6)
-    variances, logs = np.full(6, 0.1), np.log([0.5, 1.0, 2.0, 1.3, 0.7, 0.8])
+    points, asked, values = rng.random((12, 3)), rng.random((4, 3)), rng.normal(5, 2, 12)
+    variances, logs = np.full(12, 0.1), np.log([0.5, 1.0, 2.0, 1.3, 0.7, 0.8])
     mean, scale = values.mean(), values.std()
     told = np.array([[covariance(a, b, logs, points) for b in points] for a in points])
     noise = np.exp(2 * logs[5]) * (variances / scale**2 + gp.LEAST_NOISE**2)
@@ -42,8 +42,8 @@ def test_mean_and_variance_are_the_textbooks() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_the_gradient_of_the_posterior_is_that_of_differences(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    points, values = rng.random((12, 4)), rng.normal(size=12)
-    told = (values, points, gp._bowl(points, points), np.full(12, 0.01), typical_logs(4))
+    points, values = rng.random((16, 4)), rng.normal(size=16)
+    told = (values, points, gp._bowl(points, points), np.full(16, 0.01), typical_logs(4))
     logs = typical_logs(4) + rng.normal(0, 0.7, 7)
     numeric = approx_fprime(logs, lambda logs: gp._loss(logs, *told)[0], 1e-6)
     np.testing.assert_allclose(gp._loss(logs, *told)[1], numeric, rtol=1e-3, atol=1e-3)
@@ -137,3 +137,14 @@ def test_errors_that_are_twice_what_is_known_are_found() -> None:
     points = rng.random((80, 3))
     process = fit(points, points.sum(axis=1) + rng.normal(0, 0.1, 80), np.full(80, 0.05**2))
     assert np.exp(process.logs[-1]) == pytest.approx(2, rel=0.2)
+
+
+def test_fewer_points_than_a_quadratic_has_unknowns_say_nothing_of_it() -> None:
+    rng = np.random.default_rng(11)
+    points, values, asked = rng.random((14, 4)), rng.random(14), rng.random((9, 4))
+    logs = typical_logs(4)
+    with_it, without = (
+        GaussianProcess(points, values, np.zeros(14), logs - off * (np.arange(7) == 5)) for off in (0, 9)
+    )
+    for ours, theirs in zip(with_it.predict(asked), without.predict(asked), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
