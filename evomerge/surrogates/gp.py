@@ -202,7 +202,7 @@ def _own_bowl(points_PD: Floats, told_ND: Floats) -> Floats:
 def _is_undetermined(told_ND: Floats) -> bool:
     """Whether there are fewer points than a quadratic has unknowns."""
     num_points, num_dimensions = told_ND.shape
-    return num_points < (num_dimensions + 1) * (num_dimensions + 2) // 2
+    return bool(num_points < (num_dimensions + 1) * (num_dimensions + 2) // 2)
 
 
 def _quadratic(products: Floats, away_ND: Floats) -> Floats:
