@@ -10,6 +10,7 @@ from copy import copy
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from evomerge.front.pareto import non_dominated
 from evomerge.records import Floats
@@ -78,7 +79,8 @@ class SampledImprovement:
         num_objectives = len(reference_M)
         uniform = Sobol(num_objectives, rng=np.random.default_rng(0)).random(NUM_DIRECTIONS)
         normal_VM = np.abs(ndtri(uniform)).clip(min=1e-9)
-        self._directions_VM = normal_VM / np.linalg.norm(normal_VM, axis=1, keepdims=True)
+        inverse_VM = np.linalg.norm(normal_VM, axis=1, keepdims=True) / normal_VM
+        self._inverse_VM = inverse_VM.astype(np.float32)  # of the directions; sampling errs by far more than rounding
         self._factor = float(np.pi ** (num_objectives / 2) / (2**num_objectives * gamma(num_objectives / 2 + 1)))
         self._reference_M = reference_M
         self._best_V = self._reaches(values_NM).max(axis=0, initial=0.0)
@@ -92,19 +94,29 @@ class SampledImprovement:
     @property
     def volume(self) -> float:
         """Hypervolume of the points."""
-        return float(self._factor * self._best_V.mean())
+        return float(self._factor * (self._best_V.astype(np.float64) ** len(self._reference_M)).mean())
 
     def gains(self, values_SM: Floats) -> Floats:
         """Return by how much each point alone would raise the hypervolume, (S,)."""
-        gains_S: Floats = self._factor * (self._reaches(values_SM) - self._best_V).clip(min=0).mean(axis=1)
-        return gains_S
+        power = len(self._reference_M)
+        beyond_S = np.zeros(len(values_SM))
+        block = MAX_CELLS // NUM_DIRECTIONS
+        for start in range(0, len(values_SM), block):
+            reach_SV = self._reaches(values_SM[start : start + block])
+            rows, directions = np.nonzero(reach_SV > self._best_V)  # few of all, and a power is slow
+            reached = reach_SV[rows, directions].astype(np.float64)
+            beyond = reached**power - self._best_V[directions].astype(np.float64) ** power
+            beyond_S[start : start + block] = np.bincount(rows, beyond, len(reach_SV))
+        return np.asarray(self._factor * beyond_S / NUM_DIRECTIONS)
 
-    def _reaches(self, values_NM: Floats) -> Floats:
-        """Return how far each point dominates along each direction, to the power of M, (N, V)."""
-        reach_NV = np.full((len(values_NM), NUM_DIRECTIONS), np.inf)
-        for value_N, direction_V in zip((values_NM - self._reference_M).T, self._directions_VM.T, strict=True):
-            np.minimum(reach_NV, value_N[:, None] / direction_V, out=reach_NV)
-        return np.asarray(reach_NV.clip(min=0) ** values_NM.shape[1])
+    def _reaches(self, values_NM: Floats) -> npt.NDArray[np.float32]:
+        """Return how far each point dominates along each direction, (N, V); below 0 where it does not."""
+        above_NM = (values_NM - self._reference_M).astype(np.float32)
+        reach_NV = np.full((len(values_NM), NUM_DIRECTIONS), np.inf, dtype=np.float32)
+        side_NV = np.empty_like(reach_NV)
+        for above_N, inverse_V in zip(above_NM.T, self._inverse_VM.T, strict=True):
+            np.minimum(reach_NV, np.multiply(above_N[:, None], inverse_V, out=side_NV), out=reach_NV)
+        return reach_NV
 
 
 def improvement_over(values_NM: Floats, reference_M: Floats) -> Improvement | SampledImprovement:
@@ -123,19 +135,19 @@ def _whole(worst_M: Floats) -> tuple[Floats, Floats]:
 def _bounds(points_NM: Floats, known: tuple[Floats, Floats]) -> tuple[Floats, Floats]:
     """Return the local upper bounds (U, M) of further points, and for each objective j the point that gives it u_j."""
     bounds_UM, given_UMM = known
+    axes = np.arange(bounds_UM.shape[1])
     for point_M in points_NM:
         is_hit_U = (point_M < bounds_UM).all(axis=1)
         hit_UM, given_hit_UMM = bounds_UM[is_hit_U], given_UMM[is_hit_U]
-        bounds, given = [bounds_UM[~is_hit_U]], [given_UMM[~is_hit_U]]
-        for j in range(len(point_M)):
-            others_U = np.delete(given_hit_UMM[:, :, j], j, axis=1).max(axis=1, initial=-np.inf)
-            stays_U = point_M[j] >= others_U
-            new_UM, new_UMM = hit_UM[stays_U], given_hit_UMM[stays_U]
-            new_UM[:, j] = point_M[j]
-            new_UMM[:, j] = point_M
-            bounds.append(new_UM)
-            given.append(new_UMM)
-        bounds_UM, given_UMM = np.concatenate(bounds), np.concatenate(given)
+        others_UMM = given_hit_UMM.copy()
+        others_UMM[:, axes, axes] = -np.inf
+        split, j = np.nonzero(point_M >= others_UMM.max(axis=1))
+        new = np.arange(len(j))
+        new_UM, new_UMM = hit_UM[split], given_hit_UMM[split]
+        new_UM[new, j] = point_M[j]
+        new_UMM[new, j] = point_M
+        bounds_UM = np.concatenate([bounds_UM[~is_hit_U], new_UM])
+        given_UMM = np.concatenate([given_UMM[~is_hit_U], new_UMM])
     return bounds_UM, given_UMM
 
 

@@ -1,9 +1,16 @@
-"""An exact Gaussian process over [0, 1]^D: Matern-5/2 with a length for each dimension, fitted by maximum a posteriori.
+"""An exact Gaussian process over [0, 1]^D: Matern-5/2 beside a quadratic, fitted by maximum a posteriori.
 
+    k(x, y) = signal^2 matern(|(x - y) / lengths|) + bowl^2 (u'v + (u'v)^2 / 2)
+
+u and v are x and y about the mean of the points told, in units of their root mean square distance from it.
+Near its best, a smooth objective is a quadratic, which few points with errors tell, where a process of lengths alone
+has to learn it place by place. How much of a quadratic there is, the data say; while they are fewer than its unknowns
+they cannot, and the second kernel is left out: on fronts that sag it would lead astray (measured).
 Reference: Rasmussen and Williams 2006, chapters 2, 4.2 and 5.4. The lengths' prior grows with the square root of D, so
 that in many dimensions each hardly matters until the data say so (Hvarfner, Hellsten and Nardi 2024,
 arxiv.org/abs/2402.02229). A search has tens of points, not hundreds, which tell one length well and D of them badly: so
-the prior lets all lengths differ from what is typical by one factor, and each by much less of its own.
+the prior lets all lengths differ from what is typical by one factor, and each by much less of its own. In the same way
+it knows how large errors are but for a factor.
 Shape letters: N points with values, D dimensions, P points asked about.
 """
 
@@ -17,8 +24,9 @@ from evomerge.records import Floats
 ROOT5 = 5**0.5
 JITTER = 1e-6  # of the signal's variance
 TYPICAL_LENGTH = 1.5  # in one dimension; times the square root of D
-TYPICAL_NOISE = 0.01  # in standard deviations of the values
-SPREAD = 1.0  # of the logarithms of signal, noise and the factor that all lengths share about what is typical
+TYPICAL_BOWL = 0.5  # standard deviation over the points told, in those of the values
+LEAST_NOISE = 0.01  # beside the errors that are known, in standard deviations of the values
+SPREAD = 1.0  # of the logarithms of signal, bowl, and the factors of errors and lengths about what is typical
 OWN_SPREAD = 0.3  # of the logarithm of what a length has beyond that factor
 
 
@@ -26,8 +34,8 @@ OWN_SPREAD = 0.3  # of the logarithm of what a length has beyond that factor
 class GaussianProcess:
     """A fitted process. values (N,) at points (N, D); variances (N,): of what is known of their errors.
 
-    logs (D + 2,): logarithms of the lengths, and of the standard deviations of signal and further noise, the latter two
-    in standard deviations of the values.
+    logs (D + 3,): logarithms of the lengths, of the standard deviations of signal and bowl, in those of the values, and
+    of the factor by which errors differ from what is known of them.
     """
 
     points_ND: Floats
@@ -36,18 +44,21 @@ class GaussianProcess:
     logs: Floats
     _mean: float = field(init=False)
     _scale: float = field(init=False)
+    _scaled_ND: Floats = field(init=False)
     _factor_NN: Floats = field(init=False)
     _weights_N: Floats = field(init=False)
 
     def __post_init__(self) -> None:
         mean, scale = _standard(self.values_N)
-        covariance_NN = _noisy(
-            _kernel(self.logs, self.points_ND, self.points_ND), self.logs, self.variances_N / scale**2
+        scaled_ND = self._scaled(self.points_ND)
+        kernel_NN = _covariance(
+            self.logs, _matern(_distance(scaled_ND, scaled_ND)), _bowl(self.points_ND, self.points_ND)
         )
-        factor_NN: Floats = np.linalg.cholesky(covariance_NN).astype(np.float64)
+        factor_NN = _factor(_noisy(kernel_NN, self.logs, self.variances_N / scale**2))
         for name, value in {
             "_mean": mean,
             "_scale": scale,
+            "_scaled_ND": scaled_ND,
             "_factor_NN": factor_NN,
             "_weights_N": _solve(factor_NN, (self.values_N - mean) / scale),
         }.items():
@@ -55,36 +66,43 @@ class GaussianProcess:
 
     def mean(self, points_PD: Floats) -> Floats:
         """Return the expected values, (P,)."""
-        expected_P: Floats = self._mean + self._scale * (
-            _kernel(self.logs, points_PD, self.points_ND) @ self._weights_N
-        )
-        return expected_P
+        return self._mean + self._scale * (self._kernel(points_PD) @ self._weights_N)
 
     def predict(self, points_PD: Floats) -> tuple[Floats, Floats]:
         """Return the expected values and the variances of the process, without noise, (P,) each."""
         from scipy.linalg import solve_triangular
 
-        cross_PN = _kernel(self.logs, points_PD, self.points_ND)
-        mean_P = self._mean + self._scale * (cross_PN @ self._weights_N)
-        explained_NP = solve_triangular(self._factor_NN, cross_PN.T, lower=True, check_finite=False)
-        variance_P = np.exp(2 * self.logs[-2]) - (explained_NP**2).sum(axis=0)
+        kernel_PN = self._kernel(points_PD)
+        explained_NP = solve_triangular(self._factor_NN, kernel_PN.T, lower=True, check_finite=False)
+        own_P = _covariance(self.logs, np.ones(len(points_PD)), _own_bowl(points_PD, self.points_ND))
+        variance_P = own_P - np.einsum("np,np->p", explained_NP, explained_NP)
+        mean_P = self._mean + self._scale * (kernel_PN @ self._weights_N)
         return mean_P, self._scale**2 * variance_P.clip(min=1e-12)
+
+    def _scaled(self, points_PD: Floats) -> Floats:
+        return np.asarray(points_PD * (ROOT5 / np.exp(self.logs[:-3])))
+
+    def _kernel(self, points_PD: Floats) -> Floats:
+        """Return the covariances with the points, (P, N)."""
+        matern_PN = _matern(_distance(self._scaled(points_PD), self._scaled_ND))
+        return _covariance(self.logs, matern_PN, _bowl(points_PD, self.points_ND))
 
     def left_out(self) -> tuple[Floats, Floats]:
         """Return what all other points say of each point's value, (N,): means and variances, noise included.
 
         The lengths stay those of the fit to all points. Reference: Rasmussen and Williams 2006, 5.4.2.
         """
-        precision_N = np.diag(_solve(self._factor_NN, np.eye(len(self.values_N))))
+        precision_N = np.diag(_inverse(self._factor_NN))
         return self.values_N - self._scale * self._weights_N / precision_N, self._scale**2 / precision_N
 
 
 def fit(
     points_ND: Floats, values_N: Floats, variances_N: Floats, start: Floats | None = None, num_steps: int = 40
 ) -> GaussianProcess:
-    """Fit the lengths, the signal and the noise beyond ``variances_N`` (0 where a value is exact).
+    """Fit the logs; variances_N are 0 where a value is exact.
 
-    start: the logs of an earlier fit, from which a few steps are enough.
+    start: the logs of an earlier fit, from which a few steps are enough. The logs found are rounded, as a search that
+    is resumed knows them from its record.
     """
     from scipy.optimize import minimize
 
@@ -93,55 +111,58 @@ def fit(
     found = minimize(
         _loss,
         typical if start is None else start,
-        ((values_N - mean) / scale, points_ND, variances_N / scale**2, typical),
+        ((values_N - mean) / scale, points_ND, _bowl(points_ND, points_ND), variances_N / scale**2, typical),
         jac=True,
         method="L-BFGS-B",
         bounds=[(log - 4 * SPREAD, log + 4 * SPREAD) for log in typical],
         options={"maxiter": num_steps},
     )
-    logs: Floats = found.x
-    return GaussianProcess(points_ND, values_N, variances_N, logs)
+    return GaussianProcess(points_ND, values_N, variances_N, found.x.round(6))
 
 
 def typical_logs(num_dimensions: int) -> Floats:
-    """Return the logs where the priors are centred, (D + 2,)."""
+    """Return the logs where the priors are centred, (D + 3,)."""
     lengths_D = np.full(num_dimensions, TYPICAL_LENGTH * num_dimensions**0.5)
-    return np.asarray(np.log(np.concatenate([lengths_D, [1.0, TYPICAL_NOISE]])))
+    return np.asarray(np.log(np.concatenate([lengths_D, [1.0, TYPICAL_BOWL, 1.0]])))
 
 
-def _loss(logs: Floats, values_N: Floats, points_ND: Floats, variances_N: Floats, typical: Floats) -> tuple[float, Any]:
+def _loss(
+    logs: Floats, values_N: Floats, points_ND: Floats, bowl_NN: Floats, variances_N: Floats, typical: Floats
+) -> tuple[float, Any]:
     """Return minus the log of the posterior and its gradient, in closed form."""
-    lengths_D, signal_variance = np.exp(logs[:-2]), np.exp(2 * logs[-2])
-    scaled_ND = points_ND / lengths_D
+    signal_variance, bowl_variance = np.exp(2 * logs[-3:-1])
+    scaled_ND = points_ND * (ROOT5 / np.exp(logs[:-3]))
     distance_NN = _distance(scaled_ND, scaled_ND)
-    decay_NN = np.exp(-ROOT5 * distance_NN)
-    kernel_NN = signal_variance * (1 + ROOT5 * distance_NN + 5 / 3 * distance_NN**2) * decay_NN
+    decay_NN = np.exp(-distance_NN)
+    matern_NN = (1 + distance_NN + distance_NN**2 / 3) * decay_NN
     try:
-        factor_NN: Floats = np.linalg.cholesky(_noisy(kernel_NN, logs, variances_N)).astype(np.float64)
+        factor_NN = _factor(_noisy(_covariance(logs, matern_NN, bowl_NN), logs, variances_N))
     except np.linalg.LinAlgError:
         return 1e10, np.zeros_like(logs)
     weights_N = _solve(factor_NN, values_N)
     deviations = logs - typical
     pulls = _pulls(deviations)
     loss = values_N @ weights_N / 2 + np.log(np.diag(factor_NN)).sum() + deviations @ pulls / 2
-    pull_NN = np.outer(weights_N, weights_N) - _solve(factor_NN, np.eye(len(values_N)))
-    slope_NN = pull_NN * (5 / 3 * signal_variance) * (1 + ROOT5 * distance_NN) * decay_NN
+    pull_NN = np.outer(weights_N, weights_N) - _inverse(factor_NN)
+    slope_NN = pull_NN * (signal_variance / 3) * (1 + distance_NN) * decay_NN
     # sum_ab slope_ab (x_a - x_b)^2 = 2 (sum_a x_a^2 slope_a. - x' slope x), in each dimension
     by_length_D = (slope_NN.sum(axis=1) @ scaled_ND**2) - (scaled_ND * (slope_NN @ scaled_ND)).sum(axis=0)
-    by_signal = (pull_NN * kernel_NN).sum() + JITTER * signal_variance * np.trace(pull_NN)
-    by_noise = np.exp(2 * logs[-1]) * np.trace(pull_NN)
-    gradient = -np.concatenate([by_length_D, [by_signal, by_noise]]) + pulls
+    own_N = np.diag(pull_NN)
+    by_signal = signal_variance * (np.vdot(pull_NN, matern_NN) + JITTER * own_N.sum())
+    by_bowl = bowl_variance * np.vdot(pull_NN, bowl_NN)
+    by_noise = np.exp(2 * logs[-1]) * (own_N @ (variances_N + LEAST_NOISE**2))
+    gradient = -np.concatenate([by_length_D, [by_signal, by_bowl, by_noise]]) + pulls
     return float(loss), gradient
 
 
 def _pulls(deviations: Floats) -> Floats:
-    """Return the prior's precision times deviations of logs, (D + 2,).
+    """Return the prior's precision times deviations of logs, (D + 3,).
 
     The covariance of the lengths' is OWN_SPREAD^2 I + SPREAD^2 11', whose inverse is that of Sherman and Morrison.
     """
-    own_D = deviations[:-2]
+    own_D = deviations[:-3]
     shared = SPREAD**2 * own_D.sum() / (OWN_SPREAD**2 + SPREAD**2 * len(own_D))
-    return np.concatenate([(own_D - shared) / OWN_SPREAD**2, deviations[-2:] / SPREAD**2])
+    return np.concatenate([(own_D - shared) / OWN_SPREAD**2, deviations[-3:] / SPREAD**2])
 
 
 def _standard(values_N: Floats) -> tuple[float, float]:
@@ -151,19 +172,64 @@ def _standard(values_N: Floats) -> tuple[float, float]:
 
 
 def _noisy(kernel_NN: Floats, logs: Floats, variances_N: Floats) -> Floats:
-    return kernel_NN + np.diag(variances_N + np.exp(2 * logs[-1]) + JITTER * np.exp(2 * logs[-2]))
+    noise_N = np.exp(2 * logs[-1]) * (variances_N + LEAST_NOISE**2) + JITTER * np.exp(2 * logs[-3])
+    return kernel_NN + np.diag(noise_N)
 
 
-def _kernel(logs: Floats, points_PD: Floats, points_ND: Floats) -> Floats:
-    lengths_D = np.exp(logs[:-2])
-    distance_PN = _distance(points_PD / lengths_D, points_ND / lengths_D)
-    decay_PN = np.exp(2 * logs[-2] - ROOT5 * distance_PN)
-    return np.asarray((1 + ROOT5 * distance_PN + 5 / 3 * distance_PN**2) * decay_PN)
+def _covariance(logs: Floats, matern: Floats, bowl: Floats) -> Floats:
+    """Return the sum of both kernels, of any shape."""
+    signal_variance, bowl_variance = np.exp(2 * logs[-3:-1])
+    return np.asarray(signal_variance * matern + bowl_variance * bowl)
+
+
+def _bowl(points_PD: Floats, told_ND: Floats) -> Floats:
+    """Return the kernel of slopes and curvatures around the mean of the points told, (P, N)."""
+    if _is_undetermined(told_ND):
+        return np.zeros((len(points_PD), len(told_ND)))
+    middle_D = told_ND.mean(axis=0)
+    away_ND = told_ND - middle_D
+    return _quadratic((points_PD - middle_D) @ away_ND.T, away_ND)
+
+
+def _own_bowl(points_PD: Floats, told_ND: Floats) -> Floats:
+    """Return its value of each point with itself, (P,)."""
+    if _is_undetermined(told_ND):
+        return np.zeros(len(points_PD))
+    middle_D = told_ND.mean(axis=0)
+    return _quadratic(((points_PD - middle_D) ** 2).sum(axis=1), told_ND - middle_D)
+
+
+def _is_undetermined(told_ND: Floats) -> bool:
+    """Whether there are fewer points than a quadratic has unknowns."""
+    num_points, num_dimensions = told_ND.shape
+    return bool(num_points < (num_dimensions + 1) * (num_dimensions + 2) // 2)
+
+
+def _quadratic(products: Floats, away_ND: Floats) -> Floats:
+    products = products / max((away_ND**2).sum() / len(away_ND), 1e-12)
+    return np.asarray(products + products**2 / 2)
+
+
+def _matern(distance_PN: Floats) -> Floats:
+    """Return the correlations at distances in units of length / sqrt(5), which are overwritten."""
+    kernel_PN = distance_PN**2
+    kernel_PN /= 3
+    kernel_PN += distance_PN
+    kernel_PN += 1
+    kernel_PN *= np.exp(np.negative(distance_PN, out=distance_PN), out=distance_PN)
+    return kernel_PN
 
 
 def _distance(first_PD: Floats, second_ND: Floats) -> Floats:
-    squared_PN = (first_PD**2).sum(axis=1)[:, None] + (second_ND**2).sum(axis=1) - 2 * first_PD @ second_ND.T
-    return np.asarray(np.sqrt(squared_PN.clip(min=0.0)))
+    squared_PN = first_PD @ (-2 * second_ND.T)
+    squared_PN += np.einsum("pd,pd->p", first_PD, first_PD)[:, None]
+    squared_PN += np.einsum("nd,nd->n", second_ND, second_ND)
+    np.maximum(squared_PN, 0.0, out=squared_PN)
+    return np.asarray(np.sqrt(squared_PN, out=squared_PN))
+
+
+def _factor(covariance_NN: Floats) -> Floats:
+    return np.asarray(np.linalg.cholesky(covariance_NN), dtype=np.float64)
 
 
 def _solve(factor_NN: Floats, right: Floats) -> Floats:
@@ -171,3 +237,11 @@ def _solve(factor_NN: Floats, right: Floats) -> Floats:
 
     solved: Floats = cho_solve((factor_NN, True), right, check_finite=False)
     return solved
+
+
+def _inverse(factor_NN: Floats) -> Floats:
+    """Return the inverse of the matrix with this lower factor: a third of what solving for each column takes."""
+    from scipy.linalg.lapack import dpotri
+
+    lower_NN: Floats = dpotri(factor_NN, lower=True)[0]
+    return np.tril(lower_NN) + np.tril(lower_NN, -1).T

@@ -61,7 +61,7 @@ class ObjectiveSurrogate:
     def logs(self) -> Logs:
         """What a later fit can start from."""
         processes = [self.rest] if self.companion is None else [self.rest, self.companion]
-        return [process.logs.round(6).tolist() for process in processes]
+        return [process.logs.tolist() for process in processes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +87,7 @@ def model_objective(told: Told, known: Logs | None = None, *, refit: bool = True
     def process(values_N: Floats, variances_N: Floats, logs: Floats | None) -> GaussianProcess:
         if logs is not None and not refit:
             return GaussianProcess(points_ND, values_N, variances_N, logs)
-        found = fit(points_ND, values_N, variances_N, logs, FIRST_STEPS if logs is None else LATER_STEPS)
-        return GaussianProcess(points_ND, values_N, variances_N, found.logs.round(6))  # as a resumed search knows them
+        return fit(points_ND, values_N, variances_N, logs, FIRST_STEPS if logs is None else LATER_STEPS)
 
     smooth_N = np.zeros(len(values_N)) if slopes is None else slopes.predict(points_ND)
     companion = None

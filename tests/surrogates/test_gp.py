@@ -14,17 +14,25 @@ def matern(first: np.ndarray, second: np.ndarray, lengths: np.ndarray, signal: f
     return float(signal**2 * (1 + np.sqrt(5) * r + 5 * r**2 / 3) * np.exp(-np.sqrt(5) * r))
 
 
+def covariance(first: np.ndarray, second: np.ndarray, logs: np.ndarray, told: np.ndarray) -> float:
+    """That of two points: the Matern kernel, and the quadratic one around the mean of the points told."""
+    (signal, bowl), middle = np.exp(logs[-3:-1]), told.mean(axis=0)
+    product = (first - middle) @ (second - middle) / ((told - middle) ** 2).sum(axis=1).mean()
+    return matern(first, second, np.exp(logs[:-3]), signal) + float(bowl**2 * (product + product**2 / 2))
+
+
 def test_mean_and_variance_are_the_textbooks() -> None:
     rng = np.random.default_rng(0)
-    points, asked, values = rng.random((6, 3)), rng.random((4, 3)), rng.normal(5, 2, 6)
-    variances, logs = np.full(6, 0.1), np.log([0.5, 1.0, 2.0, 1.3, 0.2])
-    lengths, signal, noise = np.exp(logs[:3]), np.exp(logs[3]), np.exp(logs[4])
+    points, asked, values = rng.random((12, 3)), rng.random((4, 3)), rng.normal(5, 2, 12)
+    variances, logs = np.full(12, 0.1), np.log([0.5, 1.0, 2.0, 1.3, 0.7, 0.8])
     mean, scale = values.mean(), values.std()
-    told = np.array([[matern(a, b, lengths, signal) for b in points] for a in points])
-    told += np.diag(variances / scale**2 + noise**2 + gp.JITTER * signal**2)
-    cross = np.array([[matern(a, b, lengths, signal) for b in points] for a in asked])
+    told = np.array([[covariance(a, b, logs, points) for b in points] for a in points])
+    noise = np.exp(2 * logs[5]) * (variances / scale**2 + gp.LEAST_NOISE**2)
+    told += np.diag(noise + gp.JITTER * np.exp(2 * logs[3]))
+    cross = np.array([[covariance(a, b, logs, points) for b in points] for a in asked])
+    own = np.array([covariance(a, a, logs, points) for a in asked])
     expected = mean + scale * cross @ np.linalg.inv(told) @ ((values - mean) / scale)
-    variance = scale**2 * (signal**2 - np.einsum("pn,nm,pm->p", cross, np.linalg.inv(told), cross))
+    variance = scale**2 * (own - np.einsum("pn,nm,pm->p", cross, np.linalg.inv(told), cross))
     process = GaussianProcess(points, values, variances, logs)
     np.testing.assert_allclose(process.mean(asked), expected, rtol=1e-9)
     np.testing.assert_allclose(process.predict(asked)[0], expected, rtol=1e-9)
@@ -34,9 +42,9 @@ def test_mean_and_variance_are_the_textbooks() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_the_gradient_of_the_posterior_is_that_of_differences(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    points, values = rng.random((12, 4)), rng.normal(size=12)
-    told = (values, points, np.full(12, 0.01), typical_logs(4))
-    logs = typical_logs(4) + rng.normal(0, 0.7, 6)
+    points, values = rng.random((16, 4)), rng.normal(size=16)
+    told = (values, points, gp._bowl(points, points), np.full(16, 0.01), typical_logs(4))
+    logs = typical_logs(4) + rng.normal(0, 0.7, 7)
     numeric = approx_fprime(logs, lambda logs: gp._loss(logs, *told)[0], 1e-6)
     np.testing.assert_allclose(gp._loss(logs, *told)[1], numeric, rtol=1e-3, atol=1e-3)
 
@@ -98,14 +106,45 @@ def test_a_few_steps_from_an_earlier_fit_are_as_good_as_many() -> None:
 def test_what_is_left_out_is_what_the_other_points_say() -> None:
     """The closed form agrees with leaving each point out, and predicting it from the others by the same lengths."""
     rng = np.random.default_rng(3)
-    points, variances, logs = rng.random((8, 2)), np.full(8, 0.01), np.log([0.8, 1.5, 1.1, 0.1])
+    points, variances, logs = rng.random((8, 2)), np.full(8, 0.01), np.log([0.8, 1.5, 1.1, 0.6, 0.9])
     values = np.sin(3 * points[:, 0]) + points[:, 1]
-    mean, scale, lengths, signal = values.mean(), values.std(), np.exp(logs[:2]), np.exp(logs[2])
-    kernel = np.array([[matern(a, b, lengths, signal) for b in points] for a in points])
-    noisy = kernel + np.diag(variances / scale**2 + np.exp(2 * logs[3]) + gp.JITTER * signal**2)
+    mean, scale = values.mean(), values.std()
+    kernel = np.array([[covariance(a, b, logs, points) for b in points] for a in points])
+    noise = np.exp(2 * logs[4]) * (variances / scale**2 + gp.LEAST_NOISE**2)
+    noisy = kernel + np.diag(noise + gp.JITTER * np.exp(2 * logs[2]))
     means, left_variances = GaussianProcess(points, values, variances, logs).left_out()
     for n in range(8):
         others = np.arange(8) != n
         weights = np.linalg.solve(noisy[np.ix_(others, others)], kernel[others, n])
         assert means[n] == pytest.approx(mean + weights @ (values[others] - mean))
         assert left_variances[n] == pytest.approx(scale**2 * (noisy[n, n] - weights @ kernel[others, n]))
+
+
+def test_a_bowl_is_told_by_few_points_with_errors() -> None:
+    """Far from where it was told, a quadratic is known far better than by lengths alone."""
+    rng = np.random.default_rng(9)
+    bowl = lambda points: (points - 0.4) ** 2 @ np.array([1.0, 2.0, 3.0, 4.0])  # noqa: E731
+    points, asked = 0.2 + 0.4 * rng.random((40, 4)), rng.random((100, 4))
+    values = bowl(points) + rng.normal(0, 0.03, 40)
+    process = fit(points, values, np.full(40, 0.03**2))
+    without = GaussianProcess(points, values, process.variances_N, process.logs - 9 * (np.arange(7) == 5))
+    off, off_without = (np.abs(model.mean(asked) - bowl(asked)).mean() for model in (process, without))
+    assert off < 0.5 * off_without
+
+
+def test_errors_that_are_twice_what_is_known_are_found() -> None:
+    rng = np.random.default_rng(10)
+    points = rng.random((80, 3))
+    process = fit(points, points.sum(axis=1) + rng.normal(0, 0.1, 80), np.full(80, 0.05**2))
+    assert np.exp(process.logs[-1]) == pytest.approx(2, rel=0.2)
+
+
+def test_fewer_points_than_a_quadratic_has_unknowns_say_nothing_of_it() -> None:
+    rng = np.random.default_rng(11)
+    points, values, asked = rng.random((14, 4)), rng.random(14), rng.random((9, 4))
+    logs = typical_logs(4)
+    with_it, without = (
+        GaussianProcess(points, values, np.zeros(14), logs - off * (np.arange(7) == 5)) for off in (0, 9)
+    )
+    for ours, theirs in zip(with_it.predict(asked), without.predict(asked), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
