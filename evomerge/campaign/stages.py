@@ -18,7 +18,9 @@ from evomerge.records import Options
 from evomerge.space.groups import block_modules
 
 AUTO_LEGS = 6  # of a descent of one objective
+AUTO_LEGS_COST = 20.0  # of all of them, in full-evaluation equivalents, at most
 AUTO_FRONT = 4  # candidates of the gradient front, beside one for each objective
+AUTO_FRONT_COST = 5.0  # of its descent: at some 10 the other searchers are ahead before it has begun to score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,9 +116,26 @@ def stage_cost(plan: Plan, stage: Stage) -> float:
     """Return a stage's full-evaluation equivalents, gradient steps included."""
     if not isinstance(stage.options, DescentOptions):
         return stage.num_evaluations
+    return stage.num_evaluations + _descent_cost(plan, stage.options, stage.num_evaluations)
+
+
+def _descent_cost(plan: Plan, options: DescentOptions, num_trials: int) -> float:
+    """Return the full-evaluation equivalents of the descents of so many trials."""
     num_adapt = {task: len(splits["adapt"]) for task, splits in plan.splits.items()}
     num_search = sum(len(splits["search"]) for splits in plan.splits.values())
-    return stage.num_evaluations + stage.options.num_forwards(num_adapt, stage.num_evaluations) / num_search
+    return options.num_forwards(num_adapt, num_trials) / num_search
+
+
+def _affordable(plan: Plan, options: DescentOptions, num_trials: int, most: float) -> DescentOptions:
+    """Return options with the largest batches, up to those given, with which descents cost no more than ``most``.
+
+    An evaluation of few items is cheap, a step costs the same. Batches have an item a task at least, whatever it costs.
+    """
+    for batch_size in range(options.batch_size, 0, -1):
+        options = options.model_copy(update={"batch_size": batch_size})
+        if _descent_cost(plan, options, num_trials) <= most:
+            break
+    return options
 
 
 def _auto(campaign: Campaign, plan: Plan) -> list[Stage]:
@@ -128,7 +147,12 @@ def _auto(campaign: Campaign, plan: Plan) -> list[Stage]:
     num_steering = len(plan.steering)
     if plan.rigid is None and campaign.split.adapt > 0 and "ce" in plan.losses:
         one = num_steering == 1
-        options = AdaMergingOptions(loss="ce", steps=25, learning_rate=1e-2) if one else GradientFrontOptions()
+        legs = AdaMergingOptions(loss="ce", steps=25, learning_rate=1e-2)
+        options = (
+            _affordable(plan, legs, AUTO_LEGS, AUTO_LEGS_COST)
+            if one
+            else _affordable(plan, GradientFrontOptions(), 1, AUTO_FRONT_COST)
+        )
         num_evaluations = min(budget, AUTO_LEGS if one else AUTO_FRONT + num_steering)
         reason = "descend the adapt items' labels" + ("" if one else ", to a whole front at once")
         stages.append(
