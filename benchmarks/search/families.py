@@ -4,7 +4,7 @@ digits4                 four objectives, one coefficient an expert and layer
 digits4:2               the first two objectives alone; all experts stay
 digits4:model           one coefficient an expert (or: layer, module, tensor)
 digits4:2:model         both
-text:small              text with a smaller model and short passages: a twelfth of the time, for long comparisons
+text:small              text with a smaller model and short passages: a twentieth of the time, for long comparisons
 """
 
 from collections.abc import Mapping
