@@ -146,23 +146,17 @@ def _auto(campaign: Campaign, plan: Plan) -> list[Stage]:
     budget, stages = campaign.budget.evaluations, []
     num_steering = len(plan.steering)
     if plan.rigid is None and campaign.split.adapt > 0 and "ce" in plan.losses:
-        one = num_steering == 1
-        legs = AdaMergingOptions(loss="ce", steps=25, learning_rate=1e-2)
-        options = (
-            _affordable(plan, legs, AUTO_LEGS, AUTO_LEGS_COST)
-            if one
-            else _affordable(plan, GradientFrontOptions(), 1, AUTO_FRONT_COST)
-        )
-        num_evaluations = min(budget, AUTO_LEGS if one else AUTO_FRONT + num_steering)
-        reason = "descend the adapt items' labels" + ("" if one else ", to a whole front at once")
-        stages.append(
-            Stage(
-                proposer=AdaMerging.name if one else GradientFront.name,
-                options=options,
-                num_evaluations=num_evaluations,
-                reason=f"there are gradients: {reason}",
-            )
-        )
+        reason = "there are gradients: descend the adapt items' labels"
+        if num_steering == 1:
+            name, num_trials = AdaMerging.name, AUTO_LEGS
+            legs = AdaMergingOptions(loss="ce", steps=25, learning_rate=1e-2)
+            options = _affordable(plan, legs, AUTO_LEGS, AUTO_LEGS_COST)
+        else:
+            name, num_trials = GradientFront.name, AUTO_FRONT + num_steering
+            options = _affordable(plan, GradientFrontOptions(), 1, AUTO_FRONT_COST)
+            reason += ", to a whole front at once"
+        num_evaluations = min(budget, num_trials)
+        stages.append(Stage(proposer=name, options=options, num_evaluations=num_evaluations, reason=reason))
         budget -= num_evaluations
     if budget:
         reason = f"{num_steering} objectives, {len(plan.space)} dimensions: model what was scored"
