@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 
 from benchmarks.search.trace import Trace
-from evomerge.front.improvement import improvement_over
+from evomerge.front.improvement import improvement_over, most_gaining
 from evomerge.front.pareto import hypervolume
 from evomerge.records import Floats
 
@@ -177,11 +177,9 @@ def _hindsight(one: Trace, traces: Sequence[Trace], costs_G: Floats, reference_M
     able = [(trace, [n for n in trace.scored(costs_G[-1]) if trace.steps[n].test]) for trace in traces]
     searched_NM = np.concatenate([trace.searched(trials) for trace, trials in able])
     tested_NM = np.concatenate([trace.tested(trials) for trace, trials in able])
-    front, order = improvement_over(searched_NM[:0], reference_M), list[int]()
     counts = [len(one.scored(cost)) for cost in costs_G]
-    for _ in range(min(counts[-1], len(searched_NM))):
-        order.append(int(front.gains(searched_NM).argmax()))
-        front = front.with_point(searched_NM[order[-1]])
+    front, alike_N = improvement_over(searched_NM[:0], reference_M), np.ones(len(searched_NM))
+    order = most_gaining(front, searched_NM, searched_NM[None], alike_N, counts[-1])
     return np.array([hypervolume(tested_NM[order[:count]], reference_M) for count in counts])
 
 

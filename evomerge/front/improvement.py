@@ -3,7 +3,8 @@
 The dominated region is cut into disjoint boxes by its local upper bounds (Lacour, Klamroth and Fonseca 2017,
 Computers & Operations Research 79, section 4.2: the incremental algorithm, and the boxes of its bounds). What a point
 adds is its own box above the reference point less what the boxes cut out of it.
-Shape letters: N points, M objectives, U bounds (one box each), S points that are asked about, V directions.
+Shape letters: N points, M objectives, U bounds (one box each), S points that are asked about, V directions; P points to
+choose from, of S draws each.
 """
 
 from copy import copy
@@ -123,6 +124,30 @@ def improvement_over(values_NM: Floats, reference_M: Floats) -> Improvement | Sa
     """Return exact improvements, or sampled ones where there are many objectives."""
     kind = Improvement if len(reference_M) <= MAX_EXACT else SampledImprovement
     return kind(values_NM, reference_M)
+
+
+def most_gaining(
+    front: Improvement | SampledImprovement, values_PM: Floats, draws_SPM: Floats, weights_P: Floats, number: int
+) -> list[int]:
+    """Return the places of points (P, M) that raise a hypervolume most, one after the other, each beside those before.
+
+    What a point adds is the mean over its draws, of which there are S, times its weight; once chosen it counts at its
+    value. As that only falls while the front grows, no more are counted again than the best of the old counts
+    (Minoux 1978, Accelerated greedy algorithms for maximizing submodular set functions).
+    """
+    num_draws, num_points, num_objectives = draws_SPM.shape
+    gains_SP = front.gains(draws_SPM.reshape(-1, num_objectives)).reshape(num_draws, num_points)
+    worth_P = gains_SP.mean(axis=0) * weights_P
+    chosen: list[int] = []
+    for _ in range(min(number, num_points)):
+        is_counted_P = np.full(num_points, not chosen)
+        while not is_counted_P[place := int(worth_P.argmax())]:
+            worth_P[place] = front.gains(draws_SPM[:, place]).mean() * weights_P[place]
+            is_counted_P[place] = True
+        chosen.append(place)
+        worth_P[place] = -1.0
+        front = front.with_point(values_PM[place])
+    return chosen
 
 
 def _whole(worst_M: Floats) -> tuple[Floats, Floats]:

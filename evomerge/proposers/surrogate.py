@@ -28,12 +28,12 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from evomerge.front.improvement import Improvement, SampledImprovement, improvement_over
+from evomerge.front.improvement import Improvement, SampledImprovement, improvement_over, most_gaining
 from evomerge.front.pareto import non_dominated
 from evomerge.proposers.proposer import Problem
 from evomerge.records import Candidate, Floats, Items, Observation, Options
 from evomerge.space.space import Dimension
-from evomerge.surrogates.gp import GaussianProcess, fit
+from evomerge.surrogates.gp import GaussianProcess, fit, typical_logs
 from evomerge.surrogates.objective import Logs, Told, model_objective
 from evomerge.surrogates.slopes import SlopeProcess, fit_slopes
 
@@ -44,11 +44,11 @@ TRUST_RADIUS = 0.15  # of the box, in each dimension
 APART_RADIUS = 0.05  # the same for what a number moves beyond all of its expert, without gradients
 MUTATION = 0.08
 TOGETHER = 0.5  # share of mutations that move all numbers of an expert by the same
-REFIT_GROWTH = 1.2  # of the number of candidates before all lengths are fitted anew
+REFIT_GROWTH = 1.4  # of the number of candidates before all lengths are fitted anew
 STARTUP_SPREAD = 0.2  # of the first candidates, in units of the box
 OWN_ERROR = 0.5  # share of a standard error that is a candidate's own
 MAX_SLOPES = 24  # parts of descents, evenly from all
-BATCH_SHARE = 1 / 16  # of the candidates told: later, one more or less tells little
+BATCH_SHARE = 1 / 8  # of the candidates told: later, one more or less tells little
 
 
 class SurrogateOptions(Options):
@@ -93,10 +93,15 @@ class Surrogate:
         self._num_asked += 1
         if "then" in candidate.memo:
             self._batch = [tuple(point) for point in candidate.memo["then"]]
-            if "logs" in candidate.memo:
+            if "logs" in candidate.memo and self._are_of_these_kernels(candidate.memo["logs"]):
                 self._logs, self._num_fitted = candidate.memo["logs"], candidate.memo["num_fitted"]
         elif self._batch:
             self._batch.pop(0)
+
+    def _are_of_these_kernels(self, logs: list[Logs]) -> bool:
+        """Whether this version can go on from them; one with other kernels has others, and all are fitted anew."""
+        number = len(typical_logs(self.problem.num_dimensions))
+        return all(len(process) == number for objective in logs for process in objective)
 
     def _next(self, pending: Sequence[Candidate]) -> Candidate:
         if self._batch:
@@ -352,24 +357,8 @@ def _choose(
     size: int,
     rng: np.random.Generator,
 ) -> list[int]:
-    """Return the places of a batch: one after the other, each where most is to be gained beside those before it.
-
-    Without a front, as nothing has kept all floors and ceilings yet, those that most likely will. What a candidate adds
-    only falls as the front grows, so that after each choice no more are counted again than the best of the old counts.
-    """
+    """Return the places of a batch; without a front, as nothing has kept all bounds yet, the likeliest to keep them."""
     mean_PM, draws_SPM, chance_P = models.draws(population_PD, rng)
     if front is None:
         return [int(place) for place in np.argsort(-chance_P, kind="stable")[:size]]
-    num_draws, num_points, num_objectives = draws_SPM.shape
-    gains_SP = front.gains(draws_SPM.reshape(-1, num_objectives)).reshape(num_draws, num_points)
-    worth_P = gains_SP.mean(axis=0) * chance_P
-    chosen: list[int] = []
-    for _ in range(size):
-        is_counted_P = np.full(num_points, not chosen)
-        while not is_counted_P[place := int(worth_P.argmax())]:
-            worth_P[place] = front.gains(draws_SPM[:, place]).mean() * chance_P[place]
-            is_counted_P[place] = True
-        chosen.append(place)
-        worth_P[place] = -1.0
-        front = front.with_point(mean_PM[place])
-    return chosen
+    return most_gaining(front, mean_PM, draws_SPM, chance_P, size)

@@ -127,7 +127,7 @@ def typical_logs(num_dimensions: int) -> Floats:
 
 
 def _loss(
-    logs: Floats, values_N: Floats, points_ND: Floats, bowl_NN: Floats, variances_N: Floats, typical: Floats
+    logs: Floats, values_N: Floats, points_ND: Floats, bowl_NN: Floats | None, variances_N: Floats, typical: Floats
 ) -> tuple[float, Any]:
     """Return minus the log of the posterior and its gradient, in closed form."""
     signal_variance, bowl_variance = np.exp(2 * logs[-3:-1])
@@ -149,7 +149,7 @@ def _loss(
     by_length_D = (slope_NN.sum(axis=1) @ scaled_ND**2) - (scaled_ND * (slope_NN @ scaled_ND)).sum(axis=0)
     own_N = np.diag(pull_NN)
     by_signal = signal_variance * (np.vdot(pull_NN, matern_NN) + JITTER * own_N.sum())
-    by_bowl = bowl_variance * np.vdot(pull_NN, bowl_NN)
+    by_bowl = 0.0 if bowl_NN is None else bowl_variance * np.vdot(pull_NN, bowl_NN)
     by_noise = np.exp(2 * logs[-1]) * (own_N @ (variances_N + LEAST_NOISE**2))
     gradient = -np.concatenate([by_length_D, [by_signal, by_bowl, by_noise]]) + pulls
     return float(loss), gradient
@@ -176,25 +176,28 @@ def _noisy(kernel_NN: Floats, logs: Floats, variances_N: Floats) -> Floats:
     return kernel_NN + np.diag(noise_N)
 
 
-def _covariance(logs: Floats, matern: Floats, bowl: Floats) -> Floats:
+def _covariance(logs: Floats, matern: Floats, bowl: Floats | None) -> Floats:
     """Return the sum of both kernels, of any shape."""
     signal_variance, bowl_variance = np.exp(2 * logs[-3:-1])
-    return np.asarray(signal_variance * matern + bowl_variance * bowl)
+    covariance = signal_variance * matern
+    if bowl is not None:
+        covariance += bowl_variance * bowl
+    return np.asarray(covariance)
 
 
-def _bowl(points_PD: Floats, told_ND: Floats) -> Floats:
-    """Return the kernel of slopes and curvatures around the mean of the points told, (P, N)."""
+def _bowl(points_PD: Floats, told_ND: Floats) -> Floats | None:
+    """Return the kernel of slopes and curvatures around the mean of the points told, (P, N); None while left out."""
     if _is_undetermined(told_ND):
-        return np.zeros((len(points_PD), len(told_ND)))
+        return None
     middle_D = told_ND.mean(axis=0)
     away_ND = told_ND - middle_D
     return _quadratic((points_PD - middle_D) @ away_ND.T, away_ND)
 
 
-def _own_bowl(points_PD: Floats, told_ND: Floats) -> Floats:
-    """Return its value of each point with itself, (P,)."""
+def _own_bowl(points_PD: Floats, told_ND: Floats) -> Floats | None:
+    """Return its value of each point with itself, (P,); None while left out."""
     if _is_undetermined(told_ND):
-        return np.zeros(len(points_PD))
+        return None
     middle_D = told_ND.mean(axis=0)
     return _quadratic(((points_PD - middle_D) ** 2).sum(axis=1), told_ND - middle_D)
 

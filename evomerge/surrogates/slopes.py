@@ -20,7 +20,7 @@ from evomerge.records import Floats
 TYPICAL_LENGTH = 0.7  # in one dimension; times the square root of D
 TYPICAL_ERROR = 0.1  # of losses and slopes, in standard deviations of theirs
 SPREADS = np.array([0.2, 1.0, 1.0, 1.0])  # of the logarithms of length, signal and both errors about what is typical
-NUM_TRIALS = 150  # of hyperparameters
+NUM_TRIALS = 80  # of hyperparameters
 JITTER = 1e-8
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evomerge.front.improvement import Improvement, SampledImprovement, improvement_over
+from evomerge.front.improvement import Improvement, SampledImprovement, improvement_over, most_gaining
 from evomerge.front.pareto import hypervolume
 
 REFERENCE = -0.1
@@ -82,3 +82,22 @@ def test_sampled_directions_are_near_the_exact_volumes(num_objectives: int) -> N
 def test_few_objectives_are_exact() -> None:
     assert isinstance(improvement_over(np.zeros((0, 4)), np.zeros(4)), Improvement)
     assert isinstance(improvement_over(np.zeros((0, 5)), np.zeros(5)), SampledImprovement)
+
+
+@given(num_objectives=st.integers(1, 5), num_points=st.integers(1, 12), seed=st.integers(0, 10**6))
+@settings(max_examples=40)
+def test_what_gains_most_is_what_counting_all_again_would_choose(
+    num_objectives: int, num_points: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    known, points = (rng.random((number, num_objectives)) for number in (5, num_points))
+    draws, weights = points + rng.normal(0, 0.1, (7, *points.shape)), rng.random(num_points)
+    reference = np.zeros(num_objectives)
+    chosen = most_gaining(improvement_over(known, reference), points, draws, weights, 6)
+    front, left = improvement_over(known, reference), list(range(num_points))
+    for place in chosen:
+        worth = [front.gains(draws[:, other]).mean() * weights[other] for other in left]
+        assert worth[left.index(place)] == max(worth)
+        left.remove(place)
+        front = front.with_point(points[place])
+    assert len(chosen) == min(6, num_points)

@@ -238,6 +238,22 @@ class TestSurrogate(ProposerContract):
         assert min(away[:10]) > 0.09
         assert min(away) < 0.001
 
+    def test_lengths_of_other_kernels_are_fitted_anew(self) -> None:
+        """A run of an earlier version, which knew of one kernel less, is gone on with."""
+        asked = self.run(self.make(), 8)
+        older = [
+            replace(candidate, memo=memo | {"logs": [[logs[:-1] for logs in objective] for objective in memo["logs"]]})
+            if "logs" in (memo := candidate.memo)
+            else candidate
+            for candidate in asked
+        ]
+        assert older != asked
+        proposer = self.make()
+        for index, candidate in enumerate(older):
+            proposer.recall(candidate)
+            proposer.tell(self.observe(index, candidate))
+        assert len(proposer.ask(3, [])) == 3
+
     def test_slopes_of_an_earlier_descent_are_made_use_of(self) -> None:
         """In 24 dimensions, five proposals after four candidates; with the gradients at eight points, and without."""
         centers_MD = np.stack([np.full(24, 0.3), np.tile([0.3, 0.7], 12)])
