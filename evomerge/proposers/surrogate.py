@@ -267,7 +267,7 @@ def slopes_of(history: Sequence[Observation], problem: Problem) -> list[SlopePro
     losses_BM = np.concatenate([np.reshape(slopes.losses, (-1, shape[0])) for slopes in found])
     gradients_BMD = np.concatenate([np.reshape(slopes.gradients, (-1, *shape)) for slopes in found])
     kept = np.unique(np.linspace(0, len(points_BD) - 1, MAX_SLOPES).round().astype(int))
-    return [fit_slopes(points_BD[kept], losses_BM[kept, m], gradients_BMD[kept, m]) for m in range(shape[0])]
+    return [*fit_slopes(points_BD[kept], losses_BM[kept], gradients_BMD[kept])]
 
 
 def _error(observation: Observation) -> Floats:

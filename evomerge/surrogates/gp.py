@@ -246,5 +246,7 @@ def _inverse(factor_NN: Floats) -> Floats:
     """Return the inverse of the matrix with this lower factor: a third of what solving for each column takes."""
     from scipy.linalg.lapack import dpotri
 
-    lower_NN: Floats = dpotri(factor_NN, lower=True)[0]
-    return np.tril(lower_NN) + np.tril(lower_NN, -1).T
+    upper_NN: Floats = dpotri(factor_NN.T)[0]  # and 0 below the diagonal, as the factor has it
+    inverse_NN = upper_NN + upper_NN.T
+    np.einsum("nn->n", inverse_NN)[:] /= 2
+    return inverse_NN

@@ -8,7 +8,7 @@ matter. Reference: Rasmussen and Williams 2006, section 9.4; Eriksson et al. 201
 Exact for any D: covariances of gradients couple directions only within the span of the differences between the N
 points, of rank R < N. Outside of it every direction is a process of its own, with one N x N covariance for all. So it
 costs O(N^3 R^3 + N^2 D) where a dense solution costs O(N^3 D^3).
-Shape letters: N points with gradients, D dimensions, R directions of the span, P points asked about.
+Shape letters: N points with gradients, M losses, D dimensions, R directions of the span, P points asked about.
 """
 
 from dataclasses import dataclass
@@ -42,11 +42,16 @@ class SlopeProcess:
         return expected_P
 
 
-def fit_slopes(points_ND: Floats, losses_N: Floats, gradients_ND: Floats) -> SlopeProcess:
-    """Fit length, signal and errors by maximum a posteriori to losses (N,) and gradients (N, D) at points (N, D)."""
+def fit_slopes(points_ND: Floats, losses_NM: Floats, gradients_NMD: Floats) -> list[SlopeProcess]:
+    """Fit length, signal and errors by maximum a posteriori to losses (N, M) and gradients (N, M, D) at points (N, D).
+
+    Returns one process for each of M losses. The four numbers are the same for all of them, in units of each one's own
+    slopes: one factorization serves all. The same points and items tell of all losses, so that their evidence counts as
+    that of one, by its mean. (Measured: predictions as good as with four numbers of each loss's own.)
+    """
     from scipy.optimize import minimize
 
-    known = _Known.of(points_ND, losses_N, gradients_ND)
+    known = _Known.of(points_ND, losses_NM, gradients_NMD)
     found = minimize(
         lambda logs: known.solve(logs)[0],
         np.zeros(4),
@@ -63,33 +68,34 @@ class _Known:
     points_ND: Floats
     span_DR: Floats
     inside_NR: Floats
-    losses_N: Floats
-    slopes_NR: Floats
-    outside_ND: Floats
-    scale: float
+    losses_NM: Floats
+    slopes_NRM: Floats
+    outside_NMD: Floats
+    units_M: Floats
     typical: Floats
 
     @classmethod
-    def of(cls, points_ND: Floats, losses_N: Floats, gradients_ND: Floats) -> "_Known":
-        num_dimensions = points_ND.shape[1]
+    def of(cls, points_ND: Floats, losses_NM: Floats, gradients_NMD: Floats) -> "_Known":
         _, energy_R, span_RD = np.linalg.svd(points_ND - points_ND.mean(axis=0), full_matrices=False)
         span_DR = span_RD[energy_R > 1e-9 * max(energy_R[0], 1e-30)].T
-        slopes_NR = gradients_ND @ span_DR
-        length = TYPICAL_LENGTH * num_dimensions**0.5
-        slope = max(float(np.sqrt((gradients_ND**2).mean())), 1e-12)
-        spread = max(float(losses_N.std()), 1e-12)
-        typical = np.log([length, slope * length, TYPICAL_ERROR * spread, TYPICAL_ERROR * slope])
+        length = TYPICAL_LENGTH * points_ND.shape[1] ** 0.5
+        units_M = length * np.sqrt((gradients_NMD**2).mean(axis=(0, 2))).clip(min=1e-12)
+        losses_NM, gradients_NMD = losses_NM / units_M, gradients_NMD / units_M[:, None]
+        slopes_NMR = gradients_NMD @ span_DR
+        spread = max(float(np.sqrt(losses_NM.var(axis=0).mean())), 1e-12)
         return cls(
-            points_ND, span_DR, points_ND @ span_DR, losses_N, slopes_NR, gradients_ND - slopes_NR @ span_DR.T,
-            spread, typical,
+            points_ND, span_DR, points_ND @ span_DR, losses_NM, slopes_NMR.swapaxes(1, 2),
+            gradients_NMD - slopes_NMR @ span_DR.T, units_M,
+            np.log([length, 1.0, TYPICAL_ERROR * spread, TYPICAL_ERROR / length]),
         )  # fmt: skip
 
-    def solve(self, deviations: Floats) -> tuple[float, SlopeProcess]:
-        """Return minus the log of the posterior at ``typical`` plus deviations, and the process."""
+    def solve(self, deviations: Floats) -> tuple[float, list[SlopeProcess]]:
+        """Return minus the log of the posterior at ``typical`` plus deviations, and the processes."""
         from scipy.linalg import cho_solve
 
         length, signal, error, slope_error = np.exp(self.typical + deviations)
         num_points, rank = self.inside_NR.shape
+        num_losses = len(self.units_M)
         kernel_NN = signal**2 * _kernel(self.inside_NR, self.inside_NR, length)
         away_NNR = (self.inside_NR[:, None] - self.inside_NR) / length**2
         crossed_NRN = (kernel_NN[:, :, None] * away_NNR).transpose(1, 2, 0)  # slope at the first, value at the second
@@ -106,19 +112,30 @@ class _Known:
         try:
             factor, outer = np.linalg.cholesky(covariance), np.linalg.cholesky(outer_NN)
         except np.linalg.LinAlgError:
-            return 1e10, SlopeProcess(self.points_ND, length, 0.0, np.zeros(num_points), np.zeros_like(self.points_ND))
-        told = np.concatenate([self.losses_N, self.slopes_NR.ravel()])
+            return 1e10, []
+        told = np.concatenate([self.losses_NM, self.slopes_NRM.reshape(size, num_losses)])
         ones = np.concatenate([np.ones(num_points), np.zeros(size)])
         weighted, of_ones = cho_solve((factor, True), told), cho_solve((factor, True), ones)
-        mean = float((ones @ weighted) / (ones @ of_ones))
-        weighted = weighted - mean * of_ones
-        outside_ND = cho_solve((outer, True), self.outside_ND)
-        misfit = (told - mean * ones) @ weighted + (self.outside_ND * outside_ND).sum()
+        mean_M = (ones @ weighted) / (ones @ of_ones)
+        weighted = weighted - np.outer(of_ones, mean_M)
+        outside_NMD = cho_solve((outer, True), self.outside_NMD.reshape(num_points, -1)).reshape(self.outside_NMD.shape)
+        misfit = ((told - np.outer(ones, mean_M)) * weighted).sum() + (self.outside_NMD * outside_NMD).sum()
         num_outside = self.points_ND.shape[1] - rank
         logdet = np.log(np.diag(factor)).sum() + num_outside * np.log(np.diag(outer)).sum()
-        by_slope_ND = weighted[num_points:].reshape(num_points, rank) @ self.span_DR.T + outside_ND
-        process = SlopeProcess(self.points_ND, length, mean, signal**2 * weighted[:num_points], signal**2 * by_slope_ND)
-        return float(misfit / 2 + logdet + ((deviations / SPREADS) ** 2).sum() / 2), process
+        inside_NMR = weighted[num_points:].reshape(num_points, rank, num_losses).swapaxes(1, 2)
+        by_slope_NMD = inside_NMR @ self.span_DR.T + outside_NMD
+        processes = [
+            SlopeProcess(
+                self.points_ND,
+                length,
+                unit * mean_M[m],
+                unit * signal**2 * weighted[:num_points, m],
+                unit * signal**2 * by_slope_NMD[:, m],
+            )
+            for m, unit in enumerate(self.units_M)
+        ]
+        loss = misfit / (2 * num_losses) + logdet + ((deviations / SPREADS) ** 2).sum() / 2
+        return float(loss), processes
 
 
 def _kernel(points_PD: Floats, points_ND: Floats, length: float) -> Floats:

@@ -62,7 +62,8 @@ def test_slopes_of_a_descent_tell_what_few_candidates_cannot() -> None:
     way = np.random.default_rng(9).random((8, 24))
     gradients = 2 * (way - 0.4) * np.arange(1, 25) / 24
     gradients += 0.1 * np.random.default_rng(10).standard_normal(gradients.shape)
-    slopes = fit_slopes(way, 0.3 + ((way - 0.4) ** 2 * np.arange(1, 25)).mean(axis=1), gradients)
+    way_losses = 0.3 + ((way - 0.4) ** 2 * np.arange(1, 25)).mean(axis=1, keepdims=True)
+    (slopes,) = fit_slopes(way, way_losses, gradients[:, None])
     asked, true_losses, _ = world(11, 200, 24)
     errors = np.full(5, 0.02**2)
     correlation = {

@@ -69,12 +69,13 @@ def quadratic(num_dimensions: int, num_points: int, seed: int, noise: float = 0.
 @given(st.integers(1, 5), st.integers(2, 5), st.integers(0, 2**31 - 1))
 def test_the_split_into_span_and_rest_is_exact(num_dimensions: int, num_points: int, seed: int) -> None:
     points_ND, losses_N, gradients_ND, asked_PD, _ = quadratic(num_dimensions, num_points, seed)
-    known = _Known.of(points_ND, losses_N, gradients_ND)
+    known = _Known.of(points_ND, losses_N[:, None], gradients_ND[:, None])
     deviations = np.random.default_rng(seed).uniform(-0.5, 0.5, 4)
     hyperparameters = np.exp(known.typical + deviations)
-    told = np.concatenate([losses_N, gradients_ND.ravel()])
+    told = np.concatenate([losses_N, gradients_ND.ravel()]) / known.units_M
     expected, expected_P = dense(known, told, hyperparameters, asked_PD)
-    _, process = known.solve(deviations)
+    _, (process,) = known.solve(deviations)
+    expected_P *= known.units_M
     scale = np.abs(expected_P).max() + np.abs(losses_N).max()
     np.testing.assert_allclose(process.predict(asked_PD), expected_P, rtol=0, atol=1e-5 * scale)
     # The evidence up to the prior, as a difference to that of the typical hyperparameters.
@@ -89,14 +90,14 @@ def test_twelve_noisy_gradients_order_unseen_points() -> None:
     correlations = []
     for seed in range(5):
         points_ND, losses_N, gradients_ND, asked_PD, true_P = quadratic(32, 12, seed, noise=0.3)
-        process = fit_slopes(points_ND, losses_N, gradients_ND)
+        (process,) = fit_slopes(points_ND, losses_N[:, None], gradients_ND[:, None])
         correlations.append(spearmanr(process.predict(asked_PD), true_P).statistic)
     assert np.mean(correlations) > 0.8
 
 
 def test_one_point_is_a_plane() -> None:
     points_ND, losses_N, gradients_ND, _, _ = quadratic(6, 1, 0)
-    process = fit_slopes(points_ND, losses_N, gradients_ND)
+    (process,) = fit_slopes(points_ND, losses_N[:, None], gradients_ND[:, None])
     step_D = 1e-3 * gradients_ND[0]
     up, down = process.predict(np.array([points_ND[0] + step_D, points_ND[0] - step_D]))
     assert up > down
@@ -104,5 +105,18 @@ def test_one_point_is_a_plane() -> None:
 
 
 def test_equal_losses_and_no_slopes_are_a_constant() -> None:
-    process = fit_slopes(np.eye(3), np.full(3, 2.0), np.zeros((3, 3)))
+    (process,) = fit_slopes(np.eye(3), np.full((3, 1), 2.0), np.zeros((3, 1, 3)))
     np.testing.assert_allclose(process.predict(np.full((2, 3), 0.5)), 2.0)
+
+
+def test_losses_of_other_units_are_told_as_if_alone() -> None:
+    """Two losses, one of them in a thousand times smaller units and with an offset, are predicted alike."""
+    points_ND, losses_N, gradients_ND, asked_PD, _ = quadratic(8, 6, 3)
+    (alone,) = fit_slopes(points_ND, losses_N[:, None], gradients_ND[:, None])
+    first, second = fit_slopes(
+        points_ND,
+        np.stack([losses_N, 1e3 * losses_N + 5], axis=1),
+        np.stack([gradients_ND, 1e3 * gradients_ND], axis=1),
+    )
+    np.testing.assert_allclose(first.predict(asked_PD), alone.predict(asked_PD), rtol=1e-6)
+    np.testing.assert_allclose((second.predict(asked_PD) - 5) / 1e3, alone.predict(asked_PD), rtol=1e-6)
