@@ -44,21 +44,23 @@ class GaussianProcess:
     logs: Floats
     _mean: float = field(init=False)
     _scale: float = field(init=False)
-    _scaled_ND: Floats = field(init=False)
+    _rates_D: Floats = field(init=False)
+    _told_EN: Floats = field(init=False)
     _factor_NN: Floats = field(init=False)
     _weights_N: Floats = field(init=False)
 
     def __post_init__(self) -> None:
         mean, scale = _standard(self.values_N)
-        scaled_ND = self._scaled(self.points_ND)
-        kernel_NN = _covariance(
-            self.logs, _matern(_distance(scaled_ND, scaled_ND)), _bowl(self.points_ND, self.points_ND)
-        )
+        rates_D = _rates(self.logs)
+        told_EN = _beside(self.points_ND * rates_D)
+        matern_NN = _matern(_squares(self.points_ND * rates_D, told_EN))
+        kernel_NN = _covariance(self.logs, matern_NN, _bowl(self.points_ND, self.points_ND))
         factor_NN = _factor(_noisy(kernel_NN, self.logs, self.variances_N / scale**2))
         for name, value in {
             "_mean": mean,
             "_scale": scale,
-            "_scaled_ND": scaled_ND,
+            "_rates_D": rates_D,
+            "_told_EN": told_EN,
             "_factor_NN": factor_NN,
             "_weights_N": _solve(factor_NN, (self.values_N - mean) / scale),
         }.items():
@@ -79,12 +81,9 @@ class GaussianProcess:
         mean_P = self._mean + self._scale * (kernel_PN @ self._weights_N)
         return mean_P, self._scale**2 * variance_P.clip(min=1e-12)
 
-    def _scaled(self, points_PD: Floats) -> Floats:
-        return np.asarray(points_PD * (ROOT5 / np.exp(self.logs[:-3])))
-
     def _kernel(self, points_PD: Floats) -> Floats:
         """Return the covariances with the points, (P, N)."""
-        matern_PN = _matern(_distance(self._scaled(points_PD), self._scaled_ND))
+        matern_PN = _matern(_squares(points_PD * self._rates_D, self._told_EN))
         return _covariance(self.logs, matern_PN, _bowl(points_PD, self.points_ND))
 
     def left_out(self) -> tuple[Floats, Floats]:
@@ -131,8 +130,8 @@ def _loss(
 ) -> tuple[float, Any]:
     """Return minus the log of the posterior and its gradient, in closed form."""
     signal_variance, bowl_variance = np.exp(2 * logs[-3:-1])
-    scaled_ND = points_ND * (ROOT5 / np.exp(logs[:-3]))
-    distance_NN = _distance(scaled_ND, scaled_ND)
+    scaled_ND = points_ND * _rates(logs)
+    distance_NN = np.sqrt(_squares(scaled_ND, _beside(scaled_ND)))
     decay_NN = np.exp(-distance_NN)
     matern_NN = (1 + distance_NN + distance_NN**2 / 3) * decay_NN
     try:
@@ -213,22 +212,35 @@ def _quadratic(products: Floats, away_ND: Floats) -> Floats:
     return np.asarray(products + products**2 / 2)
 
 
-def _matern(distance_PN: Floats) -> Floats:
-    """Return the correlations at distances in units of length / sqrt(5), which are overwritten."""
-    kernel_PN = distance_PN**2
-    kernel_PN /= 3
+def _rates(logs: Floats) -> Floats:
+    """Return by what points are multiplied for distances in units of length / sqrt(5), (D,)."""
+    return np.asarray(ROOT5 / np.exp(logs[:-3]))
+
+
+def _matern(squares_PN: Floats) -> Floats:
+    """Return the correlations at squared distances, which are overwritten."""
+    kernel_PN = squares_PN / 3
+    distance_PN = np.sqrt(squares_PN, out=squares_PN)
     kernel_PN += distance_PN
     kernel_PN += 1
     kernel_PN *= np.exp(np.negative(distance_PN, out=distance_PN), out=distance_PN)
     return kernel_PN
 
 
-def _distance(first_PD: Floats, second_ND: Floats) -> Floats:
-    squared_PN = first_PD @ (-2 * second_ND.T)
-    squared_PN += np.einsum("pd,pd->p", first_PD, first_PD)[:, None]
-    squared_PN += np.einsum("nd,nd->n", second_ND, second_ND)
-    np.maximum(squared_PN, 0.0, out=squared_PN)
-    return np.asarray(np.sqrt(squared_PN, out=squared_PN))
+def _beside(scaled_ND: Floats) -> Floats:
+    """Return what makes one product of squared distances to these points, (D + 2, N): see ``_squares``."""
+    squares_N = np.einsum("nd,nd->n", scaled_ND, scaled_ND)
+    return np.vstack([-2 * scaled_ND.T, squares_N, np.ones(len(scaled_ND))])
+
+
+def _squares(scaled_PD: Floats, told_EN: Floats) -> Floats:
+    """Return |x|^2 + |y|^2 - 2 x'y as the product of (x, 1, |x|^2) and (-2 y, |y|^2, 1), (P, N)."""
+    num_points, num_dimensions = scaled_PD.shape
+    lifted_PE = np.ones((num_points, num_dimensions + 2))
+    lifted_PE[:, :-2] = scaled_PD
+    np.einsum("pd,pd->p", scaled_PD, scaled_PD, out=lifted_PE[:, -1])
+    squares_PN = lifted_PE @ told_EN
+    return np.maximum(squares_PN, 0.0, out=squares_PN)
 
 
 def _factor(covariance_NN: Floats) -> Floats:
