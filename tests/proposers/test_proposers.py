@@ -209,15 +209,18 @@ class TestSurrogate(ProposerContract):
 
     def test_floors_are_kept(self) -> None:
         """With x0 <= 0.3 asked for and x0 wanted, later candidates come close to the bound and mostly keep it."""
-        proposer = Surrogate(Problem(dimensions=box(0.5, 3), num_objectives=1, seed=(1, 0)), SurrogateOptions())
-        told = []
-        for index in range(40):
-            (candidate,) = proposer.ask(1, [])
-            point = np.array(candidate.point)
-            told.append(point[0])
-            proposer.tell(Observation(index=index, point=point, values_M=point[:1], margins_C=0.3 - point[:1]))
-        assert np.mean(np.array(told[-15:]) <= 0.3) > 0.5
-        assert max(x for x in told if x <= 0.3) > 0.25
+        shares = []
+        for seed in range(6):
+            proposer = Surrogate(Problem(dimensions=box(0.5, 3), num_objectives=1, seed=(seed, 0)), SurrogateOptions())
+            told = []
+            for index in range(40):
+                (candidate,) = proposer.ask(1, [])
+                point = np.array(candidate.point)
+                told.append(point[0])
+                proposer.tell(Observation(index=index, point=point, values_M=point[:1], margins_C=0.3 - point[:1]))
+            shares.append(np.mean(np.array(told[-15:]) <= 0.3))
+            assert max(x for x in told if x <= 0.3) > 0.25
+        assert np.mean(shares) > 0.5
 
     def test_the_numbers_of_an_expert_begin_equal_and_leave_each_other_by_small_steps(self) -> None:
         """Two experts with four numbers each; the second number of each is wanted far above the others."""
