@@ -28,11 +28,13 @@ from benchmarks.search.problem import Opened
 from benchmarks.search.searchers import Section
 from evomerge.campaign.campaign import Campaign
 from evomerge.campaign.plan import Plan, StageSpace
+from evomerge.campaign.references import input_recipes
 from evomerge.campaign.sections import BudgetSection, ObjectiveSection
+from evomerge.front.front import maximized
 from evomerge.materialize.checkpoint import Checkpoint
 from evomerge.materialize.residence import Place
 from evomerge.operators.linear import TaskArithmetic
-from evomerge.records import Candidate, Floats, Measurement, Objective, Score, Split, TensorInfo
+from evomerge.records import Candidate, Floats, Measurement, Objective, Recipe, Score, Split, TensorInfo
 from evomerge.space.choice import COEFFICIENT, Choice
 from evomerge.space.groups import Groups
 from evomerge.space.regroup import by_tensor
@@ -153,7 +155,7 @@ class Analytic:
         searched = Searched(spec=spec, setting=Range(low=0.0, high=1.0, start=START))
         return Plan(
             base=cast(Checkpoint, SimpleNamespace(folder="")),
-            experts={},
+            experts={name: cast(Checkpoint, SimpleNamespace(folder=name)) for name in experts},
             tensors=tuple(TensorInfo(name, (1,)) for name in groups),
             dtype="float32",
             place=Place(device="cpu", residence="resident"),
@@ -173,12 +175,11 @@ class Analytic:
 
     def open(self, seed: int) -> Opened:
         """Base is the point 0, an expert that with its own coefficients at 1 and the others at 0."""
-        own_KD = np.repeat(np.eye(self.num_experts), self.num_layers, axis=1)
-        references = {"base": self.values(np.zeros(self.num_dimensions))}
-        references |= {f"expert:expert{k}": self.values(own_D) for k, own_D in enumerate(own_KD)}
-        reference_M = np.min([*references.values()], axis=0)
         plan = self.plan(seed)
-        return Opened(self.campaign("auto", 1, seed), plan, _Scorer(self, seed, plan), references, reference_M)
+        scorer, inputs = _Scorer(self, seed, plan), input_recipes(plan)
+        references = {name: maximized(scorer.score(recipe, "test"), plan.objectives) for name, recipe in inputs.items()}
+        searched = {name: scorer.score(recipe, "search") for name, recipe in inputs.items()}
+        return Opened(self.campaign("auto", 1, seed), plan, scorer, references, searched)
 
 
 @dataclass
@@ -191,9 +192,10 @@ class _Scorer:
         """Read points by a stage's space."""
         self.plan = self.plan.within(stage_space)
 
-    def score(self, subject: Candidate, split: Split) -> Measurement:
-        """Score a point; its noise on search items is its own, and the same whenever it is scored."""
-        point_D = by_tensor(self.plan.recipe(subject.point), self.plan.tensors)[COEFFICIENT].ravel()
+    def score(self, subject: Candidate | Recipe, split: Split) -> Measurement:
+        """Score a model; its noise on search items is its own, and the same whenever it is scored."""
+        recipe = subject if isinstance(subject, Recipe) else self.plan.recipe(subject.point)
+        point_D = by_tensor(recipe, self.plan.tensors)[COEFFICIENT].ravel()
         values_M, stderr = self.problem.values(point_D), 0.0
         if split == "search" and self.problem.noise:
             stderr = self.problem.noise

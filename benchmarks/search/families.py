@@ -16,12 +16,12 @@ from benchmarks.search.problem import Opened
 from benchmarks.search.searchers import Section
 from evomerge.campaign.campaign import Campaign, read_campaign
 from evomerge.campaign.plan import Plan, make_plan
-from evomerge.campaign.references import reference_recipes
+from evomerge.campaign.references import input_recipes
 from evomerge.campaign.sections import BudgetSection, SpaceSection
 from evomerge.errors import CampaignError
 from evomerge.families.family import make
 from evomerge.families.recipes import TextRecipe
-from evomerge.front.front import maximized, worst_of_inputs
+from evomerge.front.front import maximized
 from evomerge.records import Floats
 
 FOLDER = Path(".cache/families")
@@ -65,19 +65,15 @@ class FamilyProblem:
         return make_plan(self._campaign.model_copy(update={"seed": seed}))
 
     def open(self, seed: int) -> Opened:
-        """Load the models, and score base and experts on the test items."""
+        """Load the models, and score base and experts."""
         from evomerge.scorer.scorer import Scorer
 
         scorer = Scorer(self.plan(seed))
         plan = scorer.plan
-        inputs = {
-            name: recipe
-            for name, recipe in reference_recipes(plan).items()
-            if name == "base" or name.startswith("expert:")
-        }
+        inputs = input_recipes(plan)
         tested = {name: maximized(scorer.score(recipe, "test"), plan.objectives) for name, recipe in inputs.items()}
         searched = {name: scorer.score(recipe, "search") for name, recipe in inputs.items()}
-        return Opened(self._campaign, plan, scorer, tested, worst_of_inputs(searched, plan.objectives))
+        return Opened(self._campaign, plan, scorer, tested, searched)
 
 
 def _varied(campaign: Campaign, variant: str) -> Campaign:

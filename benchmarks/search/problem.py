@@ -27,7 +27,7 @@ class Scores(Protocol):
 class Opened:
     """A problem with one seed's splits, ready to score.
 
-    references: model -> maximized values (M,) on test items; reference_M: the worst of base and experts on search
+    references: base or expert -> maximized values (M,) on test items; searched: the same models' measurements on search
     items. campaign: whose space the stages' own spaces are changes of.
     """
 
@@ -35,7 +35,7 @@ class Opened:
     plan: Plan
     scorer: Scores
     references: Mapping[str, Floats]
-    reference_M: Floats
+    searched: Mapping[str, Measurement]
 
 
 class Problem(Protocol):

@@ -20,7 +20,7 @@ from evomerge.campaign.stages import Stage
 from evomerge.errors import CandidateError
 from evomerge.front.front import maximized, observe
 from evomerge.front.pareto import non_dominated
-from evomerge.proposers.proposer import Problem, proposing
+from evomerge.proposers.proposer import proposing
 from evomerge.records import Candidate, Floats, Measurement, Trial
 
 FAILED_COST = 1.0  # of a candidate that could not be scored
@@ -92,18 +92,8 @@ def _steps(opened: Opened, stages: Sequence[Stage], seed: int) -> Iterator[Step]
         started = time.perf_counter()
         leg = course.leg(number, trials)
         opened.scorer.configure(leg.plan.stage_space)
-        problem = Problem(
-            dimensions=leg.plan.space.dimensions,
-            num_objectives=front_NM.shape[1],
-            tasks=tuple(opened.plan.splits),
-            experts=tuple(opened.plan.experts),
-            reference_M=opened.reference_M,
-            seed=(seed, number),
-            history=leg.history,
-            best=leg.best,
-        )
         with proposing():
-            proposer = stage.make_proposer(problem)
+            proposer = stage.make_proposer(leg.problem((seed, number), opened.searched))
         for index in range(stage.num_evaluations):
             with proposing():
                 asked = proposer.ask(1, [])

@@ -9,7 +9,7 @@ issued its first: a resumed run, an extended one and an export find the same spa
 Shape letters: K experts, T tensors.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,11 +17,12 @@ import numpy as np
 
 from evomerge.campaign.campaign import Campaign
 from evomerge.campaign.plan import Plan, with_space
+from evomerge.campaign.references import input_recipes
 from evomerge.campaign.sections import SpaceChanges
 from evomerge.errors import CampaignError
-from evomerge.front.front import observe
+from evomerge.front.front import observe, observed, worst_of_inputs
 from evomerge.proposers.proposer import Problem, rank
-from evomerge.records import Floats, Observation, Recipe, TensorIndex, Trial, in_order
+from evomerge.records import Floats, Measurement, Observation, Recipe, TensorIndex, Trial, in_order
 from evomerge.space.choice import COEFFICIENT, Choice
 from evomerge.space.data_flow import DataFlow
 from evomerge.space.regroup import by_tensor
@@ -45,15 +46,19 @@ class Leg:
     merged: int | None = None
     left_out: tuple[str, ...] = ()
 
-    def problem(self, seed: tuple[int, ...], reference_M: Floats | None = None) -> Problem:
-        """Return what the stage's proposer is told when it is made."""
+    def problem(self, seed: tuple[int, ...], searched: Mapping[str, Measurement] | None = None) -> Problem:
+        """Return what the stage's proposer is told when it is made.
+
+        searched: what is measured on search items, base and all experts among it; None before anything is.
+        """
         return Problem(
             dimensions=self.plan.space.dimensions,
             num_objectives=len(self.plan.steering),
             seed=seed,
             tasks=tuple(self.plan.splits),
             experts=tuple(self.plan.experts),
-            reference_M=reference_M,
+            reference_M=worst_of_inputs(searched, self.plan.objectives) if searched else None,
+            inputs=_inputs(self.plan, searched) if searched else (),
             history=self.history,
             best=self.best,
         )
@@ -125,13 +130,28 @@ class Course:
         observation = observe(trial, plan.objectives)
         if self._legs[trial.stage].plan is plan:
             return observation, True
-        recipe = plan.as_held(self.recipe(trial))
-        point_D = plan.point(recipe)
-        is_held = _is_same(recipe, plan.recipe(point_D), plan.tensors)
+        point_D, is_held = _located(self.recipe(trial), plan)
         return replace(observation, point=point_D, arrival=None), is_held
 
     def _rank(self, trial: Trial) -> float:
         return rank(observe(trial, self._plan.objectives))
+
+
+def _inputs(plan: Plan, searched: Mapping[str, Measurement]) -> tuple[Observation, ...]:
+    """Return the results of base and experts whose recipes the space holds."""
+    found: list[Observation] = []
+    for name, recipe in input_recipes(plan).items():
+        point_D, is_held = _located(recipe, plan)
+        if is_held:
+            found.append(observed(len(found), point_D, searched[name], plan.objectives))
+    return tuple(found)
+
+
+def _located(recipe: Recipe, plan: Plan) -> tuple[Floats, bool]:
+    """Return the point of a plan's space that is nearest to a recipe, and whether that point has the same recipe."""
+    held = plan.as_held(recipe)
+    point_D = plan.point(held)
+    return point_D, _is_same(held, plan.recipe(point_D), plan.tensors)
 
 
 def described(plan: Plan) -> dict[str, Any]:

@@ -9,12 +9,18 @@ from evomerge.records import Measurement, Recipe
 NUM_SCALARS = 11  # the grid of the best single scalar: 0, 0.1, ..., 1
 
 
-def reference_recipes(plan: Plan) -> dict[str, Recipe]:
-    """Return the models that a merge must beat: base, experts, uniform average, and one scalar for all experts."""
+def input_recipes(plan: Plan) -> dict[str, Recipe]:
+    """Return base and experts as recipes."""
     num_experts = len(plan.experts)
     recipes = {"base": plan.task_arithmetic([0.0] * num_experts)}
     for k, name in enumerate(plan.experts):
         recipes[f"expert:{name}"] = plan.task_arithmetic([float(k == other) for other in range(num_experts)])
+    return recipes
+
+
+def reference_recipes(plan: Plan) -> dict[str, Recipe]:
+    """Return the models that a merge must beat: base, experts, uniform average, and one scalar for all experts."""
+    num_experts, recipes = len(plan.experts), input_recipes(plan)
     recipes["uniform"] = plan.task_arithmetic([1 / num_experts] * num_experts)
     for step in range(NUM_SCALARS):
         scalar = step / (NUM_SCALARS - 1)

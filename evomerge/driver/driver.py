@@ -17,7 +17,7 @@ from evomerge.driver.racing import RacingPool, finished_models, make_race
 from evomerge.driver.watcher import Watcher
 from evomerge.errors import EvoMergeError
 from evomerge.evidence.summary import Summarizer, all_sources
-from evomerge.front.front import front_of, observe, worst_of_inputs
+from evomerge.front.front import front_of, observe
 from evomerge.ledger.ledger import Ledger
 from evomerge.proposers.proposer import Proposer, proposing
 from evomerge.records import Measurement, Recipe, Split, Trial, as_it_went
@@ -45,7 +45,6 @@ class Driver:
         recorded = self.ledger.measurements("search")
         self._summarizer = Summarizer(self.plan.objectives, sources, recorded)
         measured = self._summarizer.add_to_all(recorded)
-        reference_M = worst_of_inputs(measured, self.plan.objectives)
         pool = self.pool
         if self.plan.fidelity:
             race = make_race(self.plan, self.plan.fidelity, {name: measured[name] for name in references}, seed)
@@ -58,7 +57,7 @@ class Driver:
             self.ledger.begin_stage(number, leg.facts())
             pool.configure(leg.plan.stage_space)
             with proposing():
-                proposer = stage.make_proposer(leg.problem((seed, number), reference_M))
+                proposer = stage.make_proposer(leg.problem((seed, number), measured))
             own = [trial for trial in trials if trial.stage == number]
             self._run_stage(number, own, stage.num_evaluations, proposer, pool)
         self._score_front(references)

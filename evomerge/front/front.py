@@ -44,14 +44,18 @@ def violation(measurement: Measurement, objectives: Sequence[Objective]) -> floa
 
 def observe(trial: Trial, objectives: Sequence[Objective]) -> Observation:
     """Return what a proposer is told of a finished trial."""
-    measurement = trial.measurement
-    if measurement is None:
+    if trial.measurement is None:
         return Observation(index=trial.index, point=np.array(trial.point), values_M=None)
+    return observed(trial.index, np.array(trial.point), trial.measurement, objectives)
+
+
+def observed(index: int, point_D: Floats, measurement: Measurement, objectives: Sequence[Objective]) -> Observation:
+    """Return what a proposer is told of a measurement."""
     steering = [measurement.scores[objective.name] for objective in objectives if objective.steers]
     losses_M2 = np.array([score.loss for score in steering])
     return Observation(
-        index=trial.index,
-        point=np.array(trial.point),
+        index=index,
+        point=point_D,
         values_M=maximized(measurement, objectives),
         stderr_M=np.array([score.stderr for score in steering]),
         losses_M=losses_M2[:, 0],

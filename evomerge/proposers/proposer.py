@@ -37,9 +37,10 @@ class Problem:
     """What a search is about.
 
     dimensions say what each coordinate is, and its range; tasks and experts are those of the campaign, by name;
-    reference_M is where hypervolume begins, the worst that base and experts have in each objective; history are the
-    results of earlier stages whose recipes the space holds, in the order in which they came. best is the best of all
-    their results, at the point nearest to its recipe, which the space need not hold.
+    reference_M is where hypervolume begins, the worst that base and experts have in each objective; inputs are the
+    results of those of them whose recipes the space holds: they are scored before any search, and outside its budget.
+    history are the results of earlier stages whose recipes the space holds, in the order in which they came. best is
+    the best of all their results, at the point nearest to its recipe, which the space need not hold.
     """
 
     dimensions: tuple[Dimension, ...]
@@ -48,6 +49,7 @@ class Problem:
     tasks: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
     reference_M: Floats | None = None
+    inputs: tuple[Observation, ...] = ()
     history: tuple[Observation, ...] = ()
     best: Observation | None = None
 

@@ -17,7 +17,7 @@ from evomerge.campaign.course import Course
 from evomerge.campaign.plan import Findings, Plan, make_plan
 from evomerge.campaign.stages import make_stages
 from evomerge.errors import EvoMergeError, RunError
-from evomerge.front.front import observe, worst_of_inputs
+from evomerge.front.front import observe
 from evomerge.proposers.llm import Llm
 from evomerge.proposers.proposer import Proposer, proposing
 from evomerge.records import Candidate, Objective, Trial, as_it_went
@@ -66,14 +66,13 @@ def replay(run: Run, progress: Callable[[int, int], None] = lambda _done, _total
     plan = _plan_as_found(run)
     stages = make_stages(run.campaign, plan)
     course = Course(run.campaign, plan, [stage.changes for stage in stages])
-    reference_M = worst_of_inputs(run.searched, run.objectives) if run.searched else None
     replays, num_done = [], 0
     for number, stage in enumerate(stages):
         own = [trial for trial in trials if trial.stage == number]
         if not own:
             continue
         leg = course.leg(number, trials)
-        proposer = stage.make_proposer(leg.problem((run.campaign.seed, number), reference_M))
+        proposer = stage.make_proposer(leg.problem((run.campaign.seed, number), run.searched))
         if isinstance(proposer, Llm):
             proposer.answer_from(trial.candidate for trial in own)
         difference = None
