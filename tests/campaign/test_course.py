@@ -32,13 +32,17 @@ def make_course(make_campaign: Callable[..., Campaign]) -> Callable[..., tuple[C
     return make
 
 
+def measured(plan: Plan, value: float, arrival: Arrival | None = None) -> Measurement:
+    """The same value of every objective."""
+    score = Score(value=value, stderr=0.01, items=np.full(4, value, dtype=np.float32))
+    scores = {objective.name: score for objective in plan.objectives}
+    return Measurement(split="search", scores=scores, cost=1.0, seconds={}, arrival=arrival)
+
+
 class Trials(list[Trial]):
     """Trials by hand: issued and finished one after the other."""
 
     def add(self, plan: Plan, stage: int, point: Any, value: float | None, arrival: Arrival | None = None) -> Trial:
-        score = Score(value=value or 0.0, stderr=0.01, items=np.full(4, value or 0.0, dtype=np.float32))
-        scores = {objective.name: score for objective in plan.objectives}
-        measurement = Measurement(split="search", scores=scores, cost=1.0, seconds={}, arrival=arrival)
         self.append(
             Trial(
                 number=len(self),
@@ -47,7 +51,7 @@ class Trials(list[Trial]):
                 candidate=Candidate(point=tuple(float(x) for x in point)),
                 known=len(self),
                 order=len(self),
-                measurement=None if value is None else measurement,
+                measurement=None if value is None else measured(plan, value, arrival),
                 failure="it failed" if value is None else None,
             )
         )
@@ -214,6 +218,32 @@ def test_without_a_success_a_stage_starts_where_the_one_before_did(
     leg = course.leg(1, trials)
     assert (leg.best, leg.ancestor, leg.left_out) == (None, None, ("parity", "rot90"))
     assert set(leg.plan.recipe(leg.plan.space.start).values["density"][0]) == {0.3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_held"),
+    [
+        ({}, 4),
+        (MODEL, 4),
+        ({"space": {"groups": "model", "coefficient": {"low": 0.0, "high": 0.9, "start": 0.3}}}, 1),
+        ({"operator": TIES, "space": {"groups": "model"}}, 0),
+    ],
+)
+def test_base_and_experts_are_told_where_the_space_holds_them(
+    make_course: Callable[..., tuple[Course, Plan]], changes: dict[str, Any], num_held: int
+) -> None:
+    """A coefficient of 1 is the expert itself; a range without 1 holds the base alone, and TIES trims an expert."""
+    course, plan = make_course({}, **changes)
+    models = ["base", *(f"expert:{name}" for name in plan.experts)]
+    searched = {"trial:0": measured(plan, 9.0)} | {name: measured(plan, value) for value, name in enumerate(models)}
+    problem = course.leg(0, []).problem((0, 0), searched)
+    assert problem.reference_M is not None
+    assert set(problem.reference_M) == {0.0}
+    assert [told.values_M[0] for told in problem.inputs if told.values_M is not None] == list(range(num_held))
+    for told, coefficients_K in zip(problem.inputs, [np.zeros(3), *np.eye(3)], strict=False):
+        found = by_tensor(plan.recipe(told.point), plan.tensors)["coefficient"]
+        np.testing.assert_allclose(found, np.broadcast_to(coefficients_K[:, None], found.shape), atol=1e-9)
+    assert course.leg(0, []).problem((0, 0)).inputs == ()
 
 
 def test_of_several_operators_best_is_each_ones_own(make_course: Callable[..., tuple[Course, Plan]]) -> None:

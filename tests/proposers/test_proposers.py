@@ -293,6 +293,37 @@ class TestSurrogate(ProposerContract):
         with_slopes, without = (np.mean([volume(seed, has_slopes=has) for seed in range(2)]) for has in (True, False))
         assert with_slopes > 1.5 * without
 
+    def test_base_and_experts_tell_curvatures_apart_from_noise(self) -> None:
+        """Fronts of two noisy bowls in four dimensions, by their true values; mean of five seeds, 25 candidates."""
+        centers_MD = np.array([[0.75, 0.15, 0.15, 0.15], [0.15, 0.75, 0.15, 0.15]])
+
+        def values(points: np.ndarray) -> np.ndarray:
+            return np.asarray(1 - 1.5 * ((points[..., None, :] - centers_MD) ** 2).sum(axis=-1))
+
+        def observation(index: int, point: np.ndarray, rng: np.random.Generator) -> Observation:
+            noisy = values(point) + 0.03 * rng.standard_normal(2)
+            return Observation(index=index, point=point, values_M=noisy, stderr_M=np.full(2, 0.03))
+
+        def volume(seed: int, *, has_inputs: bool) -> float:
+            rng = np.random.default_rng(seed)
+            inputs = tuple(observation(k, point, rng) for k, point in enumerate([np.zeros(4), *np.eye(4)]))
+            problem = Problem(
+                dimensions=box(0.3, 4),
+                num_objectives=2,
+                seed=(seed, 0),
+                reference_M=np.zeros(2),
+                inputs=inputs if has_inputs else (),
+            )
+            proposer, found = Surrogate(problem, SurrogateOptions()), []
+            for index in range(25):
+                (candidate,) = proposer.ask(1, [])
+                found.append(np.array(candidate.point))
+                proposer.tell(observation(index, found[-1], rng))
+            return hypervolume(values(np.array(found)), np.zeros(2))
+
+        told, without = (np.mean([volume(seed, has_inputs=has) for seed in range(5)]) for has in (True, False))
+        assert told > 1.005 * without
+
     @pytest.mark.parametrize("num_objectives", [1, 3, 6])
     def test_any_number_of_objectives_even_many(self, num_objectives: int) -> None:
         problem = Problem(dimensions=box(0.5, 8), num_objectives=num_objectives, seed=(0, 0))
