@@ -138,12 +138,13 @@ class Course:
 
 
 def _inputs(plan: Plan, searched: Mapping[str, Measurement]) -> tuple[Observation, ...]:
-    """Return the results of base and experts whose recipes the space holds."""
+    """Return the results of base and experts whose recipes the space holds; a space of paths holds none."""
     found: list[Observation] = []
     for name, recipe in input_recipes(plan).items():
-        point_D, is_held = _located(recipe, plan)
-        if is_held:
-            found.append(observed(len(found), point_D, searched[name], plan.objectives))
+        if isinstance(plan.space, Choice) and recipe.operator in plan.operators:
+            point_D, is_held = _located(recipe, plan)
+            if is_held:
+                found.append(observed(len(found), point_D, searched[name], plan.objectives))
     return tuple(found)
 
 

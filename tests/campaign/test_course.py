@@ -16,6 +16,7 @@ from evomerge.space.regroup import by_tensor
 
 TIES = {"name": "ties", "density": 0.3}
 MODEL, LAYER = ({"space": {"groups": groups}} for groups in ("model", "layer"))
+FLOW = {"space": {"kind": "data_flow", "repeats": 1}}
 
 
 @pytest.fixture
@@ -232,8 +233,11 @@ def test_without_a_success_a_stage_starts_where_the_one_before_did(
 def test_base_and_experts_are_told_where_the_space_holds_them(
     make_course: Callable[..., tuple[Course, Plan]], changes: dict[str, Any], num_held: int
 ) -> None:
-    """A coefficient of 1 is the expert itself; a range without 1 holds the base alone, and TIES trims an expert."""
-    course, plan = make_course({}, **changes)
+    """A coefficient of 1 is the expert itself; a range without 1 holds the base alone; TIES trims an expert.
+
+    Before anything is measured, and to a stage of paths, nothing is told.
+    """
+    course, plan = make_course({}, FLOW, **changes)
     models = ["base", *(f"expert:{name}" for name in plan.experts)]
     searched = {"trial:0": measured(plan, 9.0)} | {name: measured(plan, value) for value, name in enumerate(models)}
     problem = course.leg(0, []).problem((0, 0), searched)
@@ -243,7 +247,7 @@ def test_base_and_experts_are_told_where_the_space_holds_them(
     for told, coefficients_K in zip(problem.inputs, [np.zeros(3), *np.eye(3)], strict=False):
         found = by_tensor(plan.recipe(told.point), plan.tensors)["coefficient"]
         np.testing.assert_allclose(found, np.broadcast_to(coefficients_K[:, None], found.shape), atol=1e-9)
-    assert course.leg(0, []).problem((0, 0)).inputs == ()
+    assert course.leg(0, []).problem((0, 0)).inputs == course.leg(1, []).problem((0, 1), searched).inputs == ()
 
 
 def test_of_several_operators_best_is_each_ones_own(make_course: Callable[..., tuple[Course, Plan]]) -> None:
@@ -268,9 +272,6 @@ def test_of_several_operators_best_is_each_ones_own(make_course: Callable[..., t
     assert ties.plan.recipe(ties.best.point).operator == "ties"
     assert (len(ties.history), len(dare.history)) == (1, 1)
     assert set(ties.facts()["choice"]) == {"ties", "dare_linear"}
-
-
-FLOW = {"space": {"kind": "data_flow", "repeats": 1}}
 
 
 def test_paths_are_laid_through_the_best_merge(make_course: Callable[..., tuple[Course, Plan]]) -> None:
