@@ -4,7 +4,7 @@
     link: sigmoid, softplus or none, by the metric's range
 
 When to use: no gradients, one number an expert (``groups: model``), any number of objectives: where scores are nearly
-quadratic in a few coefficients it was up to 12 % ahead of ``auto`` at 60 to 100 evaluations (measured on analytic
+quadratic in a few coefficients it was .8 % ahead of ``auto`` at most, from 40 evaluations on (measured on analytic
 problems that are quadratic). Not for many numbers, of which the unknowns are the square (at most 256), and not where
 fronts sag: on a concave one it found next to nothing (measured).
 Reference: Li et al. 2024, MAP: low-compute model merging with amortized Pareto fronts via quadratic approximation,
