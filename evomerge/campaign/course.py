@@ -139,9 +139,11 @@ class Course:
 
 def _inputs(plan: Plan, searched: Mapping[str, Measurement]) -> tuple[Observation, ...]:
     """Return the results of base and experts whose recipes the space holds; a space of paths holds none."""
+    if not isinstance(plan.space, Choice):
+        return ()
     found: list[Observation] = []
     for name, recipe in input_recipes(plan).items():
-        if isinstance(plan.space, Choice) and recipe.operator in plan.operators:
+        if recipe.operator in plan.operators:
             point_D, is_held = _located(recipe, plan)
             if is_held:
                 found.append(observed(len(found), point_D, searched[name], plan.objectives))

@@ -52,8 +52,9 @@ class GaussianProcess:
     def __post_init__(self) -> None:
         mean, scale = _standard(self.values_N)
         rates_D = _rates(self.logs)
-        told_EN = _beside(self.points_ND * rates_D)
-        matern_NN = _matern(_squares(self.points_ND * rates_D, told_EN))
+        scaled_ND = self.points_ND * rates_D
+        told_EN = _beside(scaled_ND)
+        matern_NN = _matern(_squares(scaled_ND, told_EN))
         kernel_NN = _covariance(self.logs, matern_NN, _bowl(self.points_ND, self.points_ND))
         factor_NN = _factor(_noisy(kernel_NN, self.logs, self.variances_N / scale**2))
         for name, value in {
